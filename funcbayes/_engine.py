@@ -1,0 +1,309 @@
+"""Evaluating a model at many draws: how many at a time, and by which mechanism.
+
+One vectorised pass over all draws is fastest for few rows. With many rows its intermediates fall out of
+cache and it can lose to a plain loop, so draws are taken in chunks that keep the largest
+intermediate within a fixed budget, and the loop is one of the mechanisms. Which one is best for a
+model and shape is learned from the time that the chunks of real predictions take.
+"""
+
+import functools
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from ._functional import Model
+from ._intercept import Batching, LargestBatched, with_dropout
+from ._tree import Params, index, merge, num_rows
+from .posteriors import Draw
+
+# Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
+_BUDGET = {"cpu": 16 << 20, "other": 256 << 20}
+_DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters drawn for one chunk
+# A mechanism is tried further only while it is within this factor of the best one.
+_HOPELESS = 1.25
+_TRIALS = 3  # timings of a mechanism before it is judged; the best of them counts
+
+Kind = Literal["loop", "vmap", "rows_first", "channels_last"]
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """How a chunk of draws is evaluated.
+
+    Attributes:
+        kind: ``"loop"`` over the draws, or vectorised: plain ``"vmap"``, or with the batching rules
+            for convolutions ``"rows_first"`` (NCHW) or ``"channels_last"``.
+        chunk: Draws at a time.
+    """
+
+    kind: Kind
+    chunk: int
+
+
+@dataclass
+class _Tuner:
+    """What is known of one model at one shape. Races between threads lose timings, nothing else."""
+
+    candidates: list[Mechanism] = field(default_factory=list)
+    seconds: dict[Mechanism, list[float]] = field(default_factory=dict)
+
+    def choose(self) -> Mechanism:
+        """The next mechanism to use: one that wants timing, or the fastest."""
+        wanted = next((c for c in self.candidates if self._wants_timing(c)), None)
+        return wanted or min(self.candidates, key=lambda c: min(self.seconds.get(c, (float("inf"),))))
+
+    def record(self, mechanism: Mechanism, seconds_per_draw: float) -> None:
+        """Add a timing."""
+        self.seconds.setdefault(mechanism, []).append(seconds_per_draw)
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether timings are still wanted."""
+        return len(self.candidates) > 1 and any(map(self._wants_timing, self.candidates))
+
+    def _wants_timing(self, candidate: Mechanism) -> bool:
+        taken = self.seconds.get(candidate, ())
+        if len(taken) < 2:  # the first carries the warm-up, so it takes two to give up
+            return True
+        best = min(min(times) for times in self.seconds.values())
+        return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
+
+
+_tuners: "weakref.WeakKeyDictionary[Any, dict[Any, _Tuner]]" = weakref.WeakKeyDictionary()
+_tuners_lock = threading.Lock()
+
+
+def evaluate(
+    fn: Model,
+    params: Params,
+    x: Any,
+    make_draws: Callable[[Tensor], Draw],
+    num_draws: int,
+    chunk_size: int | None,
+    *,
+    first_row: int = 0,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Evaluate draws of one structure.
+
+    Args:
+        fn: Pure model.
+        params: Values of the leaves that draws do not cover; may be ``None``.
+        x: Inputs, any pytree.
+        make_draws: Gives the draws at some of the positions ``0 .. num_draws - 1``.
+        num_draws: Number of draws ``S``.
+        chunk_size: Draws at a time; ``None`` to choose.
+        first_row: Number of the first row of ``x`` in a larger data set.
+
+    Yields:
+        Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
+    """
+    run = _Run(fn, params, x, make_draws, num_draws, first_row)
+    if chunk_size is not None:
+        yield from run.fixed(chunk_size)
+    elif num_draws == 1:
+        yield from run.fixed(1)
+    elif run.device.type != "cpu":
+        yield from run.on_accelerator()
+    else:
+        yield from run.tuned()
+
+
+class _Run:
+    """One evaluation: what stays the same over its chunks."""
+
+    def __init__(
+        self,
+        fn: Model,
+        params: Params,
+        x: Any,
+        make_draws: Callable[[Tensor], Draw],
+        num_draws: int,
+        first_row: int,
+    ) -> None:
+        self.fn, self.params, self.x = fn, params, x
+        self.make_draws, self.num_draws, self.first_row = make_draws, num_draws, first_row
+        first = self.draws(slice(0, 1))
+        whole = merge(params, index(first.leaves, 0))
+        self.row_axes = [masks.find_rows(fn, whole, x) for masks in first.effects]
+        self.device = _device_of(params, first, x)
+        self.draw_bytes = sum(t.nbytes for t in optree.tree_leaves(first) if isinstance(t, Tensor))
+        self.cell = _cell(first, x, num_draws)
+        self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
+
+    def draws(self, part: slice) -> Draw:
+        return self.make_draws(torch.arange(self.num_draws)[part])
+
+    def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of a given size, whose results do not depend on what was learned before."""
+        if self.num_draws > 1 and chunk_size > 1 and not self._vmap_can_take_it():
+            chunk_size = 1
+        mechanism = Mechanism(self.default if chunk_size > 1 else "loop", chunk_size)
+        for part in _parts(0, self.num_draws, chunk_size):
+            yield part, self._outputs(self.draws(part), mechanism)
+
+    def on_accelerator(self) -> Iterator[tuple[slice, Tensor]]:
+        """The largest chunks that the budget allows: kernels there are queued, so timing tells nothing."""
+        largest = self._largest_intermediate()
+        if largest is None:
+            yield from self.fixed(1)
+            return
+        yield from self.fixed(self._top(largest, "other"))
+
+    def tuned(self) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks by the best mechanism known; while that is being learned, by those to be timed."""
+        tuner = self._tuner()
+        if not tuner.candidates:
+            tuner.candidates = self._candidates()
+        start = 0
+        while start < self.num_draws and tuner.is_learning:
+            mechanism = tuner.choose()
+            part = slice(start, min(start + mechanism.chunk, self.num_draws))
+            draws = self.draws(part)
+            began = time.perf_counter()
+            outputs = self._outputs(draws, mechanism)
+            size = part.stop - part.start
+            if size == mechanism.chunk:  # a short tail would be judged unfairly
+                tuner.record(mechanism, (time.perf_counter() - began) / size)
+            yield part, outputs
+            start = part.stop
+        mechanism = tuner.choose()
+        for part in _parts(start, self.num_draws, mechanism.chunk):
+            yield part, self._outputs(self.draws(part), mechanism)
+
+    def _tuner(self) -> _Tuner:
+        try:
+            with _tuners_lock:
+                return _tuners.setdefault(self.fn, {}).setdefault(self.cell, _Tuner())
+        except TypeError:  # a callable that has no hash or takes no weak references
+            return _Tuner()
+
+    def _candidates(self) -> list[Mechanism]:
+        largest = self._largest_intermediate()
+        held = _DRAWS_BUDGET["cpu"] // max(1, self.draw_bytes)
+        loop = Mechanism("loop", max(1, min(self.num_draws, held, 8)))
+        if largest is None:
+            return [loop]
+        _raise_mapping_threshold()
+        top = self._top(largest, "cpu")
+        chunks = sorted({top, max(2, top // 2), max(2, top // 4)}, reverse=True)
+        other: Kind = "rows_first" if self.default == "channels_last" else "channels_last"
+        return [
+            Mechanism(self.default, chunks[0]),
+            loop,
+            *(Mechanism(self.default, chunk) for chunk in chunks[1:]),
+            Mechanism("vmap", chunks[0]),
+            *([Mechanism(other, chunks[0])] if _has_images(self.x) else []),
+        ]
+
+    def _top(self, largest: int, device: str) -> int:
+        fits = min(_BUDGET[device] // max(1, largest), _DRAWS_BUDGET[device] // max(1, self.draw_bytes))
+        return max(2, min(self.num_draws, fits))
+
+    def _largest_intermediate(self) -> int | None:
+        """Bytes of the largest intermediate that has a draw axis, for one draw; ``None`` without vmap."""
+        seen = LargestBatched()
+        try:
+            with torch.no_grad():
+                self._vectorised(self.draws(slice(0, 1)), Mechanism("vmap", 1), seen)
+        except Exception as error:  # whatever the model raises: see `_explain`
+            self._explain(error)
+            return None
+        return seen.nbytes
+
+    def _vmap_can_take_it(self) -> bool:
+        tuner = self._tuner()
+        if not tuner.candidates:
+            tuner.candidates = self._candidates()
+        return len(tuner.candidates) > 1
+
+    def _explain(self, error: Exception) -> None:
+        """Raise what the model raises without ``vmap`` too; otherwise warn that a loop is used."""
+        with torch.no_grad():
+            self._one(index(self.draws(slice(0, 1)), 0))
+        reason = str(error).strip().splitlines()
+        warnings.warn(
+            f"`vmap` cannot take {self.fn!r}, so its draws are evaluated in a loop: "
+            f"{reason[0] if reason else type(error).__name__}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _outputs(self, draws: Draw, mechanism: Mechanism) -> Tensor:
+        if mechanism.kind == "loop" or _length(draws) == 1:
+            outputs = [self._one(draw) for draw in _unbind(draws)]
+            return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
+        return self._vectorised(draws, mechanism, None)
+
+    def _vectorised(self, draws: Draw, mechanism: Mechanism, seen: LargestBatched | None) -> Tensor:
+        rules = Batching(mechanism.kind, seen)
+
+        def one(draw: Draw) -> Tensor:
+            with rules:
+                return self._one(draw)
+
+        return vmap(one)(draws)
+
+    def _one(self, draw: Draw) -> Tensor:
+        fn = self.fn
+        if draw.effects:
+            located = zip(draw.effects, self.row_axes, strict=True)
+            fn = with_dropout(fn, [masks.at_rows(self.first_row, axes) for masks, axes in located])
+        outputs = fn(merge(self.params, draw.leaves), self.x)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"`predict(fn, ...)` should be given a model that returns one tensor, got "
+                f"{type(outputs).__name__}. Pick one: `lambda params, x: fn(params, x)[...]`, or with "
+                "`make_functional(module, call=...)`."
+            )
+        return outputs
+
+
+@functools.cache
+def _raise_mapping_threshold() -> None:
+    # glibc maps blocks above a threshold anew each time, so every large intermediate would be
+    # page-faulted in again. The threshold follows the largest block freed so far, up to 32 MB: one
+    # such block, once a process, lets later buffers up to that size be reused.
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8).fill_(0)
+
+
+def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
+    for begin in range(start, stop, size):
+        yield slice(begin, min(begin + size, stop))
+
+
+def _length(draws: Draw) -> int:
+    return next(t for t in optree.tree_leaves(draws) if isinstance(t, Tensor)).shape[0]
+
+
+def _unbind(draws: Draw) -> list[Draw]:
+    leaves, structure = optree.tree_flatten(draws)
+    return [structure.unflatten(values) for values in zip(*(t.unbind(0) for t in leaves), strict=True)]
+
+
+def _device_of(*trees: Any) -> torch.device:
+    # Keys of masks live on the CPU whatever the device, so parameters and inputs are asked first.
+    floating = (t for t in optree.tree_leaves(trees) if isinstance(t, Tensor) and t.is_floating_point())
+    first = next(floating, None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _has_images(x: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.ndim >= 4 for t in optree.tree_leaves(x))
+
+
+def _cell(draw: Draw, x: Any, num_draws: int) -> tuple[Any, ...]:
+    """What the best mechanism depends on, besides the model."""
+    shapes = tuple(
+        (t.shape, t.dtype) if isinstance(t, Tensor) else None for t in optree.tree_leaves((draw, x))
+    )
+    structure = optree.tree_structure(draw)
+    return num_draws, structure, shapes, torch.get_num_threads(), torch.is_grad_enabled()

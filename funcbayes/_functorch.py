@@ -1,0 +1,39 @@
+"""The private names of functorch that the package needs, all of them, in one place."""
+
+from torch import Tensor
+from torch._C import _functorch
+from torch._C._functorch import TransformType
+
+
+def storage_version(tensor: Tensor) -> int:
+    """How often the storage of ``tensor`` was written in place, seen through any transform."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor._version
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether the numbers of ``tensor`` can be looked at: it is not inside a transform."""
+    return not _functorch.is_functorch_wrapped_tensor(tensor) and tensor.device.type != "meta"
+
+
+def vmap_level() -> int | None:
+    """Level of the innermost transform if that is a ``vmap``, else ``None``."""
+    if _functorch.maybe_current_level() is None:
+        return None
+    interpreter = _functorch.peek_interpreter_stack()
+    if interpreter is None or interpreter.key() != TransformType.Vmap:
+        return None
+    return interpreter.level()
+
+
+def unwrap(tensor: Tensor, level: int) -> tuple[Tensor, int | None]:
+    """The tensor that ``vmap`` at ``level`` works on and its mapped axis, ``None`` if it has none."""
+    if _functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) == level:
+        return _functorch.get_unwrapped(tensor), _functorch.maybe_get_bdim(tensor)
+    return tensor, None
+
+
+def wrap(tensor: Tensor, axis: int, level: int) -> Tensor:
+    """Undo :func:`unwrap`."""
+    return _functorch._add_batch_dim(tensor, axis, level)

@@ -1,0 +1,257 @@
+"""Batching rules for operations that ``vmap`` maps slowly.
+
+``vmap`` turns a linear map with a draw axis into a product, a sum and copies, convolutions into
+grouped ones in their slowest layout, and attention into a loop. The rules here do the same arithmetic
+with the draws folded where the kernels want them: a linear map is one ``baddbmm``; a convolution has
+the draws beside the channels, ``(N, S * C, H, W)``, where pooling and BatchNorm leave them; attention
+has them in its batch. An operation without a rule, or called in a way that a rule does not know, is
+left to ``vmap``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._functorch import unwrap, vmap_level, wrap
+from ._call import Handler, Interception
+
+Args = tuple[Any, ...]
+Rule = Callable[[int, bool, Args, dict[str, Any]], Any]  # (level, channels_last, args, kwargs) -> result
+
+
+class LargestBatched:
+    """The bytes of the largest result with a mapped axis so far, counted for one entry of that axis."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def see(self, result: Any, level: int) -> None:
+        """Take note of a result."""
+        if isinstance(result, Tensor):
+            physical, axis = unwrap(result, level)
+            if axis is not None:
+                self.nbytes = max(self.nbytes, physical.nbytes // physical.shape[axis])
+
+
+class Batching(Interception):
+    """Replaces slow operations inside ``vmap``; to be entered inside the mapped function.
+
+    Args:
+        kind: ``"vmap"`` for the rule of attention only, ``"rows_first"`` or ``"channels_last"``
+            for all, with images in that layout.
+        seen: Observes results, if given.
+    """
+
+    def __init__(self, kind: str, seen: LargestBatched | None = None) -> None:
+        rules = _RULES if kind != "vmap" else {F.scaled_dot_product_attention: _RULES[F.scaled_dot_product_attention]}
+        super().__init__({func: _handler(rule, kind == "channels_last") for func, rule in rules.items()})
+        self.seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        """Apply a rule if there is one."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        if self.seen is not None and (level := vmap_level()) is not None:
+            self.seen.see(result, level)
+        return result
+
+
+def _handler(rule: Rule, channels_last: bool) -> Handler:
+    def handler(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
+        level = vmap_level()
+        if level is not None:
+            result = rule(level, channels_last, args, kwargs)
+            if result is not None:
+                return result
+        return func(*args, **kwargs)
+
+    return handler
+
+
+def _front(tensor: Tensor, level: int) -> Tensor | None:
+    """``(S, ...)``, the physical tensor with its mapped axis first; ``None`` if it has none."""
+    physical, axis = unwrap(tensor, level)
+    return None if axis is None else physical.movedim(axis, 0)
+
+
+def _named(args: Args, kwargs: dict[str, Any], *names: str) -> list[Any]:
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return [given.get(name) for name in names]
+
+
+def _one_dtype(*tensors: Tensor | None) -> bool:
+    return len({t.dtype for t in tensors if t is not None}) == 1
+
+
+def _linear(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+    value, weight, bias = _named(args, kwargs, "input", "weight", "bias")
+    weights = _front(weight, level)
+    if weights is None or value.ndim == 0 or not _one_dtype(value, weight, bias):
+        return None
+    draws, width = weights.shape[0], weights.shape[-1]
+    values = _front(value, level)
+    rows = values.reshape(draws, -1, width) if values is not None else value.reshape(1, -1, width).expand(draws, -1, -1)
+    if bias is None:
+        out = torch.bmm(rows, weights.transpose(1, 2))
+    else:
+        biases = _front(bias, level)
+        if biases is None:
+            biases = bias.expand(draws, -1)
+        out = torch.baddbmm(biases.unsqueeze(1), rows, weights.transpose(1, 2))
+    return wrap(out.view(draws, *value.shape[:-1], weights.shape[1]), 0, level)
+
+
+def _beside_channels(value: Tensor, level: int, channels_last: bool) -> tuple[Tensor, int] | None:
+    """``(N, S * C, ...)`` and ``S``, from a value ``(N, C, ...)`` that has a mapped axis."""
+    physical, axis = unwrap(value, level)
+    if axis is None or value.ndim < 3:
+        return None
+    flat = physical.movedim(axis, 1).flatten(1, 2)
+    if channels_last and value.ndim == 4:
+        flat = flat.contiguous(memory_format=torch.channels_last)
+    return flat, physical.shape[axis]
+
+
+def _apart(flat: Tensor, draws: int, level: int) -> Tensor:
+    """Undo :func:`_beside_channels`."""
+    return wrap(flat.unflatten(1, (draws, -1)), 1, level)
+
+
+def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
+    def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        value, weight, bias, stride, padding, dilation, groups = _named(args, kwargs, *names)
+        weights = _front(weight, level)
+        if weights is None or value.ndim != ndim + 2 or not _one_dtype(value, weight, bias):
+            return None
+        groups = 1 if groups is None else groups
+        draws = weights.shape[0]
+        split = _beside_channels(value, level, channels_last)
+        if split is None and groups > 1:
+            return None
+        if split is None:  # one wide convolution of the input that all draws share
+            flat, all_groups = value, 1
+            if channels_last and ndim == 2:
+                flat = flat.contiguous(memory_format=torch.channels_last)
+        else:
+            flat, all_groups = split[0], draws * groups
+        kernels = weights.flatten(0, 1)
+        if channels_last and ndim == 2:
+            kernels = kernels.contiguous(memory_format=torch.channels_last)
+        if bias is not None:
+            biases = _front(bias, level)
+            bias = (biases if biases is not None else bias.expand(draws, -1)).reshape(-1)
+        settings = (1 if stride is None else stride, 0 if padding is None else padding)
+        out = convolve(flat, kernels, bias, *settings, 1 if dilation is None else dilation, all_groups)
+        return _apart(out, draws, level)
+
+    return rule
+
+
+def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
+    """Pooling treats channels alike, so it does not mind the draws among them."""
+
+    def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+        if not args or not isinstance(args[0], Tensor) or args[0].ndim != ndim + 2:
+            return None
+        split = _beside_channels(args[0], level, channels_last)
+        if split is None:
+            return None
+        flat, draws = split
+        out = pool(flat, *args[1:], **kwargs)
+        return _apart(out, draws, level) if isinstance(out, Tensor) else None
+
+    return rule
+
+
+def _batch_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    value, mean, variance, weight, bias, training, _, eps = _named(args, kwargs, *names)
+    if training or mean is None or not _one_dtype(value, mean, variance, weight, bias):
+        return None
+    split = _beside_channels(value, level, channels_last)
+    if split is None:
+        return None
+    flat, draws = split
+
+    def per_channel(parameter: Tensor | None) -> Tensor | None:
+        if parameter is None:
+            return None
+        own = _front(parameter, level)
+        return (parameter.expand(draws, -1) if own is None else own).reshape(-1)
+
+    settings = [per_channel(p) for p in (mean, variance, weight, bias)]
+    out = F.batch_norm(flat, *settings, False, 0.0, 1e-5 if eps is None else eps)  # type: ignore[arg-type]
+    return _apart(out, draws, level)
+
+
+def _layer_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+    value, shape, weight, bias, eps = _named(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
+    values = _front(value, level)
+    if values is None or weight is None or bias is None or not _one_dtype(value, weight, bias):
+        return None
+    weights, biases = _front(weight, level), _front(bias, level)
+    if weights is None or biases is None:
+        return None
+    normal = F.layer_norm(values, shape, None, None, 1e-5 if eps is None else eps)
+    between = (1,) * (value.ndim - weight.ndim)
+    affine = (p.reshape(p.shape[0], *between, *p.shape[1:]) for p in (biases, weights))
+    shift, scale = affine
+    return wrap(torch.addcmul(shift, normal, scale), 0, level)
+
+
+def _embedding(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    tokens, weight, padding, max_norm, _, by_frequency, sparse = _named(args, kwargs, *names)
+    weights = _front(weight, level)
+    if weights is None or unwrap(tokens, level)[1] is not None:
+        return None
+    if max_norm is not None or by_frequency or sparse or padding is not None:
+        return None
+    rows = weights.index_select(1, tokens.reshape(-1))
+    return wrap(rows.view(weights.shape[0], *tokens.shape, weights.shape[2]), 0, level)
+
+
+def _attention(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    query, key, value, mask, rate, is_causal, scale, gqa = _named(args, kwargs, *names)
+    if rate or gqa or query.ndim != 4 or key.ndim != 4:
+        return None
+    fronts = [_front(t, level) for t in (query, key, value)]
+    draws = next((t.shape[0] for t in fronts if t is not None), None)
+    if draws is None or (mask is not None and unwrap(mask, level)[1] is not None):
+        return None
+    rows = query.shape[0]
+    if mask is not None and mask.ndim == 4 and mask.shape[0] == rows and rows > 1:
+        mask = mask.repeat(draws, 1, 1, 1)
+    folded = [
+        (t.expand(draws, *t.shape) if f is None else f).flatten(0, 1)
+        for t, f in zip((query, key, value), fronts, strict=True)
+    ]
+    out = F.scaled_dot_product_attention(*folded, attn_mask=mask, is_causal=bool(is_causal), scale=scale)
+    return wrap(out.unflatten(0, (draws, rows)), 0, level)
+
+
+_RULES: dict[Any, Rule] = {
+    F.linear: _linear,
+    F.conv1d: _convolution(1, F.conv1d),
+    F.conv2d: _convolution(2, F.conv2d),
+    F.conv3d: _convolution(3, F.conv3d),
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.embedding: _embedding,
+    F.scaled_dot_product_attention: _attention,
+}
+for _pool, _ndim in (
+    (F.max_pool1d, 1),
+    (F.avg_pool1d, 1),
+    (F.adaptive_avg_pool1d, 1),
+    (F.adaptive_max_pool1d, 1),
+    (F.max_pool2d, 2),
+    (F.avg_pool2d, 2),
+    (F.adaptive_avg_pool2d, 2),
+    (F.adaptive_max_pool2d, 2),
+):
+    _RULES[_pool] = _pooling(_pool, _ndim)

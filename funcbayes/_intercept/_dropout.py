@@ -1,0 +1,308 @@
+"""Dropout with masks that are functions of a key, in a model that need not be in training mode."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import optree
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._random import fold, uniform
+from .._tree import Params, Where, matcher, num_rows, pytree_dataclass, static
+from ._call import Call, Handler, Interception, calling
+
+# The negative saturation of SELU, Klambauer et al. (2017), section 2: -scale * alpha.
+_SELU_FLOOR = -1.7580993408473766
+
+# For each place of dropout in order of the calls: the axis that holds the rows and how many
+# entries of it belong to one row; None where no axis does.
+RowAxes = tuple[tuple[int, int] | None, ...]
+
+
+@pytree_dataclass
+class DropoutMasks:
+    """An effect on how a model is called: its dropout is active, with masks drawn from ``key``.
+
+    Attributes:
+        key: int64 scalar; with a leading axis, one key a draw.
+        rate: Probability of dropping, or ``None`` to keep the model's own rates.
+        where: Which modules, see :func:`funcbayes._tree.matcher`; ``None`` for all.
+        shared_mask: Whether all rows get one mask, so that a draw is one function.
+        row_axes: Where the rows are at each place of dropout; found by :meth:`find_rows`.
+    """
+
+    key: Tensor
+    rate: float | None = static(default=None)
+    where: Where | None = static(default=None)
+    shared_mask: bool = static(default=False)
+    row_axes: RowAxes | None = static(default=None)
+
+    def find_rows(self, fn: Callable[[Params, Any], Any], params: Params, x: Any) -> RowAxes | None:
+        """Where the rows are at each place of dropout; ``None`` if masks are not shared.
+
+        The axis of the rows is the one that grows when the model is given three rows instead of
+        two. This needs no assumption on the model: sequences first, heads folded into the rows.
+        """
+        if not self.shared_mask:
+            return None
+        shapes = [_dropout_shapes(fn, params, _repeat_row(x, n)) for n in (2, 3)]
+        return tuple(_row_axis(two, three) for two, three in zip(*shapes, strict=True))
+
+    def at_rows(self, first_row: int, row_axes: RowAxes | None) -> "DropoutMasks":
+        """Masks for the block of rows from ``first_row`` on: those of another block differ."""
+        if row_axes is not None:
+            return replace(self, row_axes=row_axes)
+        return replace(self, key=fold(fold(self.key, "rows"), first_row)) if first_row else self
+
+
+def with_dropout(
+    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks], *, required: bool = True
+) -> Callable[[Params, Any], Any]:
+    """``fn`` with its dropout active; where several masks apply the first is used.
+
+    Args:
+        fn: Pure model.
+        masks: Effects, unbatched (or batched by a surrounding ``vmap``).
+        required: Whether to refuse a model in which nothing is dropped.
+
+    Returns:
+        A function of ``(params, x)``. It raises ``ValueError`` if the model drops nothing, and
+        ``TypeError`` if ``where`` is given for a model that has no modules.
+    """
+
+    def dropped(params: Params, x: Any) -> Any:
+        with calling(Call("stochastic")) as call:
+            outputs, mode = run_with_masks(fn, params, x, masks, call)
+        if required and not mode.num_dropped:
+            raise ValueError(_nothing_dropped(fn, masks[0], mode))
+        return outputs
+
+    return dropped
+
+
+def run_with_masks(
+    fn: Callable[[Params, Any], Any], params: Params, x: Any, masks: Sequence[DropoutMasks], call: Call
+) -> tuple[Any, "_DropoutMode"]:
+    """Evaluate ``fn`` in the ambient ``call`` with dropout from ``masks``; also what was seen."""
+    mode = _DropoutMode(masks, call)
+    with mode:
+        return fn(params, x), mode
+
+
+def _nothing_dropped(fn: Any, masks: DropoutMasks, mode: "_DropoutMode") -> str:
+    call = f"Dropout(rate={masks.rate}, where={masks.where!r})"
+    name = getattr(fn, "name", None) or getattr(fn, "__name__", repr(fn))
+    if not mode.seen:
+        return (
+            f"`{call}` should find dropout in the model, but `{name}` has none. "
+            "Add `nn.Dropout` layers to it, or use another posterior."
+        )
+    rates = ", ".join(f"{path or 'a function call'} (rate {rate:g})" for path, rate in mode.seen)
+    return (
+        f"`{call}` drops nothing in `{name}`: its dropout is {rates}. "
+        "Give a positive `rate`, or a `where` that matches one of these."
+    )
+
+
+class _DropoutMode(Interception):
+    """Counts the places of dropout in the order of the calls and applies masks to those chosen."""
+
+    def __init__(self, masks: Sequence[DropoutMasks], call: Call) -> None:
+        super().__init__(_HANDLERS)
+        self.masks = masks
+        self.chosen = [matcher(m.where) for m in masks]
+        self.call = call
+        self.seen: list[tuple[str, float]] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.num_dropped = 0
+
+    def keep(self, value: Tensor, rate: float, shape: Sequence[int]) -> tuple[Tensor, float] | None:
+        """Mask of ``shape`` that broadcasts to ``value``, 1 where it is kept, and the rate used.
+
+        ``None`` if this place is not chosen or its rate is 0.
+        """
+        site = len(self.seen)
+        path = self.call.path[-1] if self.call.path else ""
+        self.seen.append((path, float(rate)))
+        self.shapes.append(tuple(shape))
+        for masks, chosen in zip(self.masks, self.chosen, strict=True):
+            if masks.where is not None and self.call.path is None:
+                raise TypeError(
+                    f"`Dropout(where={masks.where!r})` should be used with a model made by "
+                    "`make_functional`; a plain function has no module paths. Leave `where` out."
+                )
+            if not chosen(path, None):
+                continue
+            used = float(rate if masks.rate is None else masks.rate)
+            if used == 0.0:
+                return None
+            self.num_dropped += 1
+            return self._draw(masks, site, value, used, tuple(shape)), used
+        return None
+
+    def _draw(
+        self, masks: DropoutMasks, site: int, value: Tensor, rate: float, shape: tuple[int, ...]
+    ) -> Tensor:
+        key = fold(fold(masks.key, "dropout"), site)
+        axis = masks.row_axes[site] if masks.row_axes is not None else None
+        if axis is None:
+            return (uniform(key, shape, device=value.device) >= rate).to(value.dtype)
+        # One row's mask, repeated: entry n * per_row + j of the axis belongs to row n.
+        dim, per_row = axis
+        one_row = (*shape[:dim], per_row, *shape[dim + 1 :])
+        mask = (uniform(key, one_row, device=value.device) >= rate).to(value.dtype)
+        rows = shape[dim] // per_row
+        expanded = (*shape[:dim], rows, per_row, *shape[dim + 1 :])
+        return mask.unsqueeze(dim).expand(expanded).reshape(shape)
+
+
+def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:
+    value = args[0] if args else kwargs["input"]
+    return value, args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+
+
+def _scaled(value: Tensor, kept: tuple[Tensor, float] | None) -> Tensor:
+    if kept is None:
+        return value
+    mask, rate = kept
+    return value * (mask / (1 - rate) if rate < 1 else mask)
+
+
+def _elementwise(mode, func, args, kwargs):  # noqa: ANN001, ANN202
+    value, rate = _read(args, kwargs)
+    return _scaled(value, mode.keep(value, rate, value.shape))
+
+
+def _by_channel(unbatched_ndim: int | None) -> Handler:
+    """Whole channels are dropped: axis 1, or axis 0 of an input without rows."""
+
+    def handler(mode, func, args, kwargs):  # noqa: ANN001, ANN202
+        value, rate = _read(args, kwargs)
+        return _scaled(value, mode.keep(value, rate, _channel_shape(value, unbatched_ndim)))
+
+    return handler
+
+
+def _channel_shape(value: Tensor, unbatched_ndim: int | None) -> tuple[int, ...]:
+    leading = 1 if value.ndim == unbatched_ndim else 2
+    return (*value.shape[:leading], *(1 for _ in value.shape[leading:]))
+
+
+def _alpha(by_channel: bool) -> Handler:
+    """Dropped units take SELU's floor, then mean 0 and variance 1 are restored.
+
+    Klambauer et al. (2017), section 3: with floor ``c`` and keeping probability ``q``,
+    ``a = (q + c^2 q (1 - q))^(-1/2)`` and ``b = -a (1 - q) c``.
+    """
+
+    def handler(mode, func, args, kwargs):  # noqa: ANN001, ANN202
+        value, rate = _read(args, kwargs)
+        shape = _channel_shape(value, None) if by_channel else value.shape
+        kept = mode.keep(value, rate, shape)
+        if kept is None:
+            return value
+        mask, rate = kept
+        q = 1 - rate
+        if q <= 0:
+            return value * 0
+        a = (q + _SELU_FLOOR**2 * q * (1 - q)) ** -0.5
+        return a * (value * mask + _SELU_FLOOR * (1 - mask)) - a * (1 - q) * _SELU_FLOOR
+
+    return handler
+
+
+def _attention(mode, func, args, kwargs):  # noqa: ANN001, ANN202
+    """Scaled dot-product attention with dropout of its weights, as torch documents it."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    rate = given.get("dropout_p", 0.0)
+    if not rate:
+        return func(*args, **kwargs)
+    query, key, value = given["query"], given["key"], given["value"]
+    if given.get("enable_gqa", False):
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
+    scale = given.get("scale")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    mask = given.get("attn_mask")
+    if given.get("is_causal", False):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(mask.logical_not(), -math.inf)
+        else:
+            scores = scores + mask
+    weights = torch.softmax(scores, -1)
+    return _scaled(weights, mode.keep(weights, rate, weights.shape)) @ value
+
+
+def _recurrent(mode, func, args, kwargs):  # noqa: ANN001, ANN202
+    """A stack of recurrent layers, one kernel call a layer, because dropout acts between them."""
+    packed = not isinstance(args[3], bool)
+    head, (hidden, weights, has_biases, depth, rate, train, bidirectional, *batch_first) = (
+        (list(args[:2]), args[2:]) if packed else ([args[0]], args[1:])
+    )
+    if not rate or depth == 1:
+        return func(*args, **kwargs)
+    is_lstm = isinstance(hidden, list | tuple)
+    states = hidden if is_lstm else (hidden,)
+    directions = 2 if bidirectional else 1
+    per_layer = len(weights) // depth
+    final: list[tuple[Tensor, ...]] = []
+    for layer in range(depth):
+        own = [s[layer * directions : (layer + 1) * directions] for s in states]
+        own_weights = list(weights[layer * per_layer : (layer + 1) * per_layer])
+        settings = (own_weights, has_biases, 1, 0.0, train, bidirectional, *batch_first)
+        output, *last = func(*head, own if is_lstm else own[0], *settings)
+        final.append(tuple(last))
+        if layer < depth - 1:
+            output = _scaled(output, mode.keep(output, rate, output.shape))
+        head[0] = output
+    return head[0], *(torch.cat(parts) for parts in zip(*final, strict=True))
+
+
+_HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys((F.dropout, torch.dropout, torch.dropout_), _elementwise),
+    **dict.fromkeys((F.alpha_dropout, torch.alpha_dropout, torch.alpha_dropout_), _alpha(False)),
+    **dict.fromkeys(
+        (F.feature_alpha_dropout, torch.feature_alpha_dropout, torch.feature_alpha_dropout_), _alpha(True)
+    ),
+    F.dropout1d: _by_channel(2),
+    F.dropout2d: _by_channel(None),
+    F.dropout3d: _by_channel(4),
+    **dict.fromkeys((torch.feature_dropout, torch.feature_dropout_), _by_channel(None)),
+    F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+}
+
+
+def _repeat_row(x: Any, times: int) -> Any:
+    if num_rows(x) is None:
+        raise ValueError(
+            "`Dropout(shared_mask=True)` should be given `x` whose tensors share their first axis, "
+            "one entry a row."
+        )
+    return optree.tree_map(
+        lambda t: t[:1].expand(times, *t.shape[1:]) if isinstance(t, Tensor) and t.ndim else t, x
+    )
+
+
+def _dropout_shapes(fn: Callable[[Params, Any], Any], params: Params, x: Any) -> list[tuple[int, ...]]:
+    with torch.no_grad(), calling(Call("stochastic")) as call:
+        _, mode = run_with_masks(fn, params, x, (), call)
+    return mode.shapes
+
+
+def _row_axis(two: tuple[int, ...], three: tuple[int, ...]) -> tuple[int, int] | None:
+    grown = [i for i, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
+    if not grown:
+        return None
+    if len(grown) == 1 and two[grown[0]] * 3 == three[grown[0]] * 2:
+        return grown[0], two[grown[0]] // 2
+    raise ValueError(
+        "`Dropout(shared_mask=True)` should find one axis of the rows wherever the model drops; "
+        f"with two rows the shape there is {two}, with three rows {three}."
+    )

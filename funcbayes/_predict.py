@@ -1,0 +1,370 @@
+"""``predict``: a model, a posterior and inputs in, a prediction out."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from ._engine import evaluate
+from ._functional import Model
+from ._prediction import Prediction, Streamed, Summary, concatenate
+from ._random import Seed, resolve_seed
+from ._tree import Fixed, Params, map_leaves, named_leaves, num_rows
+from .likelihoods import Likelihood
+from .posteriors import Draw, Posterior
+from .posteriors._interface import check_num_samples
+
+DEFAULT_NUM_SAMPLES = 32
+
+
+def predict(
+    fn: Model,
+    params: Params,
+    posterior: Posterior,
+    x: Any,
+    *,
+    likelihood: Likelihood | None = None,
+    num_samples: int | None = None,
+    seed: Seed | None = None,
+    chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    keep_samples: bool = True,
+    targets: Tensor | None = None,
+) -> Prediction:
+    """Evaluate a model at draws of a posterior, all in one vectorised pass.
+
+    Parameters that the posterior does not cover are taken from ``params`` and get no draw axis, so the
+    part of the model before the first covered layer is evaluated once, not once a draw.
+
+    Args:
+        fn: Pure model ``fn(params, x) -> outputs (N, ...)``, from ``make_functional`` or any function.
+        params: Parameters of the model; ``None`` if the posterior covers them all.
+        posterior: Any posterior.
+        x: Inputs, a tensor or any pytree of tensors, ``N`` rows.
+        likelihood: What outputs say of ``y``. Without it the statistics are those of the outputs.
+        num_samples: Number of draws ``S``, exactly. ``None`` means 32, and for an ``Ensemble`` each
+            member once, with its weight, and for a ``Point`` its one value.
+        seed: Draws are a function of it. ``None`` takes one number from torch's global state.
+        chunk_size: Draws evaluated at a time. ``None`` lets the engine choose by memory and measured
+            time, which changes results by rounding only.
+        dtype: Evaluate in this floating-point dtype: parameters, draws and inputs are converted to it.
+        keep_samples: Keep the outputs of every draw. Otherwise moments, class log-probabilities and
+            entropies are accumulated, in memory that does not grow with ``S``.
+        targets: Targets ``y``, for ``prediction.log_prob()``; needed beforehand only where samples are
+            not kept.
+
+    Returns:
+        The prediction. It is differentiable in ``params``, ``posterior`` and ``x`` where gradients are
+        enabled and one of these requires them.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind, or the model does not return one tensor.
+        ValueError: If a number is out of range, or leaves of the posterior do not fit ``params``.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> fn, params = fb.make_functional(torch.nn.Linear(3, 2))
+        >>> ensemble = fb.Ensemble({k: torch.stack([v, 2 * v]) for k, v in params.items()})
+        >>> prediction = fb.predict(fn, params, ensemble, torch.ones(5, 3))
+        >>> prediction.samples.shape, prediction.mean.shape
+        (torch.Size([2, 5, 2]), torch.Size([5, 2]))
+    """
+    return _predict(
+        fn,
+        params,
+        posterior,
+        x,
+        likelihood=likelihood,
+        num_samples=num_samples,
+        seed=seed,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        keep_samples=keep_samples,
+        targets=targets,
+    )
+
+
+def predictor(
+    fn: Model, params: Params, posterior: Posterior, likelihood: Likelihood | None = None, **options: Any
+) -> Callable[[Any], Prediction]:
+    """Fix everything but the inputs: ``predictor(...)(x)`` is ``predict(..., x)``.
+
+    Args:
+        fn: Pure model.
+        params: Its parameters.
+        posterior: Any posterior.
+        likelihood: What outputs say of ``y``.
+        **options: Further keyword arguments of :func:`predict`. Without a ``seed`` one is drawn now, so
+            that every call uses the same draws.
+
+    Returns:
+        A function of ``x``.
+
+    Raises:
+        TypeError: If an option is not one of :func:`predict`'s.
+    """
+    known = {"num_samples", "seed", "chunk_size", "dtype", "keep_samples", "targets"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"`predictor(...)` has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    _check_arguments(fn, posterior, likelihood, options.get("num_samples"), options.get("chunk_size"))
+    options = {**options, "seed": resolve_seed(options.get("seed"))}
+    return lambda x: predict(fn, params, posterior, x, likelihood=likelihood, **options)
+
+
+def predict_batches(
+    fn: Model,
+    params: Params,
+    posterior: Posterior,
+    batches: Iterable[Any],
+    *,
+    likelihood: Likelihood | None = None,
+    num_samples: int | None = None,
+    seed: Seed | None = None,
+    chunk_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    keep_samples: bool = True,
+    labelled: bool = True,
+    progress: bool = False,
+) -> Prediction:
+    """Predict over a ``DataLoader``, with the same draws for all batches.
+
+    Args:
+        fn: Pure model.
+        params: Its parameters.
+        posterior: Any posterior.
+        batches: Iterable of ``(x, y)``, or of ``x`` if not ``labelled``. The dropout masks of a batch
+            depend on the number of its first row, so batches do not repeat each other's.
+        likelihood: What outputs say of ``y``; if it is given, labels become the prediction's targets.
+        num_samples: As for :func:`predict`.
+        seed: As for :func:`predict`.
+        chunk_size: As for :func:`predict`.
+        dtype: As for :func:`predict`.
+        keep_samples: As for :func:`predict`.
+        labelled: Whether batches are pairs ``(x, y)``.
+        progress: Show a progress bar.
+
+    Returns:
+        One prediction for all rows, in the order of the batches.
+
+    Raises:
+        ValueError: If there are no batches, or a batch is not a pair.
+    """
+    _check_arguments(fn, posterior, likelihood, num_samples, chunk_size)
+    seed, first_row, predictions = resolve_seed(seed), 0, []
+    for batch in _with_progress(batches, progress):
+        if labelled and not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise ValueError(
+                "`predict_batches(batches=...)` should yield pairs (x, y), got "
+                f"{type(batch).__name__}. For batches without labels: `labelled=False`."
+            )
+        x, y = batch if labelled else (batch, None)
+        prediction = _predict(
+            fn,
+            params,
+            posterior,
+            x,
+            likelihood=likelihood,
+            num_samples=num_samples,
+            seed=seed,
+            chunk_size=chunk_size,
+            dtype=dtype,
+            keep_samples=keep_samples,
+            targets=None if likelihood is None else y,
+            first_row=first_row,
+        )
+        predictions.append(prediction)
+        first_row += num_rows(x) or 0
+    if not predictions:
+        raise ValueError("`predict_batches(batches=...)` should yield at least one batch, got none.")
+    return concatenate(predictions)
+
+
+def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from tqdm.auto import tqdm  # here, because a bar costs as much to import as everything else
+
+    return tqdm(batches, desc="predict", unit="batch")
+
+
+def _predict(
+    fn: Model,
+    params: Params,
+    posterior: Posterior,
+    x: Any,
+    *,
+    likelihood: Likelihood | None,
+    num_samples: int | None,
+    seed: Seed | None,
+    chunk_size: int | None,
+    dtype: torch.dtype | None,
+    keep_samples: bool,
+    targets: Tensor | None,
+    first_row: int = 0,
+) -> Prediction:
+    _check_arguments(fn, posterior, likelihood, num_samples, chunk_size)
+    if targets is not None and likelihood is None:
+        raise ValueError("`predict(targets=...)` needs a likelihood: `predict(..., likelihood=...)`.")
+    if dtype is not None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"`predict(dtype=...)` should be a floating-point dtype, got {dtype}.")
+        params, x = _cast(params, dtype), _cast(x, dtype)
+    weights, groups = _plan(posterior, num_samples, seed)
+    collect = _Collector(weights, likelihood, targets, keep_samples)
+    with nullcontext() if _wants_grad((params, posterior, x)) else torch.no_grad():
+        for positions, make_draws in groups:
+            checked = _fitting(make_draws, params, dtype)
+            for part, outputs in evaluate(
+                fn, params, x, checked, len(positions), chunk_size, first_row=first_row
+            ):
+                collect.add(positions[part], outputs)
+        return collect.prediction()
+
+
+def _check_arguments(
+    fn: Any, posterior: Any, likelihood: Any, num_samples: Any, chunk_size: int | None
+) -> None:
+    if isinstance(fn, nn.Module):
+        raise TypeError(
+            f"`predict(fn, ...)` should be given a function of (params, x), got an nn.Module ({type(fn).__name__}). "
+            "Wrap it with `fn, params = make_functional(module)`."
+        )
+    if not callable(fn):
+        raise TypeError(f"`predict(fn, ...)` should be given a function of (params, x), got {type(fn).__name__}.")
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"`predict(fn, params, posterior, x)` should be given a posterior, got {type(posterior).__name__}. "
+            "For one value of the parameters use `Point(params)`, for stacked ones `Ensemble(members)`."
+        )
+    if likelihood is not None and not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            "`predict(likelihood=...)` should be one of `funcbayes.likelihoods`, such as "
+            f"`likelihoods.Categorical()`, got {likelihood!r}."
+        )
+    if num_samples is not None:
+        check_num_samples(num_samples, "predict")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"`predict(chunk_size=...)` should be an int of at least 1, got {chunk_size!r}.")
+
+
+Group = tuple[Tensor, Callable[[Tensor], Draw]]
+
+
+def _plan(posterior: Posterior, num_samples: int | None, seed: Seed | None) -> tuple[Tensor, list[Group]]:
+    """Weights of the draws, and for each group of one structure its positions and how to make them."""
+    atoms = posterior.atoms() if num_samples is None else None
+    if atoms is not None:
+        draw, weights = atoms
+        return weights, [(torch.arange(len(weights)), lambda part: _take(draw, part))]
+    count = DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
+    seed, indices = resolve_seed(seed), torch.arange(count)
+
+    def group(positions: Tensor) -> Group:
+        return positions, lambda part: posterior.draws(indices[positions[part]], seed)
+
+    weights = torch.full((count,), 1 / count, dtype=torch.float64)
+    return weights, [group(positions) for positions in posterior.structures(indices, seed)]
+
+
+def _take(draw: Draw, part: Tensor) -> Draw:
+    # Chunks are consecutive, and a slice is a view where indexing would copy the members.
+    return map_leaves(lambda leaf: leaf[int(part[0]) : int(part[-1]) + 1], draw)
+
+
+def _fitting(
+    make_draws: Callable[[Tensor], Draw], params: Params, dtype: torch.dtype | None
+) -> Callable[[Tensor], Draw]:
+    """``make_draws`` in ``dtype``, its first draws checked against ``params``."""
+    is_checked = params is None
+
+    def make(part: Tensor) -> Draw:
+        nonlocal is_checked
+        draw = make_draws(part)
+        if not is_checked:
+            _check_fit(draw.leaves, params)
+            is_checked = True
+        return draw if dtype is None else Draw(_cast(draw.leaves, dtype), draw.effects)
+
+    return make
+
+
+def _check_fit(leaves: Params, params: Params) -> None:
+    base = named_leaves(params)
+    for name, leaf in named_leaves(leaves).items():
+        if isinstance(leaf, Fixed):
+            continue
+        if name not in base:
+            raise ValueError(
+                f"`predict(fn, params, posterior, x)` should have a posterior over leaves of `params`; it covers "
+                f"{name!r}, and `params` has {_some(base)}. If it covers everything, pass `params=None`."
+            )
+        here, there = tuple(leaf.shape[1:]), tuple(base[name].shape)
+        if here != there:
+            raise ValueError(
+                f"`predict(fn, params, posterior, x)` should have draws shaped like `params`; {name!r} has draws "
+                f"of shape {here}, and {there} in `params`."
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return optree.tree_map(cast, tree)
+
+
+def _wants_grad(trees: Any) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(leaf, Tensor) and leaf.requires_grad for leaf in optree.tree_leaves(trees)
+    )
+
+
+class _Collector:
+    """Puts the outputs of chunks where they belong, or feeds them to the streamed statistics."""
+
+    def __init__(
+        self, weights: Tensor, likelihood: Likelihood | None, targets: Tensor | None, keep_samples: bool
+    ) -> None:
+        self.weights, self.likelihood, self.targets = weights, likelihood, targets
+        self.streamed = None if keep_samples else Streamed(Summary(likelihood, targets))
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.samples: Tensor | None = None
+        self.dtype = torch.float32
+        self.is_first = True
+
+    def add(self, positions: Tensor, outputs: Tensor) -> None:
+        if self.is_first:
+            self.is_first, self.dtype = False, outputs.dtype
+            self.weights = self.weights.to(device=outputs.device)
+            if self.likelihood is not None:
+                self.likelihood.check(outputs[0], self.targets, call="predict(..., likelihood=...)")
+        if self.streamed is not None:
+            self.streamed.update(outputs, self.weights[positions])
+        else:
+            self.parts.append((positions, outputs))
+
+    def prediction(self) -> Prediction:
+        samples = None
+        if self.streamed is None:
+            samples = torch.cat([outputs for _, outputs in self.parts]) if len(self.parts) > 1 else self.parts[0][1]
+            positions = torch.cat([positions for positions, _ in self.parts])
+            if not torch.equal(positions, torch.arange(len(positions))):
+                samples = samples[positions.argsort()]
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return Prediction(
+            weights=self.weights.to(wide),
+            likelihood=self.likelihood,
+            targets=self.targets,
+            samples=samples,
+            streamed=None if self.streamed is None else self.streamed.results(),
+            dtype=self.dtype,
+        )

@@ -1,0 +1,406 @@
+"""What a prediction says: statistics of the outputs over draws, kept or streamed."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from .likelihoods import Likelihood
+
+Statistic = Callable[[], "_Accumulator"]
+
+
+class _Accumulator:
+    """A statistic over draws that can be fed in chunks. Tensors ``(s, N, ...)``, weights ``(s,)``."""
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        raise NotImplementedError
+
+    def result(self) -> Tensor:
+        raise NotImplementedError
+
+
+class _Moments(_Accumulator):
+    """Weighted mean, and the unbiased variance ``sum_s w_s (v_s - mean)^2 / (1 - sum_s w_s^2)``."""
+
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
+        self.squares = self.total = self.total_squared = torch.zeros(())
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        total = weights.sum()
+        mean = torch.tensordot(weights / total, values, 1)
+        squares = torch.tensordot(weights, (values - mean) ** 2, 1)
+        if self.mean is None:
+            self.mean, self.squares, self.total = mean, squares, total
+        else:
+            # The parallel form of Welford's update (Chan, Golub & LeVeque 1979), which does not cancel.
+            shift, before = mean - self.mean, self.total
+            self.total = before + total
+            self.mean = self.mean + shift * (total / self.total)
+            self.squares = self.squares + squares + shift**2 * (before * total / self.total)
+        self.total_squared = self.total_squared + (weights**2).sum()
+
+    def result(self) -> Tensor:
+        """Mean and variance, stacked."""
+        assert self.mean is not None
+        spread = 1 - self.total_squared / self.total**2
+        # One atom, or all weight on one: no spread to speak of.
+        several = spread > 1e-12
+        variance = torch.where(several, self.squares / self.total / spread.where(several, 1.0), 0.0)
+        return torch.stack([self.mean, variance])
+
+
+class _Mean(_Accumulator):
+    """Weighted mean."""
+
+    def __init__(self) -> None:
+        self.sum: Tensor | float = 0.0
+        self.total: Tensor | float = 0.0
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        self.sum = self.sum + torch.tensordot(weights, values, 1)
+        self.total = self.total + weights.sum()
+
+    def result(self) -> Tensor:
+        return self.sum / self.total  # type: ignore[return-value]  # tensors once updated
+
+
+class _LogMeanExp(_Accumulator):
+    """``log sum_s w_s exp(v_s)``: averages of probabilities that would underflow themselves."""
+
+    def __init__(self) -> None:
+        self.log_sum: Tensor | None = None
+        self.total: Tensor | float = 0.0
+
+    def update(self, values: Tensor, weights: Tensor) -> None:
+        log_weights = weights.log().reshape(-1, *(1 for _ in values.shape[1:]))
+        log_sum = torch.logsumexp(values + log_weights, 0)
+        self.log_sum = log_sum if self.log_sum is None else torch.logaddexp(self.log_sum, log_sum)
+        self.total = self.total + weights.sum()
+
+    def result(self) -> Tensor:
+        assert self.log_sum is not None and isinstance(self.total, Tensor)
+        return self.log_sum - self.total.log()
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+class Summary:
+    """Statistics that predictions are made of, each fed with the outputs of chunks of draws."""
+
+    def __init__(self, likelihood: Likelihood | None, targets: Tensor | None) -> None:
+        self.likelihood, self.targets = likelihood, targets
+
+    def names(self) -> list[str]:
+        """Statistics that exist for this likelihood."""
+        if self.likelihood is None:
+            return ["moments"]
+        names = ["moments", "aleatoric_variance"]
+        if self.likelihood.is_discrete:
+            names += ["log_class_probs", "expected_entropy"]
+        if self.targets is not None:
+            names.append("log_prob")
+        return names
+
+    def accumulator(self, name: str) -> _Accumulator:
+        """An empty accumulator of the statistic."""
+        if name == "moments":
+            return _Moments()
+        return _LogMeanExp() if name in ("log_class_probs", "log_prob") else _Mean()
+
+    def values(self, name: str, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """What the statistic averages, for each draw: ``(s, N, ...)``."""
+        outputs, likelihood = _wide(outputs), self.likelihood
+        if likelihood is None:
+            return outputs
+        if name == "log_prob":
+            y = self.targets if targets is None else targets
+            return vmap(likelihood.log_prob, in_dims=(0, None))(outputs, y)
+        of_one_draw = {
+            "moments": likelihood.mean,
+            "aleatoric_variance": likelihood.variance,
+            "log_class_probs": likelihood.log_class_probs,
+            "expected_entropy": likelihood.entropy,
+        }[name]
+        return vmap(of_one_draw)(outputs)
+
+
+class Streamed:
+    """Accumulates all statistics of a prediction chunk by chunk, in memory that does not grow."""
+
+    def __init__(self, summary: Summary) -> None:
+        self.summary = summary
+        self.accumulators = {name: summary.accumulator(name) for name in summary.names()}
+        self.dtype: torch.dtype | None = None
+
+    def update(self, outputs: Tensor, weights: Tensor) -> None:
+        """Take in the outputs ``(s, N, ...)`` of some draws."""
+        self.dtype = outputs.dtype
+        for name, accumulator in self.accumulators.items():
+            values = self.summary.values(name, outputs)
+            accumulator.update(values, weights.to(values))
+
+    def results(self) -> dict[str, Tensor]:
+        """All statistics."""
+        return {name: accumulator.result() for name, accumulator in self.accumulators.items()}
+
+
+class Prediction:
+    """Outputs of a model at ``S`` draws of a posterior, and what they say together.
+
+    Made by :func:`funcbayes.predict`. ``N`` is the number of rows. Statistics are computed when they are
+    first asked for, in at least float32, and have the dtype of the outputs.
+
+    Attributes:
+        weights: Probability of each draw, ``(S,)``, summing to 1; equal unless the posterior has atoms.
+        likelihood: The likelihood given to ``predict``, or ``None``.
+        targets: The targets given to ``predict``, or ``None``.
+    """
+
+    weights: Tensor
+    likelihood: Likelihood | None
+    targets: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weights: Tensor,
+        likelihood: Likelihood | None,
+        targets: Tensor | None,
+        samples: Tensor | None,
+        streamed: dict[str, Tensor] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.weights, self.likelihood, self.targets = weights, likelihood, targets
+        self._samples, self._dtype = samples, dtype
+        self._statistics = {} if streamed is None else dict(streamed)
+
+    def __repr__(self) -> str:
+        kept = f"samples={tuple(self._samples.shape)}" if self._samples is not None else "streamed"
+        return f"Prediction({kept}, likelihood={self.likelihood!r})"
+
+    @property
+    def num_samples(self) -> int:
+        """Number of draws ``S``."""
+        return self.weights.shape[0]
+
+    @property
+    def samples(self) -> Tensor:
+        """Raw outputs of the model at every draw, ``(S, N, ...)``."""
+        return self._kept("samples")
+
+    @property
+    def mean(self) -> Tensor:
+        """Predictive mean, ``(N, ...)``: of ``y`` with a likelihood (class probabilities for
+        ``Categorical``), otherwise of the outputs.
+        """
+        return self._get("moments")[0].to(self._dtype)
+
+    @property
+    def variance(self) -> Tensor:
+        """Predictive variance, ``(N, ...)``.
+
+        With a likelihood ``epistemic_variance + aleatoric_variance``, by the law of total variance;
+        otherwise that of the outputs over draws.
+        """
+        epistemic = self._get("moments")[1]
+        if self.likelihood is None:
+            return epistemic.to(self._dtype)
+        return (epistemic + self._get("aleatoric_variance")).to(self._dtype)
+
+    @property
+    def std(self) -> Tensor:
+        """Square root of :attr:`variance`."""
+        return self.variance.sqrt()
+
+    @property
+    def epistemic_variance(self) -> Tensor:
+        """Variance over draws of each draw's predictive mean, ``(N, ...)``.
+
+        ``sum_s w_s (m_s - m)^2 / (1 - sum_s w_s^2)``, unbiased for equal weights; 0 for a single atom.
+        """
+        return self._get("moments")[1].to(self._dtype)
+
+    @property
+    def aleatoric_variance(self) -> Tensor:
+        """Mean over draws of the variance of ``y`` given the outputs, ``(N, ...)``."""
+        self._needs_likelihood("aleatoric_variance")
+        return self._get("aleatoric_variance").to(self._dtype)
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the predictive distribution in nats, one number a row (and position)."""
+        likelihood = self._needs_classes("entropy")
+        return likelihood.entropy_of_log_probs(self._get("log_class_probs")).to(self._dtype)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """Mean over draws of the entropy of ``y`` given the outputs, in nats."""
+        self._needs_likelihood("expected_entropy")
+        return self._get("expected_entropy").to(self._dtype)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """Information that the parameters have on ``y``: ``entropy - expected_entropy``, in nats."""
+        likelihood = self._needs_classes("mutual_information")
+        entropy = likelihood.entropy_of_log_probs(self._get("log_class_probs"))
+        return (entropy - self._get("expected_entropy")).clamp_min(0).to(self._dtype)
+
+    def log_prob(self, y: Tensor | None = None) -> Tensor:
+        """Log density of ``y`` under the mixture over draws, one number a row: ``(N,)``.
+
+        ``log sum_s w_s p(y | f_s)``, summed over the outputs of a row inside each draw.
+
+        Args:
+            y: Targets; ``None`` for those given to ``predict``.
+
+        Raises:
+            ValueError: If there are no targets, or no likelihood.
+            RuntimeError: If samples were not kept and ``y`` is not what ``predict`` was given.
+        """
+        likelihood = self._needs_likelihood("log_prob")
+        if y is None or y is self.targets:
+            if self.targets is None:
+                raise ValueError("`log_prob()` should be given `y`; `predict` was called without `targets`.")
+            return self._get("log_prob").to(self._dtype)
+        samples = self._kept("log_prob(y)", ", or give `predict` the `targets`")
+        likelihood.check(samples[0], y, call="log_prob(y)")
+        accumulator = _LogMeanExp()
+        values = Summary(likelihood, y).values("log_prob", samples)
+        accumulator.update(values, self.weights.to(values))
+        return accumulator.result().to(self._dtype)
+
+    def quantile(self, q: float) -> Tensor:
+        """Quantile of the predictive distribution, ``(N, ...)``.
+
+        With a likelihood, of the mixture over draws of ``p(y | f)``, found by bisection; otherwise of the
+        outputs over draws.
+
+        Args:
+            q: Probability inside ``(0, 1)``.
+
+        Raises:
+            ValueError: If ``q`` is not inside ``(0, 1)``.
+            NotImplementedError: If ``y`` is a class, which has no order.
+            RuntimeError: If samples were not kept.
+        """
+        if not 0 < q < 1:
+            raise ValueError(f"`quantile(q)` should be given a number inside (0, 1), got {q}.")
+        samples = _wide(self._kept("quantile"))
+        weights = self.weights.to(samples)
+        if self.likelihood is None:
+            return _weighted_quantile(samples, weights, q).to(self._dtype)
+        return _mixture_quantile(self.likelihood, samples, weights, q).to(self._dtype)
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Central predictive interval: lower and upper ends, each ``(N, ...)``.
+
+        Args:
+            level: Probability inside, in ``(0, 1)``.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"`interval(level)` should be given a number inside (0, 1), got {level}.")
+        return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
+
+    def distribution(self) -> torch.distributions.MixtureSameFamily:
+        """The mixture over draws of ``p(y | f)``: batch shape ``(N,)``, the rest is the event."""
+        likelihood = self._needs_likelihood("distribution")
+        by_row = _wide(self._kept("distribution")).movedim(0, 1)  # (N, S, ...)
+        components = likelihood.distribution(by_row, batch_ndim=2)
+        weights = self.weights.to(by_row).expand(by_row.shape[:2])
+        mixing = torch.distributions.Categorical(probs=weights, validate_args=False)
+        return torch.distributions.MixtureSameFamily(mixing, components, validate_args=False)
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self._statistics:
+            summary = Summary(self.likelihood, self.targets)
+            accumulator = summary.accumulator(name)
+            values = summary.values(name, self._kept(name))
+            accumulator.update(values, self.weights.to(values))
+            self._statistics[name] = accumulator.result()
+        return self._statistics[name]
+
+    def _kept(self, name: str, otherwise: str = "") -> Tensor:
+        if self._samples is None:
+            raise RuntimeError(
+                f"`{name}` needs the samples, which `predict(..., keep_samples=False)` did not keep. "
+                f"Call it with `keep_samples=True`{otherwise}."
+            )
+        return self._samples
+
+    def _needs_likelihood(self, name: str) -> Likelihood:
+        if self.likelihood is None:
+            raise ValueError(
+                f"`{name}` is about `y`, so it needs a likelihood: "
+                "`predict(fn, params, posterior, x, likelihood=...)`."
+            )
+        return self.likelihood
+
+    def _needs_classes(self, name: str) -> Likelihood:
+        likelihood = self._needs_likelihood(name)
+        if not likelihood.is_discrete:
+            raise NotImplementedError(
+                f"`{name}` has no closed form for a mixture of {type(likelihood).__name__} distributions. "
+                "`variance`, `interval` and `log_prob` have one; `expected_entropy` is that of the draws."
+            )
+        return likelihood
+
+
+def concatenate(predictions: Sequence[Prediction]) -> Prediction:
+    """Join predictions at the same draws for consecutive blocks of rows."""
+    first = predictions[0]
+    samples = streamed = targets = None
+    if first._samples is not None:
+        samples = torch.cat([p.samples for p in predictions], dim=1)
+    else:
+        names = first._statistics
+        streamed = {
+            n: torch.cat([p._statistics[n] for p in predictions], dim=1 if n == "moments" else 0) for n in names
+        }
+    if first.targets is not None:
+        targets = torch.cat([p.targets for p in predictions])  # type: ignore[misc]  # all or none have them
+    return Prediction(
+        weights=first.weights,
+        likelihood=first.likelihood,
+        targets=targets,
+        samples=samples,
+        streamed=streamed,
+        dtype=first._dtype,
+    )
+
+
+def _weighted_quantile(samples: Tensor, weights: Tensor, q: float) -> Tensor:
+    """Quantile over the first axis, linear between order statistics as ``torch.quantile`` for equal weights."""
+    values, order = samples.sort(0)
+    mass = weights[order]
+    # Order statistic k stands at the mass before it plus half its own, rescaled to [0, 1]; for equal
+    # weights that is k / (S - 1).
+    place = mass.cumsum(0) - mass / 2
+    first, last = place[:1], place[-1:]
+    target = first + q * (last - first)
+    upper = (place < target).sum(0, keepdim=True).clamp(0, len(weights) - 1)
+    lower = (upper - 1).clamp_min(0)
+    below, above = place.gather(0, lower), place.gather(0, upper)
+    fraction = torch.where(above > below, (target - below) / (above - below).clamp_min(1e-30), 0.0)
+    return torch.lerp(values.gather(0, lower), values.gather(0, upper), fraction)[0]
+
+
+def _mixture_quantile(likelihood: Likelihood, samples: Tensor, weights: Tensor, q: float) -> Tensor:
+    """Solve ``sum_s w_s F_s(y) = q`` by bisection, between bounds that hold for any distribution."""
+    means, variances = vmap(likelihood.mean)(samples), vmap(likelihood.variance)(samples)
+    # Cantelli: a quantile is within sqrt(odds) standard deviations of the mean, and that of a
+    # mixture lies between the least and the greatest of its components'.
+    reach = math.sqrt(max(q / (1 - q), (1 - q) / q)) * variances.sqrt()
+    lower, upper = (means - reach).amin(0) - 1e-6, (means + reach).amax(0) + 1e-6
+    cdf = vmap(likelihood.cdf, in_dims=(0, None))
+    for _ in range(64 if samples.dtype == torch.float64 else 36):
+        middle = (lower + upper) / 2
+        is_above = torch.tensordot(weights, cdf(samples, middle), 1) >= q
+        lower, upper = torch.where(is_above, lower, middle), torch.where(is_above, middle, upper)
+    return likelihood.round_to_support(upper) if hasattr(likelihood, "round_to_support") else upper

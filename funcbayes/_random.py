@@ -1,0 +1,196 @@
+"""Keyed noise: every number drawn is a function of a key, never of the order of asking.
+
+A key is a 64-bit hash of what the noise is for: the seed, the draw's index, the leaf's path.
+:func:`normal` and :func:`uniform` fill each key's entries from a generator of its own, also under
+``torch.func.vmap``, so a draw does not depend on how many are asked for together, in which
+order, or in which thread.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import overload
+
+import torch
+from torch import Tensor
+
+Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
+
+_MASK = (1 << 64) - 1
+# The finalizer of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit integers.
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+# From this many numbers on, filling rows in several threads pays for starting them.
+_THREADED_NUMEL = 1 << 21
+
+# torch's global state may be read and put back only by one thread at a time.
+_global_state = threading.RLock()
+
+
+@overload
+def fold(key: int, data: int | str) -> int: ...
+@overload
+def fold(key: Tensor, data: int | str | Tensor) -> Tensor: ...
+@overload
+def fold(key: int, data: Tensor) -> Tensor: ...
+def fold(key: Seed, data: int | str | Tensor) -> Seed:
+    """Hash ``data`` into ``key``.
+
+    Args:
+        key: A seed or a key, int or int64 tensor of any shape.
+        data: An int, a string, or an int64 tensor that broadcasts with ``key``.
+
+    Returns:
+        A key in the range of int64: an int if both arguments are plain, otherwise a tensor.
+    """
+    value = _hash_string(data) if isinstance(data, str) else data
+    if isinstance(key, Tensor) or isinstance(value, Tensor):
+        mixed = _mix_tensor(key.long()) if isinstance(key, Tensor) else _signed(_mix(key))
+        step = value.long() * _signed(_GOLDEN) if isinstance(value, Tensor) else _signed(value * _GOLDEN)
+        return _mix_tensor(mixed + step)  # type: ignore[arg-type]  # one of the two is a tensor
+    return _signed(_mix(_mix(key) + value * _GOLDEN))
+
+
+def _mix(state: int) -> int:
+    state = (state + _GOLDEN) & _MASK
+    state = ((state ^ (state >> 30)) * _MIX_1) & _MASK
+    state = ((state ^ (state >> 27)) * _MIX_2) & _MASK
+    return state ^ (state >> 31)
+
+
+def _mix_tensor(state: Tensor) -> Tensor:
+    # int64 arithmetic wraps as the unsigned one does; only the shifts need the sign bits removed.
+    state = state + _signed(_GOLDEN)
+    state = (state ^ _shift_right(state, 30)) * _signed(_MIX_1)
+    state = (state ^ _shift_right(state, 27)) * _signed(_MIX_2)
+    return state ^ _shift_right(state, 31)
+
+
+def _shift_right(state: Tensor, bits: int) -> Tensor:
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _hash_string(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def keys_by_name(key: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """``{name: fold(key, name)}``, hashed in one go because there can be hundreds of leaves."""
+    names = list(names)
+    if not names:
+        return {}
+    hashes = torch.tensor([_hash_string(name) for name in names], device=key.device)
+    keys = fold(key, hashes.reshape(-1, *(1 for _ in key.shape)))
+    return dict(zip(names, keys.unbind(0), strict=True))
+
+
+def resolve_seed(seed: Seed | None) -> Seed:
+    """``seed`` itself, or one number drawn from torch's global state, so ``torch.manual_seed`` governs it."""
+    if seed is None:
+        return int(torch.randint(0, 2**63 - 1, ()))
+    return seed
+
+
+def normal(
+    key: Tensor, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw standard normals, a function of ``key`` alone.
+
+    Args:
+        key: int64 tensor of shape ``k``; each entry has a generator of its own.
+        shape: Shape ``s`` of the noise of one key.
+        dtype: Of the result. Half precision is drawn in float32 and rounded.
+        device: Of the result. Draws agree on one type of device and one dtype.
+
+    Returns:
+        Noise of shape ``(*k, *s)``. Under ``vmap`` a batched key gives batched noise.
+    """
+    return _noise_op()(key, list(shape), dtype, torch.device(device), True)
+
+
+def uniform(
+    key: Tensor, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw uniforms on ``[0, 1)``, a function of ``key`` alone; arguments as in :func:`normal`."""
+    return _noise_op()(key, list(shape), dtype, torch.device(device), False)
+
+
+@functools.cache
+def _noise_op() -> torch.library.CustomOpDef:
+    # An operator, because only an operator can have a rule for vmap without the cost that an
+    # autograd.Function has inside every transform. Made at first use: importing does no work.
+    @torch.library.custom_op("funcbayes::noise", mutates_args=())
+    def noise(
+        key: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaussian: bool
+    ) -> Tensor:
+        return _fill(key, tuple(shape), dtype, device, gaussian)
+
+    @noise.register_fake
+    def _(
+        key: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaussian: bool
+    ) -> Tensor:
+        return torch.empty((*key.shape, *shape), dtype=dtype, device=device)
+
+    @noise.register_vmap
+    def _(info, in_dims, key, shape, dtype, device, gaussian):  # noqa: ANN001, ANN202
+        # Any shape of keys is served, so the mapped axis is one more axis of keys.
+        return noise(key.movedim(in_dims[0], 0), shape, dtype, device, gaussian), 0
+
+    return noise
+
+
+def _fill(
+    key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, gaussian: bool
+) -> Tensor:
+    wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    out = torch.empty((*key.shape, *shape), dtype=wide, device=device)
+    if out.numel():
+        rows = out.view(key.numel(), math.prod(shape)).unbind(0)
+        keys = key.reshape(-1).tolist()
+
+        def fill(part: slice) -> None:
+            # The generators of the CPU keep 32 bits of a seed. Two of n keys then share a stream
+            # with probability n^2 / 2^33, and these belong to unrelated draws and leaves.
+            generator = torch.Generator(device)
+            for row, k in zip(rows[part], keys[part], strict=True):
+                generator.manual_seed(k & _MASK >> 1)
+                if gaussian:
+                    row.normal_(generator=generator)
+                else:
+                    row.uniform_(generator=generator)
+
+        workers = min(torch.get_num_threads(), os.cpu_count() or 1, len(rows))
+        if device.type == "cpu" and out.numel() >= _THREADED_NUMEL and workers > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(fill, [slice(i, None, workers) for i in range(workers)]))
+        else:
+            fill(slice(None))
+    return out.to(dtype)
+
+
+def permutation(key: int, n: int) -> Tensor:
+    """Draw a permutation of ``range(n)``, int64 ``(n,)``, a function of ``key`` alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key & _MASK >> 1))
+
+
+@contextmanager
+def forked(key: int) -> Iterator[None]:
+    """Run code that draws from torch's global state as if it had been seeded with ``key``.
+
+    The state is put back afterwards, on the CPU and on devices in use; other threads that fork
+    wait meanwhile. For what takes no generator: initialising modules, samplers of a data loader.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with _global_state, torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(key & _MASK >> 1)
+        yield

@@ -1,0 +1,123 @@
+"""Finitely many values, weighted."""
+
+import torch
+from torch import Tensor
+
+from .._functorch import is_concrete
+from .._random import Seed, fold
+from .._tree import (
+    Fixed,
+    Params,
+    index,
+    map_leaves,
+    named_leaves,
+    parameters_of,
+    pytree_dataclass,
+    select,
+)
+from ._allocation import allocate
+from ._interface import Draw, Posterior
+
+
+@pytree_dataclass
+class Ensemble(Posterior):
+    """A discrete posterior over members: a deep ensemble, kept samples of a chain, fixed draws.
+
+    Attributes:
+        members: Parameters with a leading axis over the ``K`` members, leaves ``(K, *s)``; may cover a
+            part of the model's.
+        weights: Probabilities of the members ``(K,)``; given ones are divided by their sum. ``None``
+            for equal ones.
+
+    Raises:
+        ValueError: If the leaves disagree on ``K``, or the weights are not ``K`` numbers, negative, not
+            finite, or all zero.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> ensemble = fb.Ensemble({"w": torch.tensor([1.0, 2.0, 6.0])}, torch.tensor([1.0, 1.0, 2.0]))
+        >>> ensemble.mean["w"]
+        tensor(3.7500)
+    """
+
+    members: Params
+    weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {name: t.shape[0] if t.ndim else None for name, t in _tensors(self.members).items()}
+        if not sizes:
+            raise ValueError("`Ensemble(members)` should have at least one leaf, got an empty tree.")
+        first = next(iter(sizes.values()))
+        for name, size in sizes.items():
+            if size is None or size != first or size == 0:
+                raise ValueError(
+                    "`Ensemble(members)` should have leaves with one leading axis over the members, at "
+                    f"least one; {name!r} has {size} where another has {first}. "
+                    "Stack the parameters of the members: `torch.stack` for every leaf."
+                )
+        if self.weights is not None:
+            object.__setattr__(self, "weights", _normalized(self.weights, first))
+
+    @property
+    def num_members(self) -> int:
+        """``K``."""
+        return next(iter(_tensors(self.members).values())).shape[0]
+
+    def member(self, i: int) -> Params:
+        """Parameters of member ``i``."""
+        return index(self.members, i)
+
+    def draws(self, indices: Tensor, seed: Seed) -> Draw:
+        """Members chosen in proportion to their weights, leaves ``(S, *s)``."""
+        names = ",".join(named_leaves(self.members))
+        site = fold(fold(seed, "member"), names)
+        chosen = allocate(indices, self.weights, self.num_members, site)
+        return Draw(map_leaves(lambda leaf: leaf[chosen.to(leaf.device)], self.members))
+
+    def atoms(self) -> tuple[Draw, Tensor]:
+        """Each member once, with its weight."""
+        return Draw(self.members), self._probabilities()
+
+    @property
+    def mean(self) -> Params:
+        """Weighted mean of the members; ``Fixed`` leaves are averaged too, integers left out."""
+        return map_leaves(self._average, self._floating())
+
+    @property
+    def variance(self) -> Params:
+        """Variance of each parameter over the members, leaves ``s``: ``sum_k w_k (theta_k - mean)^2``."""
+        covered = parameters_of(self.members)
+        members = select(self.members, lambda name, leaf: name in covered)
+        return map_leaves(lambda leaf: self._average((leaf - self._average(leaf)) ** 2), members)
+
+    def _floating(self) -> Params:
+        tensors = _tensors(self.members)
+        return select(self.members, lambda name, leaf: tensors[name].is_floating_point())
+
+    def _average(self, leaf: Tensor) -> Tensor:
+        weights = self._probabilities().to(leaf)
+        return torch.tensordot(weights, leaf, dims=1)
+
+    def _probabilities(self) -> Tensor:
+        if self.weights is not None:
+            return self.weights
+        return torch.full((self.num_members,), 1 / self.num_members, dtype=torch.float64)
+
+
+def _tensors(members: Params) -> dict[str, Tensor]:
+    return {k: v.tensor if isinstance(v, Fixed) else v for k, v in named_leaves(members).items()}
+
+
+def _normalized(weights: Tensor, num_members: int) -> Tensor:
+    weights = torch.as_tensor(weights)
+    if weights.shape != (num_members,):
+        raise ValueError(
+            f"`Ensemble(members, weights)` should have one weight for each of {num_members} members, got "
+            f"shape {tuple(weights.shape)}."
+        )
+    if is_concrete(weights) and not bool((weights >= 0).all() & weights.isfinite().all() & (weights.sum() > 0)):
+        raise ValueError(
+            "`Ensemble(members, weights)` should have weights that are finite, not negative, and not all "
+            f"zero, got {weights.tolist()}."
+        )
+    return weights / weights.sum()
