@@ -1,10 +1,22 @@
-"""Bayesian deep learning for PyTorch as pure functions."""
+"""Bayesian deep learning for PyTorch as pure functions.
 
-from . import covariances as covariances, likelihoods as likelihoods
+A model is ``fn(params, x)``, a posterior is a pytree that can be sampled, and ``predict`` evaluates all
+draws in one vectorised pass.
+"""
+
+from . import (
+    covariances as covariances,
+    ensemble as ensemble,
+    likelihoods as likelihoods,
+    metrics as metrics,
+    plots as plots,
+    training as training,
+)
 from ._functional import FunctionalModule as FunctionalModule, make_functional as make_functional
 from ._predict import predict as predict, predict_batches as predict_batches, predictor as predictor
 from ._prediction import Prediction as Prediction
 from ._tree import MISSING as MISSING, Fixed as Fixed
+from .io import load as load, save as save
 from .posteriors import (
     Draw as Draw,
     Dropout as Dropout,
@@ -14,3 +26,5 @@ from .posteriors import (
     Posterior as Posterior,
     to as to,
 )
+
+__version__ = "0.1.0"

@@ -42,7 +42,7 @@ class Batch:
     @property
     def rows(self) -> int:
         """Number of rows of one stream."""
-        return self.leaves[-1].shape[self.dims[-1] is not None]
+        return self.leaves[-1].shape[0 if self.dims[-1] is None else 1]
 
     def member(self, k: int) -> Pair:
         """``(x, y)`` of stream ``k``."""
@@ -144,7 +144,8 @@ class _Tensors:
             raise ValueError(f"`{call}(batch_size=...)` should be at least 1, got {batch_size}.")
         self.n = _common_rows(x, y, call)
         self.batch_size = self.n if batch_size is None else min(batch_size, self.n)
-        self.leaves, self.spec = optree.tree_flatten((x, y))
+        pair: Any = (x, y)
+        self.leaves, self.spec = optree.tree_flatten(pair)
 
     def num_data(self, seed: int) -> int:
         del seed
@@ -203,6 +204,9 @@ class _Loader:
     def __init__(self, data: Any, call: str) -> None:
         self.data = data
         self.call = call
+        # Starting workers draws a number that going on with them does not. So that an epoch does not
+        # depend on whether it is the first, workers that persist are started by an extra one.
+        self.is_unstarted = bool(getattr(data, "persistent_workers", False))
 
     def num_data(self, seed: int) -> int:
         """Length of the sampler where batches are made of its rows, otherwise a pass is counted."""
@@ -234,6 +238,10 @@ class _Loader:
 
     def _stream(self, seed: int, epoch: int) -> Iterator[Pair]:
         state = _RandomState(_generators_of(self.data), fold(fold(seed, "loader"), epoch))
+        if self.is_unstarted:
+            with _RandomState(_generators_of(self.data), fold(seed, "start")).installed():
+                iter(self.data)
+            self.is_unstarted = False
         with state.installed():
             batches = iter(self.data)
         while True:
@@ -305,7 +313,7 @@ def _as_pair(batch: Any, call: str) -> Pair:
     return x, y
 
 
-def _flat(pair: Pair, device: torch.device | None) -> Batch:
+def _flat(pair: Any, device: torch.device | None) -> Batch:
     leaves, spec = optree.tree_flatten(pair)
     return Batch([_ready(leaf, device) for leaf in leaves], spec, [None] * len(leaves))
 

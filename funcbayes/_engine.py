@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch.func import vmap
 
 from ._functional import Model
 from ._intercept import Batching, LargestBatched, with_dropout
-from ._tree import Params, index, merge, num_rows
+from ._tree import Params, index, merge, num_rows, tensors, unbind
 from .posteriors import Draw
 
 # Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
@@ -55,20 +55,24 @@ class _Tuner:
 
     candidates: list[Mechanism] = field(default_factory=list)
     seconds: dict[Mechanism, list[float]] = field(default_factory=dict)
+    settled: Mechanism | None = None
 
-    def choose(self) -> Mechanism:
-        """The next mechanism to use: one that wants timing, or the fastest."""
-        wanted = next((c for c in self.candidates if self._wants_timing(c)), None)
-        return wanted or min(self.candidates, key=lambda c: min(self.seconds.get(c, (float("inf"),))))
+    def next_to_time(self) -> Mechanism | None:
+        """A mechanism whose timing is wanted; ``None`` once all has been learned."""
+        if self.settled is None:
+            for candidate in self.candidates if len(self.candidates) > 1 else ():
+                if self._wants_timing(candidate):
+                    return candidate
+            self.settled = self.fastest()
+        return None
+
+    def fastest(self) -> Mechanism:
+        """The best of what was timed."""
+        return self.settled or min(self.candidates, key=lambda c: min(self.seconds.get(c, (float("inf"),))))
 
     def record(self, mechanism: Mechanism, seconds_per_draw: float) -> None:
         """Add a timing."""
         self.seconds.setdefault(mechanism, []).append(seconds_per_draw)
-
-    @property
-    def is_learning(self) -> bool:
-        """Whether timings are still wanted."""
-        return len(self.candidates) > 1 and any(map(self._wants_timing, self.candidates))
 
     def _wants_timing(self, candidate: Mechanism) -> bool:
         taken = self.seconds.get(candidate, ())
@@ -90,6 +94,7 @@ def evaluate(
     num_draws: int,
     chunk_size: int | None,
     *,
+    key: Hashable,
     first_row: int = 0,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Evaluate draws of one structure.
@@ -101,20 +106,19 @@ def evaluate(
         make_draws: Gives the draws at some of the positions ``0 .. num_draws - 1``.
         num_draws: Number of draws ``S``.
         chunk_size: Draws at a time; ``None`` to choose.
+        key: What the structure of the draws depends on; equal keys share what was learned.
         first_row: Number of the first row of ``x`` in a larger data set.
 
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
     """
-    run = _Run(fn, params, x, make_draws, num_draws, first_row)
+    run = _Run(fn, params, x, make_draws, num_draws, key, first_row)
     if chunk_size is not None:
         yield from run.fixed(chunk_size)
     elif num_draws == 1:
         yield from run.fixed(1)
-    elif run.device.type != "cpu":
-        yield from run.on_accelerator()
     else:
-        yield from run.tuned()
+        yield from run.chosen()
 
 
 class _Run:
@@ -127,45 +131,34 @@ class _Run:
         x: Any,
         make_draws: Callable[[Tensor], Draw],
         num_draws: int,
+        key: Hashable,
         first_row: int,
     ) -> None:
         self.fn, self.params, self.x = fn, params, x
         self.make_draws, self.num_draws, self.first_row = make_draws, num_draws, first_row
-        first = self.draws(slice(0, 1))
-        whole = merge(params, index(first.leaves, 0))
-        self.row_axes = [masks.find_rows(fn, whole, x) for masks in first.effects]
-        self.device = _device_of(params, first, x)
-        self.draw_bytes = sum(t.nbytes for t in optree.tree_leaves(first) if isinstance(t, Tensor))
-        self.cell = _cell(first, x, num_draws)
+        self.cell = (key, num_draws, signature(x), torch.get_num_threads(), torch.is_grad_enabled())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
+        self.row_axes: list[Any] | None = None
 
     def draws(self, part: slice) -> Draw:
         return self.make_draws(torch.arange(self.num_draws)[part])
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of a given size, whose results do not depend on what was learned before."""
-        if self.num_draws > 1 and chunk_size > 1 and not self._vmap_can_take_it():
+        chunk_size = min(chunk_size, self.num_draws)
+        if chunk_size > 1 and not self._vmap_can_take_it():
             chunk_size = 1
         mechanism = Mechanism(self.default if chunk_size > 1 else "loop", chunk_size)
         for part in _parts(0, self.num_draws, chunk_size):
             yield part, self._outputs(self.draws(part), mechanism)
 
-    def on_accelerator(self) -> Iterator[tuple[slice, Tensor]]:
-        """The largest chunks that the budget allows: kernels there are queued, so timing tells nothing."""
-        largest = self._largest_intermediate()
-        if largest is None:
-            yield from self.fixed(1)
-            return
-        yield from self.fixed(self._top(largest, "other"))
-
-    def tuned(self) -> Iterator[tuple[slice, Tensor]]:
+    def chosen(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks by the best mechanism known; while that is being learned, by those to be timed."""
         tuner = self._tuner()
         if not tuner.candidates:
             tuner.candidates = self._candidates()
         start = 0
-        while start < self.num_draws and tuner.is_learning:
-            mechanism = tuner.choose()
+        while start < self.num_draws and (mechanism := tuner.next_to_time()):
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
             draws = self.draws(part)
             began = time.perf_counter()
@@ -175,7 +168,7 @@ class _Run:
                 tuner.record(mechanism, (time.perf_counter() - began) / size)
             yield part, outputs
             start = part.stop
-        mechanism = tuner.choose()
+        mechanism = tuner.fastest()
         for part in _parts(start, self.num_draws, mechanism.chunk):
             yield part, self._outputs(self.draws(part), mechanism)
 
@@ -187,33 +180,33 @@ class _Run:
             return _Tuner()
 
     def _candidates(self) -> list[Mechanism]:
+        draw = self.draws(slice(0, 1))
+        device = "cpu" if _device_of(self.params, draw, self.x).type == "cpu" else "other"
+        held = _DRAWS_BUDGET[device] // max(1, sum(t.nbytes for t in tensors(draw)))
         largest = self._largest_intermediate()
-        held = _DRAWS_BUDGET["cpu"] // max(1, self.draw_bytes)
         loop = Mechanism("loop", max(1, min(self.num_draws, held, 8)))
         if largest is None:
             return [loop]
+        top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
+        if device != "cpu":  # kernels are queued there, so the time of a call tells nothing
+            return [Mechanism(self.default, top)]
         _raise_mapping_threshold()
-        top = self._top(largest, "cpu")
         chunks = sorted({top, max(2, top // 2), max(2, top // 4)}, reverse=True)
         other: Kind = "rows_first" if self.default == "channels_last" else "channels_last"
         return [
-            Mechanism(self.default, chunks[0]),
+            Mechanism(self.default, top),
             loop,
             *(Mechanism(self.default, chunk) for chunk in chunks[1:]),
-            Mechanism("vmap", chunks[0]),
-            *([Mechanism(other, chunks[0])] if _has_images(self.x) else []),
+            Mechanism("vmap", top),
+            *([Mechanism(other, top)] if _has_images(self.x) else []),
         ]
-
-    def _top(self, largest: int, device: str) -> int:
-        fits = min(_BUDGET[device] // max(1, largest), _DRAWS_BUDGET[device] // max(1, self.draw_bytes))
-        return max(2, min(self.num_draws, fits))
 
     def _largest_intermediate(self) -> int | None:
         """Bytes of the largest intermediate that has a draw axis, for one draw; ``None`` without vmap."""
         seen = LargestBatched()
         try:
             with torch.no_grad():
-                self._vectorised(self.draws(slice(0, 1)), Mechanism("vmap", 1), seen)
+                self._outputs(self.draws(slice(0, 1)), Mechanism("vmap", 1), seen)
         except Exception as error:  # whatever the model raises: see `_explain`
             self._explain(error)
             return None
@@ -223,7 +216,7 @@ class _Run:
         tuner = self._tuner()
         if not tuner.candidates:
             tuner.candidates = self._candidates()
-        return len(tuner.candidates) > 1
+        return tuner.candidates[0].kind != "loop"
 
     def _explain(self, error: Exception) -> None:
         """Raise what the model raises without ``vmap`` too; otherwise warn that a loop is used."""
@@ -237,13 +230,13 @@ class _Run:
             stacklevel=2,
         )
 
-    def _outputs(self, draws: Draw, mechanism: Mechanism) -> Tensor:
-        if mechanism.kind == "loop" or _length(draws) == 1:
-            outputs = [self._one(draw) for draw in _unbind(draws)]
+    def _outputs(self, draws: Draw, mechanism: Mechanism, seen: LargestBatched | None = None) -> Tensor:
+        if self.row_axes is None:
+            whole = merge(self.params, index(draws.leaves, 0)) if draws.effects else None
+            self.row_axes = [masks.find_rows(self.fn, whole, self.x) for masks in draws.effects]
+        if mechanism.kind == "loop":
+            outputs = [self._one(draw) for draw in unbind(draws)]
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
-        return self._vectorised(draws, mechanism, None)
-
-    def _vectorised(self, draws: Draw, mechanism: Mechanism, seen: LargestBatched | None) -> Tensor:
         rules = Batching(mechanism.kind, seen)
 
         def one(draw: Draw) -> Tensor:
@@ -255,7 +248,7 @@ class _Run:
     def _one(self, draw: Draw) -> Tensor:
         fn = self.fn
         if draw.effects:
-            located = zip(draw.effects, self.row_axes, strict=True)
+            located = zip(draw.effects, self.row_axes or (), strict=True)
             fn = with_dropout(fn, [masks.at_rows(self.first_row, axes) for masks, axes in located])
         outputs = fn(merge(self.params, draw.leaves), self.x)
         if not isinstance(outputs, Tensor):
@@ -280,30 +273,17 @@ def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, stop))
 
 
-def _length(draws: Draw) -> int:
-    return next(t for t in optree.tree_leaves(draws) if isinstance(t, Tensor)).shape[0]
-
-
-def _unbind(draws: Draw) -> list[Draw]:
-    leaves, structure = optree.tree_flatten(draws)
-    return [structure.unflatten(values) for values in zip(*(t.unbind(0) for t in leaves), strict=True)]
-
-
 def _device_of(*trees: Any) -> torch.device:
     # Keys of masks live on the CPU whatever the device, so parameters and inputs are asked first.
-    floating = (t for t in optree.tree_leaves(trees) if isinstance(t, Tensor) and t.is_floating_point())
+    floating = (t for t in tensors(trees) if t.is_floating_point())
     first = next(floating, None)
     return torch.device("cpu") if first is None else first.device
 
 
 def _has_images(x: Any) -> bool:
-    return any(isinstance(t, Tensor) and t.ndim >= 4 for t in optree.tree_leaves(x))
+    return any(t.ndim >= 4 for t in tensors(x))
 
 
-def _cell(draw: Draw, x: Any, num_draws: int) -> tuple[Any, ...]:
-    """What the best mechanism depends on, besides the model."""
-    shapes = tuple(
-        (t.shape, t.dtype) if isinstance(t, Tensor) else None for t in optree.tree_leaves((draw, x))
-    )
-    structure = optree.tree_structure(draw)
-    return num_draws, structure, shapes, torch.get_num_threads(), torch.is_grad_enabled()
+def signature(tree: Any) -> tuple[Hashable, ...]:
+    """Structure, shapes, dtypes and devices of a tree."""
+    return optree.tree_structure(tree), tuple((t.shape, t.dtype, t.device) for t in tensors(tree))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._functorch import storage_version
 from ._intercept import Call, DropoutMasks, calling, current_call
 from ._intercept._dropout import run_with_masks
-from ._functorch import storage_version
 from ._random import Seed, fold
 from ._tree import Fixed, Params, merge
 
@@ -174,7 +174,7 @@ def training_call(
 
 
 def _placed(tree: Any, owner: Any, changed: dict[str, Fixed]) -> Any:
-    """``changed`` at the place in ``tree`` where ``owner`` is: the user's ``fn`` may have passed on a part."""
+    """``changed`` at the place in ``tree`` where ``owner`` is: a user's ``fn`` may pass on a part of it."""
     if tree is owner or not changed:
         return changed
     if isinstance(tree, Mapping):
@@ -195,13 +195,8 @@ class _Skeleton:
         names = {id(v): k for k, v in (*self.module.named_parameters(), *self.module.named_buffers())}
         # Where each value goes: (dict of a submodule, key in it, name of the value). A tied
         # parameter has one name and several places.
-        self.slots = [
-            (store, key, names[id(value)])
-            for part in self.module.modules()
-            for store in (part._parameters, part._buffers)
-            for key, value in store.items()
-            if value is not None
-        ]
+        stores: list[dict[str, Any]] = [s for m in self.module.modules() for s in (m._parameters, m._buffers)]
+        self.slots = [(s, key, names[id(v)]) for s in stores for key, v in s.items() if v is not None]
         self.placeholders = [(store, key, store[key]) for store, key, _ in self.slots]
         self.recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
         self.writable = _names_of_writable_buffers(self.module, kind)
@@ -238,7 +233,9 @@ class _Skeleton:
             return outputs, {
                 name: value
                 for name, value in after.items()
-                if name in self.statistics or value is not used[name] or storage_version(value) > versions[name]
+                if name in self.statistics
+                or value is not used[name]
+                or storage_version(value) > versions[name]
             }
         finally:
             self._fill(self.placeholders)

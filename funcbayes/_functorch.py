@@ -1,7 +1,10 @@
 """The private names of functorch that the package needs, all of them, in one place."""
 
+from contextlib import AbstractContextManager
+
+import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # type: ignore[attr-defined]  # made in C++, without stubs
 from torch._C._functorch import TransformType
 
 
@@ -15,6 +18,11 @@ def storage_version(tensor: Tensor) -> int:
 def is_concrete(tensor: Tensor) -> bool:
     """Whether the numbers of ``tensor`` can be looked at: it is not inside a transform."""
     return not _functorch.is_functorch_wrapped_tensor(tensor) and tensor.device.type != "meta"
+
+
+def unintercepted() -> AbstractContextManager[None]:
+    """Run functions without handing them to the function modes that are on: ours cost time, too."""
+    return torch._C.DisableTorchFunction()
 
 
 def vmap_level() -> int | None:

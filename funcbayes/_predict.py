@@ -8,11 +8,11 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from ._engine import evaluate
+from ._engine import evaluate, signature
 from ._functional import Model
 from ._prediction import Prediction, Streamed, Summary, concatenate
 from ._random import Seed, resolve_seed
-from ._tree import Fixed, Params, map_leaves, named_leaves, num_rows
+from ._tree import Fixed, Params, map_leaves, named_leaves, num_rows, tensors
 from .likelihoods import Likelihood
 from .posteriors import Draw, Posterior
 from .posteriors._interface import check_num_samples
@@ -216,10 +216,11 @@ def _predict(
     weights, groups = _plan(posterior, num_samples, seed)
     collect = _Collector(weights, likelihood, targets, keep_samples)
     with nullcontext() if _wants_grad((params, posterior, x)) else torch.no_grad():
-        for positions, make_draws in groups:
+        for number, (positions, make_draws) in enumerate(groups):
             checked = _fitting(make_draws, params, dtype)
+            key = (number, *signature(posterior), dtype)
             for part, outputs in evaluate(
-                fn, params, x, checked, len(positions), chunk_size, first_row=first_row
+                fn, params, x, checked, len(positions), chunk_size, key=key, first_row=first_row
             ):
                 collect.add(positions[part], outputs)
         return collect.prediction()
@@ -230,15 +231,18 @@ def _check_arguments(
 ) -> None:
     if isinstance(fn, nn.Module):
         raise TypeError(
-            f"`predict(fn, ...)` should be given a function of (params, x), got an nn.Module ({type(fn).__name__}). "
-            "Wrap it with `fn, params = make_functional(module)`."
+            "`predict(fn, ...)` should be given a function of (params, x), got an nn.Module, "
+            f"{type(fn).__name__}. Wrap it with `fn, params = make_functional(module)`."
         )
     if not callable(fn):
-        raise TypeError(f"`predict(fn, ...)` should be given a function of (params, x), got {type(fn).__name__}.")
+        raise TypeError(
+            f"`predict(fn, ...)` should be given a function of (params, x), got {type(fn).__name__}."
+        )
     if not isinstance(posterior, Posterior):
         raise TypeError(
-            f"`predict(fn, params, posterior, x)` should be given a posterior, got {type(posterior).__name__}. "
-            "For one value of the parameters use `Point(params)`, for stacked ones `Ensemble(members)`."
+            "`predict(fn, params, posterior, x)` should be given a posterior, got "
+            f"{type(posterior).__name__}. For one value of the parameters use `Point(params)`, for stacked "
+            "ones `Ensemble(members)`."
         )
     if likelihood is not None and not isinstance(likelihood, Likelihood):
         raise TypeError(
@@ -299,14 +303,15 @@ def _check_fit(leaves: Params, params: Params) -> None:
             continue
         if name not in base:
             raise ValueError(
-                f"`predict(fn, params, posterior, x)` should have a posterior over leaves of `params`; it covers "
-                f"{name!r}, and `params` has {_some(base)}. If it covers everything, pass `params=None`."
+                "`predict(fn, params, posterior, x)` should have a posterior over leaves of `params`; it "
+                f"covers {name!r}, and `params` has {_some(base)}. If it covers everything, pass "
+                "`params=None`."
             )
         here, there = tuple(leaf.shape[1:]), tuple(base[name].shape)
         if here != there:
             raise ValueError(
-                f"`predict(fn, params, posterior, x)` should have draws shaped like `params`; {name!r} has draws "
-                f"of shape {here}, and {there} in `params`."
+                f"`predict(fn, params, posterior, x)` should have draws shaped like `params`; {name!r} has "
+                f"draws of shape {here}, and {there} in `params`."
             )
 
 
@@ -323,9 +328,7 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def _wants_grad(trees: Any) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(leaf, Tensor) and leaf.requires_grad for leaf in optree.tree_leaves(trees)
-    )
+    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors(trees))
 
 
 class _Collector:
@@ -355,7 +358,9 @@ class _Collector:
     def prediction(self) -> Prediction:
         samples = None
         if self.streamed is None:
-            samples = torch.cat([outputs for _, outputs in self.parts]) if len(self.parts) > 1 else self.parts[0][1]
+            samples = (
+                torch.cat([outputs for _, outputs in self.parts]) if len(self.parts) > 1 else self.parts[0][1]
+            )
             positions = torch.cat([positions for positions, _ in self.parts])
             if not torch.equal(positions, torch.arange(len(positions))):
                 samples = samples[positions.argsort()]

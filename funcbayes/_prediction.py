@@ -1,16 +1,13 @@
 """What a prediction says: statistics of the outputs over draws, kept or streamed."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from .likelihoods import Likelihood
-
-Statistic = Callable[[], "_Accumulator"]
 
 
 class _Accumulator:
@@ -83,7 +80,8 @@ class _LogMeanExp(_Accumulator):
         self.total = self.total + weights.sum()
 
     def result(self) -> Tensor:
-        assert self.log_sum is not None and isinstance(self.total, Tensor)
+        assert self.log_sum is not None
+        assert isinstance(self.total, Tensor)
         return self.log_sum - self.total.log()
 
 
@@ -103,7 +101,9 @@ class Summary:
             return ["moments"]
         names = ["moments", "aleatoric_variance"]
         if self.likelihood.is_discrete:
-            names += ["log_class_probs", "expected_entropy"]
+            names.append("log_class_probs")
+        if self.likelihood.has_entropy:
+            names.append("expected_entropy")
         if self.targets is not None:
             names.append("log_prob")
         return names
@@ -114,14 +114,14 @@ class Summary:
             return _Moments()
         return _LogMeanExp() if name in ("log_class_probs", "log_prob") else _Mean()
 
-    def values(self, name: str, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+    def values(self, name: str, outputs: Tensor) -> Tensor:
         """What the statistic averages, for each draw: ``(s, N, ...)``."""
         outputs, likelihood = _wide(outputs), self.likelihood
         if likelihood is None:
             return outputs
         if name == "log_prob":
-            y = self.targets if targets is None else targets
-            return vmap(likelihood.log_prob, in_dims=(0, None))(outputs, y)
+            assert self.targets is not None
+            return vmap(likelihood.log_prob, in_dims=(0, None))(outputs, self.targets)
         of_one_draw = {
             "moments": likelihood.mean,
             "aleatoric_variance": likelihood.variance,
@@ -197,8 +197,9 @@ class Prediction:
 
     @property
     def mean(self) -> Tensor:
-        """Predictive mean, ``(N, ...)``: of ``y`` with a likelihood (class probabilities for
-        ``Categorical``), otherwise of the outputs.
+        """Predictive mean, ``(N, ...)``.
+
+        With a likelihood that of ``y`` (class probabilities for ``Categorical``), otherwise of the outputs.
         """
         return self._get("moments")[0].to(self._dtype)
 
@@ -361,7 +362,8 @@ def concatenate(predictions: Sequence[Prediction]) -> Prediction:
     else:
         names = first._statistics
         streamed = {
-            n: torch.cat([p._statistics[n] for p in predictions], dim=1 if n == "moments" else 0) for n in names
+            n: torch.cat([p._statistics[n] for p in predictions], dim=1 if n == "moments" else 0)
+            for n in names
         }
     if first.targets is not None:
         targets = torch.cat([p.targets for p in predictions])  # type: ignore[misc]  # all or none have them
@@ -376,7 +378,7 @@ def concatenate(predictions: Sequence[Prediction]) -> Prediction:
 
 
 def _weighted_quantile(samples: Tensor, weights: Tensor, q: float) -> Tensor:
-    """Quantile over the first axis, linear between order statistics as ``torch.quantile`` for equal weights."""
+    """Quantile over the first axis; for equal weights that of ``torch.quantile``."""
     values, order = samples.sort(0)
     mass = weights[order]
     # Order statistic k stands at the mass before it plus half its own, rescaled to [0, 1]; for equal
@@ -403,4 +405,4 @@ def _mixture_quantile(likelihood: Likelihood, samples: Tensor, weights: Tensor, 
         middle = (lower + upper) / 2
         is_above = torch.tensordot(weights, cdf(samples, middle), 1) >= q
         lower, upper = torch.where(is_above, lower, middle), torch.where(is_above, middle, upper)
-    return likelihood.round_to_support(upper) if hasattr(likelihood, "round_to_support") else upper
+    return upper.round() if likelihood.has_integer_support else upper

@@ -26,6 +26,8 @@ _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # From this many numbers on, filling rows in several threads pays for starting them.
 _THREADED_NUMEL = 1 << 21
+# Up to this many numbers a key are made by hashing, more by a generator.
+_HASHED_NUMEL = 192
 
 # torch's global state may be read and put back only by one thread at a time.
 _global_state = threading.RLock()
@@ -102,12 +104,16 @@ def resolve_seed(seed: Seed | None) -> Seed:
 
 
 def normal(
-    key: Tensor, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    key: Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw standard normals, a function of ``key`` alone.
 
     Args:
-        key: int64 tensor of shape ``k``; each entry has a generator of its own.
+        key: int64 tensor of shape ``k``; each entry has a stream of its own.
         shape: Shape ``s`` of the noise of one key.
         dtype: Of the result. Half precision is drawn in float32 and rounded.
         device: Of the result. Draws agree on one type of device and one dtype.
@@ -115,14 +121,49 @@ def normal(
     Returns:
         Noise of shape ``(*k, *s)``. Under ``vmap`` a batched key gives batched noise.
     """
-    return _noise_op()(key, list(shape), dtype, torch.device(device), True)
+    return _noise(key, shape, dtype, torch.device(device), gaussian=True)
 
 
 def uniform(
-    key: Tensor, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    key: Tensor,
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw uniforms on ``[0, 1)``, a function of ``key`` alone; arguments as in :func:`normal`."""
-    return _noise_op()(key, list(shape), dtype, torch.device(device), False)
+    return _noise(key, shape, dtype, torch.device(device), gaussian=False)
+
+
+def _noise(
+    key: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaussian: bool
+) -> Tensor:
+    wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    # Seeding a generator costs as much as hashing some hundred counters, and on an accelerator it would be
+    # a kernel of its own for every key. Which one is used depends on what one key is for, not on how
+    # many are asked for. Normals are left to generators on the CPU, because a vectorised cosine
+    # may round differently at the end of a tensor, and a draw should be the same in any company.
+    if device.type != "cpu" or (math.prod(shape) <= _HASHED_NUMEL and not gaussian):
+        return _hashed(key.to(device), tuple(shape), wide, gaussian).to(dtype)
+    return _noise_op()(key, list(shape), wide, device, gaussian).to(dtype)
+
+
+def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: bool) -> Tensor:
+    """Noise by hashing a counter with the key: SplitMix64 started at each key."""
+    counter = torch.arange(math.prod(shape), device=key.device).reshape(shape) * _signed(_GOLDEN)
+    state = _mix_tensor(key).reshape((*key.shape, *(1 for _ in shape)))
+    first = _unit(_mix_tensor(state + counter), dtype)
+    if not gaussian:
+        return first
+    second = _unit(_mix_tensor(fold(state, "second") + counter), dtype)
+    # Box & Muller (1958); 1 - u is in (0, 1], where the logarithm is finite.
+    return torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * math.pi * second)
+
+
+def _unit(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """The leading bits as a number in ``[0, 1)``: as many as the dtype holds exactly."""
+    bits = 53 if dtype == torch.float64 else 24
+    return _shift_right(state, 64 - bits).to(dtype) * 2.0**-bits
 
 
 @functools.cache
@@ -152,30 +193,29 @@ def _noise_op() -> torch.library.CustomOpDef:
 def _fill(
     key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, gaussian: bool
 ) -> Tensor:
-    wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    out = torch.empty((*key.shape, *shape), dtype=wide, device=device)
-    if out.numel():
-        rows = out.view(key.numel(), math.prod(shape)).unbind(0)
-        keys = key.reshape(-1).tolist()
+    """Noise by generators, one a key."""
+    out = torch.empty((*key.shape, *shape), dtype=dtype, device=device)
+    rows = out.view(key.numel(), math.prod(shape)).unbind(0)
+    keys = key.reshape(-1).tolist()
 
-        def fill(part: slice) -> None:
-            # The generators of the CPU keep 32 bits of a seed. Two of n keys then share a stream
-            # with probability n^2 / 2^33, and these belong to unrelated draws and leaves.
-            generator = torch.Generator(device)
-            for row, k in zip(rows[part], keys[part], strict=True):
-                generator.manual_seed(k & _MASK >> 1)
-                if gaussian:
-                    row.normal_(generator=generator)
-                else:
-                    row.uniform_(generator=generator)
+    def fill(part: slice) -> None:
+        # The generators of the CPU keep 32 bits of a seed. Two of n keys then share a stream with
+        # probability n^2 / 2^33, and these belong to unrelated draws and leaves.
+        generator = torch.Generator(device)
+        for row, k in zip(rows[part], keys[part], strict=True):
+            generator.manual_seed(k & _MASK >> 1)
+            if gaussian:
+                row.normal_(generator=generator)
+            else:
+                row.uniform_(generator=generator)
 
-        workers = min(torch.get_num_threads(), os.cpu_count() or 1, len(rows))
-        if device.type == "cpu" and out.numel() >= _THREADED_NUMEL and workers > 1:
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(fill, [slice(i, None, workers) for i in range(workers)]))
-        else:
-            fill(slice(None))
-    return out.to(dtype)
+    workers = min(torch.get_num_threads(), os.cpu_count() or 1, len(rows))
+    if out.numel() >= _THREADED_NUMEL and workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, [slice(i, None, workers) for i in range(workers)]))
+    else:
+        fill(slice(None))
+    return out
 
 
 def permutation(key: int, n: int) -> Tensor:

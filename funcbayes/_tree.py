@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import optree
+import optree.registry
 import torch
 from torch import Tensor
 from torch.utils import _pytree
@@ -52,15 +53,16 @@ def pytree_dataclass(cls: type[_T]) -> type[_T]:
         kids, context = values(node)
         return [(_pytree.GetAttrKey(n), k) for n, k in zip(children, kids, strict=True)], context
 
+    register: Any = optree.register_pytree_node  # its types ask for a collection, a dataclass is none
     _pytree.register_pytree_node(cls, values, rebuild, flatten_with_keys_fn=with_keys)
-    optree.register_pytree_node(
+    register(
         cls,
         lambda node: (*values(node), children),
         lambda context, kids: rebuild(kids, context),
         namespace=optree.registry.__GLOBAL_NAMESPACE,
     )
     if "__repr__" not in vars(cls):
-        cls.__repr__ = _short_repr
+        cls.__repr__ = _short_repr  # type: ignore[method-assign]
     NODE_TYPES[cls.__name__] = cls
     return cls
 
@@ -138,6 +140,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     Raises:
         ValueError: If two leaves have one name, as in ``{"a.b": x, "a": {"b": y}}``.
     """
+    if type(tree) is dict and all(
+        isinstance(v, Tensor | Fixed) and isinstance(k, str) for k, v in tree.items()
+    ):
+        return {name: tree[name] for name in sorted(tree)}  # the most frequent tree, without a walk
     paths, leaves, _ = optree.tree_flatten_with_path(tree, is_leaf=_is_fixed)
     named = {path_name(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
     if len(named) < len(leaves):
@@ -217,6 +223,21 @@ def merge(base: Any, overlay: Any) -> Any:
     return unflatten(metadata, [merge(b, o) for b, o in zip(under, over, strict=True)])
 
 
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors of a tree, those inside ``Fixed`` too."""
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def unbind(tree: _T) -> list[_T]:
+    """The entries of the leading axis of every leaf, one tree each."""
+    whole: Any = tree
+    leaves, structure = optree.tree_flatten(whole)
+    entries: list[Any] = [
+        structure.unflatten(values) for values in zip(*(t.unbind(0) for t in leaves), strict=True)
+    ]
+    return entries
+
+
 def index(tree: Any, i: int | slice | Tensor) -> Any:
     """Entry or entries ``i`` of the leading axis of every leaf."""
     return optree.tree_map(lambda leaf: leaf[i], tree)
@@ -252,5 +273,5 @@ def _shape(leaf: Any) -> tuple[int, ...]:
 
 def num_rows(x: Any) -> int | None:
     """Length of the first axis that all tensors of ``x`` share; ``None`` if there is none."""
-    sizes = {leaf.shape[0] for leaf in optree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim}
+    sizes = {tensor.shape[0] for tensor in tensors(x) if tensor.ndim}
     return sizes.pop() if len(sizes) == 1 else None

@@ -46,7 +46,11 @@ class Batching(Interception):
     """
 
     def __init__(self, kind: str, seen: LargestBatched | None = None) -> None:
-        rules = _RULES if kind != "vmap" else {F.scaled_dot_product_attention: _RULES[F.scaled_dot_product_attention]}
+        rules = (
+            _RULES
+            if kind != "vmap"
+            else {F.scaled_dot_product_attention: _RULES[F.scaled_dot_product_attention]}
+        )
         super().__init__({func: _handler(rule, kind == "channels_last") for func, rule in rules.items()})
         self.seen = seen
 
@@ -92,7 +96,11 @@ def _linear(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any])
         return None
     draws, width = weights.shape[0], weights.shape[-1]
     values = _front(value, level)
-    rows = values.reshape(draws, -1, width) if values is not None else value.reshape(1, -1, width).expand(draws, -1, -1)
+    rows = (
+        values.reshape(draws, -1, width)
+        if values is not None
+        else value.reshape(1, -1, width).expand(draws, -1, -1)
+    )
     if bias is None:
         out = torch.bmm(rows, weights.transpose(1, 2))
     else:
@@ -188,7 +196,9 @@ def _batch_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, A
 
 
 def _layer_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-    value, shape, weight, bias, eps = _named(args, kwargs, "input", "normalized_shape", "weight", "bias", "eps")
+    value, shape, weight, bias, eps = _named(
+        args, kwargs, "input", "normalized_shape", "weight", "bias", "eps"
+    )
     values = _front(value, level)
     if values is None or weight is None or bias is None or not _one_dtype(value, weight, bias):
         return None

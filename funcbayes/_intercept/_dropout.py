@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._functorch import unintercepted, unwrap, vmap_level, wrap
 from .._random import fold, uniform
 from .._tree import Params, Where, matcher, num_rows, pytree_dataclass, static
 from ._call import Call, Handler, Interception, calling
@@ -146,17 +147,29 @@ class _DropoutMode(Interception):
     def _draw(
         self, masks: DropoutMasks, site: int, value: Tensor, rate: float, shape: tuple[int, ...]
     ) -> Tensor:
-        key = fold(fold(masks.key, "dropout"), site)
+        key = masks.key
         axis = masks.row_axes[site] if masks.row_axes is not None else None
         if axis is None:
-            return (uniform(key, shape, device=value.device) >= rate).to(value.dtype)
+            return (_uniform(key, site, shape, value.device) >= rate).to(value.dtype)
         # One row's mask, repeated: entry n * per_row + j of the axis belongs to row n.
         dim, per_row = axis
         one_row = (*shape[:dim], per_row, *shape[dim + 1 :])
-        mask = (uniform(key, one_row, device=value.device) >= rate).to(value.dtype)
+        mask = (_uniform(key, site, one_row, value.device) >= rate).to(value.dtype)
         rows = shape[dim] // per_row
         expanded = (*shape[:dim], rows, per_row, *shape[dim + 1 :])
         return mask.unsqueeze(dim).expand(expanded).reshape(shape)
+
+
+def _uniform(key: Tensor, site: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Uniforms of one place of dropout."""
+    with unintercepted():
+        level = vmap_level()
+        physical, axis = (key, None) if level is None else unwrap(key, level)
+        if level is None or axis is None:
+            return uniform(fold(fold(key, "dropout"), site), shape, device=device)
+        # The keys of all draws at once: hashing them through vmap would cost more than the mask.
+        keys = fold(fold(physical.movedim(axis, 0), "dropout"), site)
+        return wrap(uniform(keys, shape, device=device), 0, level)
 
 
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:

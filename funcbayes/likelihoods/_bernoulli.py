@@ -103,10 +103,10 @@ class Bernoulli(Likelihood):
         check_targets(y, outputs.shape, outputs, "Bernoulli.hessian(outputs, y)")
         return self.fisher(outputs)
 
-    def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
+    def distribution(self, outputs: Tensor, *, batch_ndim: int = 1) -> torch.distributions.Distribution:
         """Return a ``Bernoulli`` with one event for all outputs of a row."""
         labels = torch.distributions.Bernoulli(logits=outputs, validate_args=False)
-        return torch.distributions.Independent(labels, outputs.ndim - 1, validate_args=False)
+        return torch.distributions.Independent(labels, outputs.ndim - batch_ndim, validate_args=False)
 
 
 def _log_sigmoid(x: Tensor) -> Tensor:

@@ -158,11 +158,13 @@ class Categorical(Likelihood):
         self._labels(outputs, y, "Categorical.hessian(outputs, y)")
         return self.fisher(outputs, y=y)
 
-    def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
+    def distribution(self, outputs: Tensor, *, batch_ndim: int = 1) -> torch.distributions.Distribution:
         """Return a ``Categorical`` with one event for all positions of a row."""
-        logits = outputs.movedim(self._axis(outputs), -1)
+        # Further axes of the batch stand before the event, where the class axis is counted from.
+        axis = self._axis(outputs.flatten(0, batch_ndim - 1)) + batch_ndim - 1
+        logits = outputs.movedim(axis, -1)
         labels = torch.distributions.Categorical(logits=logits, validate_args=False)
-        return torch.distributions.Independent(labels, logits.ndim - 2, validate_args=False)
+        return torch.distributions.Independent(labels, logits.ndim - 1 - batch_ndim, validate_args=False)
 
     def _axis(self, outputs: Tensor) -> int:
         """The class axis, counted from the front."""

@@ -117,11 +117,11 @@ class HeteroscedasticNormal(Likelihood):
         lower = torch.cat([cross, diagonal_blocks(0.5 * residual.square() * precision)], -1)
         return torch.cat([upper, lower], -2).to(outputs.dtype)
 
-    def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
+    def distribution(self, outputs: Tensor, *, batch_ndim: int = 1) -> torch.distributions.Distribution:
         """Return a ``Normal`` with one event for all targets of a row."""
         mean, log_variance = _split(outputs)
         targets = torch.distributions.Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
-        return torch.distributions.Independent(targets, outputs.ndim - 1, validate_args=False)
+        return torch.distributions.Independent(targets, outputs.ndim - batch_ndim, validate_args=False)
 
 
 def _split(outputs: Tensor) -> tuple[Tensor, Tensor]:

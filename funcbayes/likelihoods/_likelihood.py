@@ -18,9 +18,13 @@ class Likelihood(abc.ABC):
     Attributes:
         is_discrete: Whether ``y`` is one of finitely many classes. Those likelihoods have
             :meth:`log_class_probs`, and so the entropy of a mixture over draws in closed form.
+        has_integer_support: Whether ``y`` is a count, so that quantiles are whole numbers.
+        has_entropy: Whether :meth:`entropy` has a closed form.
     """
 
     is_discrete: ClassVar[bool]
+    has_integer_support: ClassVar[bool] = False
+    has_entropy: ClassVar[bool] = True
 
     @abc.abstractmethod
     def check(self, outputs: Tensor, y: Tensor | None = None, *, call: str = "check(outputs, y)") -> None:
@@ -171,8 +175,12 @@ class Likelihood(abc.ABC):
         """
 
     @abc.abstractmethod
-    def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
+    def distribution(self, outputs: Tensor, *, batch_ndim: int = 1) -> torch.distributions.Distribution:
         """Return ``p(y | f)`` for ``torch.distributions``: batch shape ``(N,)``, the rest is the event.
 
         Its ``log_prob(y)`` is :meth:`log_prob`, except that it knows nothing of ignored labels.
+
+        Args:
+            outputs: Raw outputs ``(N, *event)``.
+            batch_ndim: Number of leading axes that are the batch, if there is more than that of rows.
         """

@@ -127,10 +127,10 @@ class Normal(Likelihood):
         check_targets(y, outputs.shape, outputs, "Normal.hessian(outputs, y)")
         return self.fisher(outputs)
 
-    def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
+    def distribution(self, outputs: Tensor, *, batch_ndim: int = 1) -> torch.distributions.Distribution:
         """Return a ``Normal`` with one event for all outputs of a row."""
         targets = torch.distributions.Normal(outputs, self._noise_std(outputs), validate_args=False)
-        return torch.distributions.Independent(targets, outputs.ndim - 1, validate_args=False)
+        return torch.distributions.Independent(targets, outputs.ndim - batch_ndim, validate_args=False)
 
     def _noise_std(self, outputs: Tensor) -> Tensor:
         """The scale as a tensor in the dtype of ``outputs`` that broadcasts to one row of them."""

@@ -16,6 +16,8 @@ class Poisson(Likelihood):
     """Independent counts; ``outputs`` are log rates, in the shape of ``y``."""
 
     is_discrete: ClassVar[bool] = False  # not finitely many classes
+    has_integer_support: ClassVar[bool] = True
+    has_entropy: ClassVar[bool] = False
 
     def check(self, outputs: Tensor, y: Tensor | None = None, *, call: str = "check(outputs, y)") -> None:
         """Refuse targets that are no counts, or not in the shape of ``outputs``."""
@@ -101,7 +103,7 @@ class Poisson(Likelihood):
         check_targets(y, outputs.shape, outputs, "Poisson.hessian(outputs, y)")
         return self.fisher(outputs)
 
-    def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
+    def distribution(self, outputs: Tensor, *, batch_ndim: int = 1) -> torch.distributions.Distribution:
         """Return a ``Poisson`` with one event for all counts of a row."""
         counts = torch.distributions.Poisson(outputs.exp(), validate_args=False)
-        return torch.distributions.Independent(counts, outputs.ndim - 1, validate_args=False)
+        return torch.distributions.Independent(counts, outputs.ndim - batch_ndim, validate_args=False)

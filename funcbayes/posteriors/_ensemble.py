@@ -14,6 +14,7 @@ from .._tree import (
     parameters_of,
     pytree_dataclass,
     select,
+    tensors,
 )
 from ._allocation import allocate
 from ._interface import Draw, Posterior
@@ -56,12 +57,12 @@ class Ensemble(Posterior):
                     "Stack the parameters of the members: `torch.stack` for every leaf."
                 )
         if self.weights is not None:
-            object.__setattr__(self, "weights", _normalized(self.weights, first))
+            object.__setattr__(self, "weights", _normalized(self.weights, self.num_members))
 
     @property
     def num_members(self) -> int:
         """``K``."""
-        return next(iter(_tensors(self.members).values())).shape[0]
+        return tensors(self.members)[0].shape[0]
 
     def member(self, i: int) -> Params:
         """Parameters of member ``i``."""
@@ -115,7 +116,9 @@ def _normalized(weights: Tensor, num_members: int) -> Tensor:
             f"`Ensemble(members, weights)` should have one weight for each of {num_members} members, got "
             f"shape {tuple(weights.shape)}."
         )
-    if is_concrete(weights) and not bool((weights >= 0).all() & weights.isfinite().all() & (weights.sum() > 0)):
+    if is_concrete(weights) and not bool(
+        (weights >= 0).all() & weights.isfinite().all() & (weights.sum() > 0)
+    ):
         raise ValueError(
             "`Ensemble(members, weights)` should have weights that are finite, not negative, and not all "
             f"zero, got {weights.tolist()}."

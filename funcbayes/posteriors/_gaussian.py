@@ -87,7 +87,9 @@ class Gaussian(Posterior):
         covered = parameters_of(self.mean)
         missing = next((name for name in covered if name not in given), None)
         if missing is not None:
-            raise ValueError(f"`log_prob(params)` should have the leaves of the mean; {missing!r} is missing.")
+            raise ValueError(
+                f"`log_prob(params)` should have the leaves of the mean; {missing!r} is missing."
+            )
         location = select(self.mean, lambda name, leaf: name in covered)
         deviation = map_named(lambda name, leaf: given[name] - leaf, location)
         num_params = sum(leaf.numel() for leaf in covered.values())

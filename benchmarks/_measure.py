@@ -1,0 +1,82 @@
+"""Timing two ways of doing one thing against each other, in one run."""
+
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.benchmark import Timer
+
+import funcbayes
+
+
+@dataclass(frozen=True)
+class Result:
+    """How many times faster ``ours`` is than ``theirs``: the median over repeats, and the quartiles."""
+
+    case: str
+    ratio: float
+    low: float
+    high: float
+    theirs_ms: float
+    ours_ms: float
+
+
+def compare(
+    case: str,
+    theirs: Callable[[], object],
+    ours: Callable[[], object],
+    *,
+    repeats: int,
+    warm_up: int = 25,
+    seconds: float = 0.1,
+) -> Result:
+    """Time both in turns, so that what disturbs the machine disturbs both.
+
+    The engine learns from its first calls which mechanism is fastest, so these belong to the warm-up.
+    """
+    for _ in range(3):
+        theirs()
+    for _ in range(warm_up):
+        ours()
+    threads = torch.get_num_threads()
+    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in (theirs, ours)]
+    numbers = [max(1, int(seconds / timer.timeit(1).mean)) for timer in timers]
+    pairs = []
+    for _ in range(repeats):
+        pairs.append([timer.timeit(number).mean for timer, number in zip(timers, numbers, strict=True)])
+    ratios = sorted(a / b for a, b in pairs)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    theirs_ms, ours_ms = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
+    return Result(case, middle, low, high, theirs_ms, ours_ms)
+
+
+def environment() -> dict[str, str | int]:
+    """What the figures depend on."""
+    return {
+        "funcbayes": funcbayes.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def table(results: list[Result]) -> str:
+    width = max(len(r.case) for r in results)
+    lines = [f"{'case':{width}}  faster by   quartiles    theirs ms    ours ms"]
+    lines += [
+        f"{r.case:{width}}  {r.ratio:9.2f}  {r.low:5.2f} {r.high:5.2f}  {r.theirs_ms:10.3f} {r.ours_ms:10.3f}"
+        for r in results
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""The methods that the demo compares: one table. A new method is a function and a line in ``METHODS``."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ensemble, training
+from .._functional import Model, make_functional
+from .._predict import predict
+from .._prediction import Prediction
+from .._tree import Params
+from ..likelihoods import Likelihood
+from ..posteriors import Dropout, Point, Posterior
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is given.
+
+    Attributes:
+        make_module: Builds an untrained network with a dropout rate (0 for none).
+        data: Training inputs and targets.
+        likelihood: What outputs say of targets.
+        training: Arguments of ``training.fit``: ``optimizer``, ``num_epochs``, ``prior_precision``, ...
+        num_members: Networks in an ensemble.
+        num_draws: Draws to predict with, where a posterior has infinitely many.
+    """
+
+    make_module: Callable[[float], nn.Module]
+    data: tuple[Tensor, Tensor]
+    likelihood: Likelihood
+    training: Mapping[str, Any]
+    num_members: int
+    num_draws: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method finds: the arguments of ``predict``.
+
+    Attributes:
+        fn: Pure model.
+        params: Its parameters; ``None`` if the posterior covers them all.
+        posterior: The posterior.
+        options: Further arguments of ``predict``: ``num_samples`` and ``seed``.
+        loop: ``x -> outputs (S, N, ...)`` by a plain loop, where it is not over draws of parameters.
+    """
+
+    fn: Model
+    params: Params
+    posterior: Posterior
+    options: Mapping[str, Any] = field(default_factory=dict)
+    loop: Callable[[Tensor], Tensor] | None = None
+
+    def predict(self, x: Tensor, likelihood: Likelihood | None = None) -> Prediction:
+        """Predict as the method is meant to."""
+        return predict(self.fn, self.params, self.posterior, x, likelihood=likelihood, **self.options)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table: a name to print, and ``(task, seed) -> Fitted``."""
+
+    name: str
+    fit: Callable[[Task, int], Fitted]
+
+
+def fit_single(task: Task, seed: int) -> Fitted:
+    """One network at its maximum a posteriori estimate."""
+    fn, params = make_functional(_seeded_module(task, 0.0, seed))
+    params = training.fit(fn, params, task.data, task.likelihood, seed=seed, **task.training)
+    return Fitted(fn, params, Point(params))
+
+
+def fit_dropout(task: Task, seed: int, rate: float) -> Fitted:
+    """One network trained with dropout, which stays on when it predicts."""
+    module = _seeded_module(task, rate, seed)
+    fn, params = make_functional(module)
+    params = training.fit(fn, params, task.data, task.likelihood, seed=seed, **task.training)
+    module.load_state_dict(params)
+    module.train()
+
+    def loop(x: Tensor) -> Tensor:
+        """What one writes by hand: torch's own dropout, with masks from the global random state."""
+        with torch.no_grad():
+            return torch.stack([module(x) for _ in range(task.num_draws)])
+
+    return Fitted(fn, params, Dropout(), {"num_samples": task.num_draws, "seed": seed}, loop)
+
+
+def fit_ensemble(task: Task, seed: int) -> Fitted:
+    """Networks from different starts, trained together in one vectorised pass a step."""
+    fn, members = ensemble.init(functools.partial(task.make_module, 0.0), task.num_members, seed)
+    posterior = ensemble.fit(fn, members, task.data, task.likelihood, seed=seed, **task.training)
+    return Fitted(fn, None, posterior)
+
+
+def _seeded_module(task: Task, rate: float, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.make_module(rate)
+
+
+METHODS = (
+    Method("single network", fit_single),
+    Method("MC dropout", functools.partial(fit_dropout, rate=0.2)),
+    Method("deep ensemble", fit_ensemble),
+)

@@ -1,0 +1,945 @@
+"""Every batching rule, under every kind, against a Python loop over the draws."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import grad, jacrev, jvp, vmap
+
+import funcbayes as fb
+from funcbayes._intercept import Batching, LargestBatched
+
+F64 = torch.float64
+S = 3  # draws
+KINDS = ("vmap", "rows_first", "channels_last")
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+# Plain "vmap" has the rule of attention alone; whatever else it does is torch's.
+kinds_with_all_rules = pytest.mark.parametrize("kind", KINDS[1:])
+# torch's own: where no rule applies, vmap says that it maps an operation slowly; forward-mode
+# derivatives load decompositions through torch.jit.script.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+]
+
+
+def randn(*shape, seed=0, dtype=F64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def ids(*shape, below, seed=0):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Watch:
+    """A function under ``Batching``, and how often the rule of ``func`` answered the call itself."""
+
+    def __init__(self, kind: str, func: Any) -> None:
+        self.rules = Batching(kind)
+        self.fired = self.left_to_vmap = 0
+        handler = self.rules.handlers.get(func)
+        if handler is not None:
+            self.rules.handlers[func] = self._counting(handler)
+
+    def _counting(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        def count(mode, func, args, kwargs):
+            before = self.left_to_vmap
+
+            def left(*a, **k):
+                self.left_to_vmap += 1
+                return func(*a, **k)
+
+            result = handler(mode, left, args, kwargs)
+            self.fired += self.left_to_vmap == before
+            return result
+
+        return count
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args):
+            with self.rules:
+                return function(*args)
+
+        return inside
+
+
+class Case(NamedTuple):
+    """``function(*arguments)``; the shapes are those of one draw, ints are tokens below that number."""
+
+    func: Any
+    function: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    mapped: str  # one letter an argument: "b" batched, "s" shared
+    fires: bool = True
+    tokens_below: int | None = None  # the first argument is made of token numbers
+    constants: tuple[int, ...] = ()  # arguments in which torch has no gradient
+
+
+def arguments_of(case: Case, draws: int = S, dtype: torch.dtype = F64) -> list[torch.Tensor]:
+    out = []
+    for i, (shape, how) in enumerate(zip(case.shapes, case.mapped, strict=True)):
+        full = (draws, *shape) if how == "b" else shape
+        if i == 0 and case.tokens_below is not None:
+            out.append(ids(*full, below=case.tokens_below))
+        else:
+            out.append(randn(*full, seed=i, dtype=dtype))
+    return out
+
+
+def in_dims_of(case: Case) -> tuple[int | None, ...]:
+    return tuple(0 if how == "b" else None for how in case.mapped)
+
+
+def loop(function, arguments, in_dims):
+    size = next(a.shape[d] for a, d in zip(arguments, in_dims, strict=True) if d is not None)
+    results = [
+        function(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    if isinstance(results[0], tuple):
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return torch.stack(results)
+
+
+def outputs_and_gradients(run, arguments, constants=()):
+    """Outputs, and the gradients of a random linear functional of them, by one call of autograd."""
+    leaves = [
+        a if i in constants or not a.is_floating_point() else a.detach().requires_grad_()
+        for i, a in enumerate(arguments)
+    ]
+    out = run(leaves)
+    first = out[0] if isinstance(out, tuple) else out
+    floating = [a for a in leaves if a.requires_grad]
+    cotangent = randn(*first.shape, seed=99).to(first.dtype)
+    gradients = torch.autograd.grad((first * cotangent).sum(), floating, allow_unused=True)
+    detached = tuple(o.detach() for o in out) if isinstance(out, tuple) else out.detach()
+    return detached, gradients
+
+
+def check(case: Case, kind: str, arguments=None, in_dims=None) -> Watch:
+    """Outputs and gradients equal a loop's; returns what was counted."""
+    arguments = arguments_of(case) if arguments is None else arguments
+    in_dims = in_dims_of(case) if in_dims is None else in_dims
+    watch = Watch(kind, case.func)
+    mapped = vmap(watch(case.function), in_dims)
+    got = outputs_and_gradients(lambda a: mapped(*a), arguments, case.constants)
+    expected = outputs_and_gradients(lambda a: loop(case.function, a, in_dims), arguments, case.constants)
+    torch.testing.assert_close(got, expected)
+    return watch
+
+
+def should_fire(case: Case, kind: str) -> bool:
+    return case.fires and (kind != "vmap" or case.func is F.scaled_dot_product_attention)
+
+
+# Linear maps --------------------------------------------------------------------------------------
+
+MAPPED = ["".join(m) for m in itertools.product("bs", repeat=3) if "b" in m]
+INPUTS = {"1d": (4,), "2d": (5, 4), "3d": (2, 5, 4), "4d": (2, 1, 5, 4)}
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize("value", INPUTS.values(), ids=INPUTS.keys())
+def test_a_linear_map_equals_a_loop_whichever_of_input_weight_and_bias_are_mapped(kind, mapped, value):
+    case = Case(F.linear, F.linear, (value, (3, 4), (3,)), mapped, fires=mapped[1] == "b")
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("mapped", ["bb", "sb", "bs"])
+@pytest.mark.parametrize("value", INPUTS.values(), ids=INPUTS.keys())
+def test_a_linear_map_without_bias_equals_a_loop(kind, mapped, value):
+    case = Case(F.linear, F.linear, (value, (3, 4)), mapped, fires=mapped[1] == "b")
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+@kinds_with_all_rules
+def test_a_linear_map_given_by_keywords_equals_a_loop(kind):
+    case = Case(
+        F.linear, lambda x, w, b: F.linear(bias=b, weight=w, input=x), ((5, 4), (3, 4), (3,)), "bbb"
+    )
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("mapped", ["bb", "sb", "bs"])
+def test_a_linear_map_by_a_vector_of_weights_equals_a_loop(kind, mapped):
+    check(Case(F.linear, F.linear, ((5, 4), (4,)), mapped), kind)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize(
+    "value", [(0, 4), (2, 0, 4), (5, 0)], ids=["no_rows", "no_tokens", "no_inputs"]
+)
+@pytest.mark.parametrize("mapped", ["bbb", "sbb"])
+def test_a_linear_map_of_nothing_equals_a_loop(kind, mapped, value):
+    check(Case(F.linear, F.linear, (value, (3, value[-1]), (3,)), mapped), kind)
+
+
+# Convolutions -------------------------------------------------------------------------------------
+
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+SIZES = {1: (9,), 2: (7, 6), 3: (5, 4, 5)}
+KERNELS = {1: (3,), 2: (3, 1), 3: (3, 3, 1)}
+CONVOLUTION_SETTINGS = {
+    "plain": {},
+    "stride": {"stride": 2},
+    "padding": {"padding": 1},
+    "padding_same": {"padding": "same"},
+    "padding_valid": {"padding": "valid"},
+    "dilation": {"dilation": 2, "padding": 2},
+    "groups": {"groups": 2},
+    "depthwise": {"groups": 4},
+    "all": {"stride": 2, "padding": 2, "dilation": 2, "groups": 2},
+}
+
+
+def convolution(ndim, settings, mapped, with_bias=True):
+    groups = settings.get("groups", 1)
+    shapes = ((2, 4, *SIZES[ndim]), (4, 4 // groups, *KERNELS[ndim]), (4,))[: 3 if with_bias else 2]
+    # A shared input of a grouped convolution is no wide convolution.
+    fires = mapped[1] == "b" and (mapped[0] == "b" or groups == 1)
+    convolve = CONVOLUTIONS[ndim]
+    return Case(convolve, lambda *a: convolve(*a, **settings), shapes, mapped, fires)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("settings", CONVOLUTION_SETTINGS.values(), ids=CONVOLUTION_SETTINGS.keys())
+@pytest.mark.parametrize("mapped", ["bbb", "sbb"])
+def test_a_convolution_equals_a_loop_for_every_setting(kind, ndim, settings, mapped):
+    case = convolution(ndim, settings, mapped)
+    if case.fires or kind == "vmap":
+        assert bool(check(case, kind).fired) == should_fire(case, kind)
+    else:
+        check(case, kind)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("mapped", [*MAPPED, "bb", "sb", "bs"])
+def test_a_convolution_equals_a_loop_whichever_arguments_are_mapped(kind, ndim, groups, mapped):
+    case = convolution(ndim, {"groups": groups, "padding": 1}, mapped, with_bias=len(mapped) == 3)
+    watch = check(case, kind)
+    if should_fire(case, kind):
+        assert watch.fired
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_convolution_with_one_setting_a_dimension_equals_a_loop(kind, ndim):
+    settings = {
+        "stride": (2, 1, 1)[:ndim],
+        "padding": (0, 1, 2)[:ndim],
+        "dilation": (1, 2, 1)[:ndim],
+    }
+    case = convolution(ndim, settings, "bbb")
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+@kinds_with_all_rules
+def test_a_convolution_with_positional_settings_equals_a_loop(kind):
+    case = Case(
+        F.conv2d,
+        lambda x, w, b: F.conv2d(x, w, b, 2, (1, 0), 1, 2),
+        ((2, 4, 7, 6), (6, 2, 3, 3), (6,)),
+        "bbb",
+    )
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("mapped", ["bbb", "sbb"])
+def test_a_convolution_of_one_example_without_a_row_axis_equals_a_loop(kind, ndim, mapped):
+    case = convolution(ndim, {}, mapped)
+    check(case._replace(shapes=(case.shapes[0][1:], *case.shapes[1:])), kind)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("mapped", ["bbb", "sbb"])
+def test_a_convolution_of_no_rows_equals_a_loop(kind, mapped):
+    case = convolution(2, {}, mapped)
+    check(case._replace(shapes=((0, *case.shapes[0][1:]), *case.shapes[1:])), kind)
+
+
+# Pooling ------------------------------------------------------------------------------------------
+
+POOLINGS = {
+    "max1d": (F.max_pool1d, lambda x: F.max_pool1d(x, 2), 1),
+    "max1d_options": (
+        F.max_pool1d,
+        lambda x: F.max_pool1d(x, kernel_size=3, stride=2, padding=1, dilation=2, ceil_mode=True),
+        1,
+    ),
+    "avg1d": (F.avg_pool1d, lambda x: F.avg_pool1d(x, 3), 1),
+    "avg1d_options": (
+        F.avg_pool1d,
+        lambda x: F.avg_pool1d(x, 3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
+        1,
+    ),
+    "adaptive_avg1d": (F.adaptive_avg_pool1d, lambda x: F.adaptive_avg_pool1d(x, 4), 1),
+    "adaptive_max1d": (F.adaptive_max_pool1d, lambda x: F.adaptive_max_pool1d(x, 4), 1),
+    "max2d": (F.max_pool2d, lambda x: F.max_pool2d(x, 2), 2),
+    "max2d_options": (
+        F.max_pool2d,
+        lambda x: F.max_pool2d(x, (3, 2), stride=(2, 1), padding=1, dilation=(1, 2), ceil_mode=True),
+        2,
+    ),
+    "avg2d": (F.avg_pool2d, lambda x: F.avg_pool2d(x, 2), 2),
+    "avg2d_options": (
+        F.avg_pool2d,
+        lambda x: F.avg_pool2d(
+            x, (3, 2), stride=2, padding=1, ceil_mode=True, count_include_pad=False, divisor_override=5
+        ),
+        2,
+    ),
+    "adaptive_avg2d": (F.adaptive_avg_pool2d, lambda x: F.adaptive_avg_pool2d(x, (3, None)), 2),
+    "adaptive_avg2d_one": (F.adaptive_avg_pool2d, lambda x: F.adaptive_avg_pool2d(x, 1), 2),
+    "adaptive_max2d": (F.adaptive_max_pool2d, lambda x: F.adaptive_max_pool2d(x, (3, 2)), 2),
+}
+OTHER_POOLINGS = {  # no rule has to serve these
+    "max1d_indices": (lambda x: F.max_pool1d(x, 2, return_indices=True), 1),
+    "max2d_indices": (lambda x: F.max_pool2d(x, 2, return_indices=True), 2),
+    "adaptive_max2d_indices": (lambda x: F.adaptive_max_pool2d(x, 3, return_indices=True), 2),
+    "max2d_keyword_input": (lambda x: F.max_pool2d(input=x, kernel_size=2), 2),
+    "avg2d_keyword_input": (lambda x: F.avg_pool2d(input=x, kernel_size=2), 2),
+    "max3d": (lambda x: F.max_pool3d(x, 2), 3),
+    "avg3d": (lambda x: F.avg_pool3d(x, 2), 3),
+    "lp2d": (lambda x: F.lp_pool2d(x, 2.0, 2), 2),
+}
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize(("func", "function", "ndim"), POOLINGS.values(), ids=POOLINGS.keys())
+def test_pooling_equals_a_loop(kind, func, function, ndim):
+    case = Case(func, function, ((2, 4, *SIZES[ndim]),), "b")
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize(("function", "ndim"), OTHER_POOLINGS.values(), ids=OTHER_POOLINGS.keys())
+def test_pooling_in_other_forms_equals_a_loop(kind, function, ndim):
+    check(Case(None, function, ((2, 4, *SIZES[ndim]),), "b"), kind)
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize(("func", "function", "ndim"), POOLINGS.values(), ids=POOLINGS.keys())
+def test_pooling_of_one_example_without_a_row_axis_equals_a_loop(kind, func, function, ndim):
+    check(Case(func, function, ((4, *SIZES[ndim]),), "b"), kind)
+
+
+# Normalisation ------------------------------------------------------------------------------------
+
+
+def normalised(x, mean, variance, weight=None, bias=None):
+    return F.batch_norm(x, mean, variance.square() + 0.5, weight, bias, eps=1e-3)
+
+
+NORM_INPUTS = {"2d": (5, 4), "3d": (5, 4, 6), "4d": (5, 4, 3, 2), "5d": (2, 4, 3, 2, 2)}
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("mapped", ["".join(m) for m in itertools.product("bs", repeat=5) if "b" in m])
+def test_batch_norm_in_evaluation_equals_a_loop_whichever_arguments_are_mapped(kind, mapped):
+    case = Case(F.batch_norm, normalised, ((5, 4, 3, 2), (4,), (4,), (4,), (4,)), mapped, constants=(1, 2))
+    watch = check(case, kind)
+    if mapped[0] == "b" and kind != "vmap":
+        assert watch.fired
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("value", NORM_INPUTS.values(), ids=NORM_INPUTS.keys())
+@pytest.mark.parametrize("mapped", ["bbbbb", "bssss", "bbb", "bss"])
+def test_batch_norm_in_evaluation_equals_a_loop_for_inputs_of_every_rank(kind, value, mapped):
+    case = Case(F.batch_norm, normalised, (value, (4,), (4,), (4,), (4,))[: len(mapped)], mapped, constants=(1, 2))
+    watch = check(case, kind)
+    if len(value) > 2 and kind != "vmap":
+        assert watch.fired
+
+
+@kinds_with_all_rules
+def test_batch_norm_in_evaluation_by_position_equals_a_loop(kind):
+    def function(x, mean, weight, bias):
+        return F.batch_norm(x, mean, mean.exp(), weight, bias, False, 0.3, 0.01)
+
+    case = Case(F.batch_norm, function, ((5, 4, 3, 2), (4,), (4,), (4,)), "bbbb", constants=(1,))
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+@kinds_with_all_rules
+def test_batch_norm_with_the_statistics_of_the_batch_equals_a_loop(kind):
+    def function(x, weight, bias):
+        return F.batch_norm(x, None, None, weight, bias, training=True)
+
+    check(Case(F.batch_norm, function, ((5, 4, 3, 2), (4,), (4,)), "bbb"), kind)
+
+
+LAYER_NORM_SHAPES = {"last": (6,), "last_two": (3, 6), "all_but_rows": (4, 3, 6)}
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("shape", LAYER_NORM_SHAPES.values(), ids=LAYER_NORM_SHAPES.keys())
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_layer_norm_equals_a_loop_whichever_arguments_are_mapped(kind, shape, mapped):
+    def function(x, weight, bias):
+        return F.layer_norm(x, shape, weight, bias, 1e-3)
+
+    case = Case(F.layer_norm, function, ((2, 4, 3, 6), shape, shape), mapped, fires=mapped == "bbb")
+    watch = check(case, kind)
+    if should_fire(case, kind):
+        assert watch.fired
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("mapped", ["b", "bb", "sb", "bs"])
+def test_layer_norm_without_all_of_its_affine_part_equals_a_loop(kind, mapped):
+    def function(x, weight=None):
+        return F.layer_norm(x, (6,), weight=weight)
+
+    check(Case(F.layer_norm, function, ((2, 5, 6), (6,))[: len(mapped)], mapped), kind)
+
+
+@kinds_with_all_rules
+def test_layer_norm_of_one_vector_equals_a_loop(kind):
+    def function(x, weight, bias):
+        return F.layer_norm(input=x, normalized_shape=[6], weight=weight, bias=bias)
+
+    case = Case(F.layer_norm, function, ((6,), (6,), (6,)), "bbb")
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+# Embedding ----------------------------------------------------------------------------------------
+
+TOKENS = {"scalar": (), "1d": (6,), "2d": (2, 6), "none": (0,), "no_tokens": (2, 0)}
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS.keys())
+@pytest.mark.parametrize("mapped", ["sb", "bb", "bs"])
+def test_an_embedding_equals_a_loop(kind, tokens, mapped):
+    case = Case(F.embedding, F.embedding, (tokens, (7, 3)), mapped, mapped == "sb", tokens_below=7)
+    watch = check(case, kind)
+    if should_fire(case, kind):
+        assert watch.fired
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("padding", [0, 2, -1])
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        "sb",
+        "bs",
+        pytest.param("bb", marks=pytest.mark.xfail(reason="torch: vmap over both forgets padding_idx")),
+    ],
+)
+def test_a_padded_embedding_equals_a_loop_and_gives_padding_no_gradient(kind, padding, mapped):
+    def function(tokens, weight):
+        return F.embedding(tokens, weight, padding_idx=padding)
+
+    case = Case(F.embedding, function, ((4, 6), (7, 3)), mapped, tokens_below=7)
+    check(case, kind)
+    tokens, weight = arguments_of(case)
+    leaf = weight.clone().requires_grad_()
+    rules = Watch(kind, F.embedding)
+    out = vmap(rules(function), in_dims_of(case))(tokens, leaf)
+    (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    assert (gradient[..., padding, :] == 0).all()
+    assert gradient.any()
+
+
+# Attention ----------------------------------------------------------------------------------------
+
+Q, K, V = (2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 2)  # (rows, heads, length, width)
+BOOLEAN = torch.ones(5, 6, dtype=torch.bool).tril(1)
+ADDED = randn(5, 6, seed=7)
+MASKS = {
+    "none": None,
+    "bool_2d": BOOLEAN,
+    "float_2d": ADDED,
+    "bool_padding": (torch.arange(6) < torch.tensor([[4], [6]]))[:, None, None],
+    "float_rows": randn(2, 1, 5, 6, seed=8),
+    "float_rows_heads": randn(2, 3, 5, 6, seed=8),
+    "float_heads": randn(3, 5, 6, seed=8),
+    "float_one_row": randn(1, 3, 5, 6, seed=8),
+    "float_keys": randn(6, seed=8),
+}
+
+
+def attention(mapped, mask=None, shapes=(Q, K, V), **settings):
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **settings)
+
+    return Case(F.scaled_dot_product_attention, function, shapes, mapped)
+
+
+@all_kinds
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_attention_equals_a_loop_whichever_arguments_are_mapped(kind, mapped):
+    assert check(attention(mapped), kind).fired == 1
+
+
+@all_kinds
+@pytest.mark.parametrize("mask", [m for m in MASKS.values() if m is None or m.ndim > 1])
+@pytest.mark.parametrize("mapped", ["bbb", "sbb", "bss"])
+def test_attention_under_every_kind_of_mask_equals_a_loop(kind, mask, mapped):
+    assert check(attention(mapped, mask), kind).fired == 1
+
+
+@all_kinds
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_attention_with_as_many_draws_as_rows_or_more_takes_the_mask_of_the_row(kind, rows):
+    shapes = tuple((rows, *shape[1:]) for shape in (Q, K, V))
+    mask = randn(rows, 1, 5, 6, seed=8)
+    assert check(attention("bbb", mask, shapes), kind).fired == 1
+
+
+@all_kinds
+@pytest.mark.parametrize("mask", [m for m in MASKS.values() if m is not None and m.is_floating_point()])
+def test_attention_with_a_mask_that_is_mapped_equals_a_loop(kind, mask):
+    def function(q, k, v, m):
+        return F.scaled_dot_product_attention(q, k, v, m)
+
+    if mask.ndim == 1:
+        mask = mask.expand(5, 6)
+    check(
+        Case(F.scaled_dot_product_attention, function, (Q, K, V, tuple(mask.shape)), "bbbb"),
+        kind,
+    )
+
+
+@all_kinds
+@pytest.mark.parametrize("settings", [{"scale": 0.7}, {"is_causal": True}, {"is_causal": True, "scale": 2.0}])
+@pytest.mark.parametrize("mapped", ["bbb", "bss"])
+def test_causal_and_scaled_attention_equals_a_loop(kind, settings, mapped):
+    assert check(attention(mapped, **settings), kind).fired == 1
+
+
+@all_kinds
+def test_attention_with_a_trained_mask_gives_it_the_gradient_of_a_loop(kind):
+    def gradient(run):
+        mask = ADDED.clone().requires_grad_()
+        return torch.autograd.grad((run(mask) * randn(S, *Q[:-1], 2, seed=9)).sum(), mask)
+
+    case = attention("bbb")
+    arguments = arguments_of(case)
+    rules = Watch(kind, case.func)
+    got = gradient(lambda m: vmap(rules(lambda q, k, v: attention("bbb", m).function(q, k, v)))(*arguments))
+    expected = gradient(lambda m: loop(attention("bbb", m).function, arguments, (0, 0, 0)))
+    torch.testing.assert_close(got, expected)
+    assert rules.fired == 1
+
+
+OTHER_ATTENTION = {  # shapes of query, key, value; settings
+    "no_rows_axis": ((Q[1:], K[1:], V[1:]), {}),
+    "2d": ((Q[2:], K[2:], V[2:]), {}),
+    "5d": (((2, *Q), (2, *K), (2, *V)), {}),
+    "zero_rows": (((0, *Q[1:]), (0, *K[1:]), (0, *V[1:])), {}),
+    "grouped_queries": (((2, 6, 5, 4), (2, 3, 6, 4), (2, 3, 6, 2)), {"enable_gqa": True}),
+    "one_key_head": ((Q, (2, 1, 6, 4), (2, 1, 6, 2)), {}),
+    "one_row_of_keys": ((Q, (1, 3, 6, 4), (1, 3, 6, 2)), {}),
+    "one_row_of_queries": (((1, 3, 5, 4), K, V), {}),
+    "query_without_rows": (((3, 5, 4), K, V), {}),
+    "key_without_rows": ((Q, K[1:], V[1:]), {}),
+    "value_without_rows": ((Q, K, V[1:]), {}),
+}
+
+
+@all_kinds
+@pytest.mark.parametrize(("shapes", "settings"), OTHER_ATTENTION.values(), ids=OTHER_ATTENTION.keys())
+@pytest.mark.parametrize("mapped", ["bbb", "sbb", "bss"])
+def test_attention_of_unusual_shapes_equals_a_loop(kind, shapes, settings, mapped):
+    case = attention(mapped, shapes=shapes, **settings)
+    try:
+        loop(case.function, arguments_of(case), in_dims_of(case))
+    except RuntimeError:
+        pytest.skip("torch itself does not take these shapes")
+    check(case, kind)
+
+
+@all_kinds
+@pytest.mark.parametrize("dropped", [0.0, 1.0])
+def test_attention_with_dropout_keeps_its_meaning(kind, dropped):
+    case = attention("bbb", dropout_p=dropped)
+
+    arguments = arguments_of(case)
+    rules = Watch(kind, case.func)
+    got = vmap(rules(case.function), randomness="different")(*arguments)
+    expected = loop(case.function, arguments, (0, 0, 0))
+    torch.testing.assert_close(got, expected)
+
+
+# All rules: transforms, layouts, dtypes -----------------------------------------------------------
+
+EVERY_RULE = {
+    "linear": Case(F.linear, F.linear, ((5, 4), (3, 4), (3,)), "bbb"),
+    "linear_shared_input": Case(F.linear, F.linear, ((5, 4), (3, 4), (3,)), "sbb"),
+    "conv1d": convolution(1, {"padding": 1}, "bbb"),
+    "conv2d": convolution(2, {"padding": 1, "groups": 2}, "bbb"),
+    "conv2d_shared_input": convolution(2, {"stride": 2}, "sbb"),
+    "conv3d": convolution(3, {}, "bbb"),
+    "max_pool2d": Case(F.max_pool2d, lambda x: F.max_pool2d(x, 2), ((2, 4, 7, 6),), "b"),
+    "avg_pool1d": Case(F.avg_pool1d, lambda x: F.avg_pool1d(x, 2), ((2, 4, 7),), "b"),
+    "adaptive_avg_pool2d": Case(
+        F.adaptive_avg_pool2d, lambda x: F.adaptive_avg_pool2d(x, 2), ((2, 4, 7, 6),), "b"
+    ),
+    "batch_norm": Case(
+        F.batch_norm, normalised, ((5, 4, 3, 2), (4,), (4,), (4,), (4,)), "bbbbb", constants=(1, 2)
+    ),
+    "batch_norm_shared_statistics": Case(
+        F.batch_norm, normalised, ((5, 4, 3, 2), (4,), (4,), (4,), (4,)), "bssbb", constants=(1, 2)
+    ),
+    "layer_norm": Case(
+        F.layer_norm, lambda x, w, b: F.layer_norm(x, (3, 6), w, b), ((2, 4, 3, 6), (3, 6), (3, 6)), "bbb"
+    ),
+    "embedding": Case(F.embedding, F.embedding, ((2, 6), (7, 3)), "sb", tokens_below=7),
+    "attention": attention("bbb"),
+    "attention_masked": attention("bbs", MASKS["bool_padding"]),
+}
+every_rule = pytest.mark.parametrize("case", EVERY_RULE.values(), ids=EVERY_RULE.keys())
+
+
+@all_kinds
+@every_rule
+def test_a_rule_with_one_draw_equals_a_loop(kind, case):
+    watch = check(case, kind, arguments_of(case, draws=1))
+    assert bool(watch.fired) == should_fire(case, kind)
+
+
+@all_kinds
+@every_rule
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_rule_with_the_draws_on_another_axis_equals_a_loop(kind, case, axis):
+    arguments, in_dims = [], []
+    for value, dim in zip(arguments_of(case), in_dims_of(case), strict=True):
+        arguments.append(value if dim is None else value.movedim(0, axis).contiguous())
+        in_dims.append(dim if dim is None else axis)
+    watch = check(case, kind, arguments, tuple(in_dims))
+    assert bool(watch.fired) == should_fire(case, kind)
+
+
+@all_kinds
+@every_rule
+def test_a_rule_with_inputs_that_are_not_contiguous_equals_a_loop(kind, case):
+    def scattered(value):  # every other entry of a larger tensor, with its axes stored in reverse
+        wide = torch.stack([value, value], -1).movedim(-1, 0)
+        return wide.permute(*reversed(range(wide.ndim))).contiguous().permute(*reversed(range(wide.ndim)))[0]
+
+    arguments = [scattered(value) for value in arguments_of(case)]
+    watch = check(case, kind, arguments)
+    assert bool(watch.fired) == should_fire(case, kind)
+
+
+@all_kinds
+@every_rule
+def test_a_rule_with_draws_that_are_one_value_expanded_equals_a_loop(kind, case):
+    arguments = [
+        value[:1].expand(S, *value.shape[1:]) if dim == 0 else value
+        for value, dim in zip(arguments_of(case), in_dims_of(case), strict=True)
+    ]
+    check(case, kind, arguments)
+
+
+@all_kinds
+@every_rule
+def test_a_rule_inside_another_vmap_equals_two_loops(kind, case):
+    in_dims = in_dims_of(case)
+    arguments = [
+        torch.stack([a, a.flip(0)]) if d == 0 else a
+        for a, d in zip(arguments_of(case), in_dims, strict=True)
+    ]
+    rules = Watch(kind, case.func)
+    got = vmap(vmap(rules(case.function), in_dims), in_dims)(*arguments)
+    expected = loop(lambda *a: loop(case.function, a, in_dims), arguments, in_dims)
+    torch.testing.assert_close(got, expected)
+
+
+@all_kinds
+@every_rule
+def test_a_rule_around_another_vmap_equals_two_loops(kind, case):
+    in_dims = in_dims_of(case)
+    arguments = [
+        torch.stack([a, a.flip(0)]) if d == 0 else a
+        for a, d in zip(arguments_of(case), in_dims, strict=True)
+    ]
+    rules = Watch(kind, case.func)
+    got = vmap(rules(lambda *a: vmap(case.function, in_dims)(*a)), in_dims)(*arguments)
+    expected = loop(lambda *a: loop(case.function, a, in_dims), arguments, in_dims)
+    torch.testing.assert_close(got, expected)
+
+
+@all_kinds
+@every_rule
+def test_a_rule_around_a_vmap_over_only_the_shared_or_only_the_first_argument_equals_two_loops(kind, case):
+    if case.tokens_below is not None:
+        pytest.skip("tokens have no second value here")
+    in_dims = in_dims_of(case)
+    inner = (0, *(None for _ in in_dims[1:]))
+    first = arguments_of(case)[0]
+    at = 1 if in_dims[0] == 0 else 0
+    arguments = [torch.stack([first, -first], at), *arguments_of(case)[1:]]
+    rules = Watch(kind, case.func)
+    got = vmap(rules(lambda *a: vmap(case.function, inner)(*a)), in_dims)(*arguments)
+    expected = loop(lambda *a: loop(case.function, a, inner), arguments, in_dims)
+    torch.testing.assert_close(got, expected)
+
+
+@all_kinds
+@every_rule
+def test_gradients_inside_the_mapped_function_equal_a_loop(kind, case):
+    last = len(case.shapes) - 1
+
+    def gradient(*a):
+        return grad(lambda *b: case.function(*b).sin().sum(), argnums=last)(*a)
+
+    arguments, in_dims = arguments_of(case), in_dims_of(case)
+    rules = Watch(kind, case.func)
+    got = vmap(rules(gradient), in_dims)(*arguments)
+    torch.testing.assert_close(got, loop(gradient, arguments, in_dims))
+
+
+@all_kinds
+@every_rule
+def test_gradients_of_the_mapped_function_by_torch_func_equal_a_loop_and_the_rule_fires(kind, case):
+    arguments, in_dims = arguments_of(case), in_dims_of(case)
+    last = len(case.shapes) - 1
+    rules = Watch(kind, case.func)
+    got = grad(lambda *a: vmap(rules(case.function), in_dims)(*a).sin().sum(), argnums=last)(*arguments)
+    expected = grad(lambda *a: loop(case.function, a, in_dims).sin().sum(), argnums=last)(*arguments)
+    torch.testing.assert_close(got, expected)
+    assert bool(rules.fired) == should_fire(case, kind)
+
+
+@all_kinds
+@every_rule
+def test_forward_mode_derivatives_of_the_mapped_function_equal_a_loop(kind, case):
+    arguments, in_dims = arguments_of(case), in_dims_of(case)
+    *others, last = arguments
+    direction = randn(*last.shape, seed=17)
+    rules = Watch(kind, case.func)
+    got = jvp(lambda v: vmap(rules(case.function), in_dims)(*others, v), (last,), (direction,))
+    expected = jvp(lambda v: loop(case.function, [*others, v], in_dims), (last,), (direction,))
+    torch.testing.assert_close(got, expected)
+
+
+@all_kinds
+@pytest.mark.parametrize("name", ["linear", "conv2d", "batch_norm", "layer_norm", "attention"])
+def test_the_jacobian_of_the_mapped_function_equals_that_of_a_loop(kind, name):
+    case = EVERY_RULE[name]
+    arguments, in_dims = arguments_of(case, draws=2), in_dims_of(case)
+    *others, last = arguments
+    rules = Watch(kind, case.func)
+    got = jacrev(lambda v: vmap(rules(case.function), in_dims)(*others, v).sum((1, 2)))(last)
+    expected = jacrev(lambda v: loop(case.function, [*others, v], in_dims).sum((1, 2)))(last)
+    torch.testing.assert_close(got, expected)
+
+
+@kinds_with_all_rules
+@every_rule
+def test_mixed_dtypes_are_left_to_vmap(kind, case):
+    if len(case.shapes) == 1 or case.tokens_below is not None:
+        pytest.skip("one floating argument has one dtype")
+    arguments, in_dims = arguments_of(case, dtype=torch.float32), in_dims_of(case)
+    arguments[-1] = arguments[-1].double()
+    rules = Watch(kind, case.func)
+    try:
+        expected = vmap(case.function, in_dims)(*arguments)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            vmap(rules(case.function), in_dims)(*arguments)
+    else:
+        torch.testing.assert_close(vmap(rules(case.function), in_dims)(*arguments), expected)
+        assert rules.fired == 0
+
+
+@all_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_rule
+def test_a_rule_keeps_the_dtype(kind, dtype, case):
+    arguments, in_dims = arguments_of(case, dtype=dtype), in_dims_of(case)
+    rules = Watch(kind, case.func)
+    got = vmap(rules(case.function), in_dims)(*arguments)
+    assert got.dtype == dtype
+    # In bfloat16 the order of rounding differs; a few units in the last place of the largest entry.
+    expected = loop(case.function, [a.double() if a.is_floating_point() else a for a in arguments], in_dims)
+    scale = 16 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
+    assert ((got - expected).abs() < scale).all()
+
+
+@every_rule
+@all_kinds
+def test_a_rule_outside_of_any_vmap_is_not_asked(kind, case):
+    arguments = [a[0] if d == 0 else a for a, d in zip(arguments_of(case), in_dims_of(case), strict=True)]
+    rules = Watch(kind, case.func)
+    torch.testing.assert_close(rules(case.function)(*arguments), case.function(*arguments))
+    assert rules.fired == 0
+
+
+# LargestBatched -----------------------------------------------------------------------------------
+
+
+@all_kinds
+def test_the_largest_result_is_counted_for_one_draw_and_only_if_it_has_a_draw_axis(kind):
+    seen = LargestBatched()
+    rules = Batching(kind, seen)
+    shared = randn(50, 4)
+
+    def function(w):
+        with rules:
+            wide = torch.cat([shared] * 40)  # shared by all draws: does not count
+            return F.linear(wide[:6], w).sum()
+
+    vmap(function)(randn(S, 5, 4))
+    assert seen.nbytes == 6 * 5 * 8
+
+
+def test_the_largest_result_does_not_depend_on_the_number_of_draws():
+    images = randn(2, 3, 8, 8)
+
+    def largest(draws):
+        seen = LargestBatched()
+        rules = Batching("rows_first", seen)
+
+        def function(w):
+            with rules:
+                return F.conv2d(images, w).relu().sum()
+
+        vmap(function)(randn(draws, 4, 3, 3, 3))
+        return seen.nbytes
+
+    assert largest(1) == largest(7) == 2 * 4 * 6 * 6 * 8
+
+
+# Whole models -------------------------------------------------------------------------------------
+
+
+def lenet():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding="same", bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.down = nn.Conv2d(4, 4, 1, stride=2)
+        self.conv = nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = F.relu(self.norm(self.stem(x)))
+        h = F.relu(self.conv(h) + self.down(h))
+        return self.head(h.mean((2, 3)))
+
+
+def sound():
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.GELU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(12, 2)
+    )
+
+
+class Translator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.embed(tokens)))
+
+
+MODELS = {
+    "lenet": (lenet, lambda: randn(5, 1, 12, 10), (F.conv2d, F.max_pool2d, F.batch_norm, F.linear)),
+    "residual": (Residual, lambda: randn(5, 1, 8, 8), (F.conv2d, F.batch_norm, F.linear)),
+    "sound": (sound, lambda: randn(5, 2, 8), (F.conv1d, F.batch_norm, F.max_pool1d)),
+    "transformer": (
+        Translator,
+        lambda: ids(4, 5, below=9),
+        (F.embedding, F.linear, F.layer_norm, F.scaled_dot_product_attention),
+    ),
+}
+
+
+def members_of(make, draws=4):
+    torch.manual_seed(0)
+    modules = [make().double() for _ in range(draws)]
+    for module in modules:
+        for buffer in module.buffers():  # statistics that matter
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 2.0)
+    fn, _ = fb.make_functional(modules[0])
+    params = [
+        {
+            **{k: v.detach() for k, v in m.named_parameters()},
+            **{k: fb.Fixed(v) for k, v in m.named_buffers()},
+        }
+        for m in modules
+    ]
+    stacked = {
+        k: fb.Fixed(torch.stack([p[k].tensor for p in params]))
+        if isinstance(v, fb.Fixed)
+        else torch.stack([p[k] for p in params])
+        for k, v in params[0].items()
+    }
+    return fn, modules, stacked
+
+
+@pytest.mark.parametrize(("make", "inputs", "funcs"), MODELS.values(), ids=MODELS.keys())
+@all_kinds
+def test_a_model_under_the_rules_equals_its_modules_one_by_one(kind, make, inputs, funcs):
+    fn, modules, members = members_of(make)
+    x = inputs()
+    expected = torch.stack([module.eval()(x) for module in modules]).detach()
+    for func in funcs:
+        rules = Watch(kind, func)
+        got = vmap(rules(lambda p: fn(p, x)))(members)
+        torch.testing.assert_close(got, expected)
+        if kind != "vmap" or func is F.scaled_dot_product_attention:
+            assert rules.fired
+            assert not rules.left_to_vmap
+
+
+@pytest.mark.parametrize(("make", "inputs", "funcs"), MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, None])
+def test_predict_equals_the_modules_one_by_one(make, inputs, funcs, chunk_size):
+    fn, modules, members = members_of(make)
+    x = inputs()
+    expected = torch.stack([module.eval()(x) for module in modules]).detach()
+    for rows in (slice(None), slice(0, 1)):
+        got = fb.predict(fn, None, fb.Ensemble(members), x[rows], chunk_size=chunk_size).samples
+        torch.testing.assert_close(got, expected[:, rows])
+
+
+@pytest.mark.parametrize(("make", "inputs", "funcs"), MODELS.values(), ids=MODELS.keys())
+@all_kinds
+def test_summed_losses_of_a_model_have_the_gradients_of_each_module_alone(kind, make, inputs, funcs):
+    fn, modules, members = members_of(make)
+    x = inputs()
+    leaves = {k: v.clone().requires_grad_() for k, v in members.items() if not isinstance(v, fb.Fixed)}
+    rules = Watch(kind, funcs[0])
+    losses = vmap(rules(lambda p: fn(p, x).square().mean()))({**members, **leaves})
+    got = torch.autograd.grad(losses.sum(), list(leaves.values()))
+    for i, module in enumerate(modules):
+        named = dict(module.eval().named_parameters())
+        expected = torch.autograd.grad(module(x).square().mean(), [named[name] for name in leaves])
+        for name, here, there in zip(leaves, got, expected, strict=True):
+            torch.testing.assert_close(here[i], there, msg=lambda text, name=name: f"{name}: {text}")

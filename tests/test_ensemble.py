@@ -1,0 +1,549 @@
+import functools
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+
+import funcbayes as fb
+from funcbayes import training
+from funcbayes.ensemble import _ELEMENTWISE, member_seeds, shared_movers
+
+F64 = torch.float64
+K = 3
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+class ConvNet(nn.Module):
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.norm = nn.BatchNorm2d(3, momentum=momentum)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().mean((-1, -2)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(2, 3, batch_first=True)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.lstm(x)[0][:, -1]))
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(x + torch.randn_like(x)) if self.training else self.head(x)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def dropped():
+    return nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.4), nn.ReLU(), nn.Linear(6, 2))
+
+
+MODELS = {
+    "mlp": (mlp, (4,)),
+    "dropout": (dropped, (4,)),
+    "conv": (ConvNet, (1, 5, 5)),
+    "conv_average": (functools.partial(ConvNet, momentum=None), (1, 5, 5)),
+}
+LOOPED = {"lstm": (Recurrent, (4, 2)), "noise": (Noisy, (4,))}
+ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adam": ADAM,
+    "rmsprop": functools.partial(torch.optim.RMSprop, lr=1e-2),
+    "lbfgs": functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=3),
+    "adafactor": torch.optim.Adafactor,
+}
+
+
+def classification(shape, n=13):
+    g = seeded(0)
+    return torch.randn(n, *shape, generator=g, dtype=F64), torch.randint(0, 2, (n,), generator=g)
+
+
+def start(make, num_members=K):
+    fn, members = fb.ensemble.init(lambda: make().double(), num_members, seed=1)
+    return fn, members
+
+
+def tensor_of(leaf):
+    return leaf.tensor if isinstance(leaf, fb.Fixed) else leaf
+
+
+def member(members, k):
+    return {
+        name: fb.Fixed(leaf.tensor[k]) if isinstance(leaf, fb.Fixed) else leaf[k]
+        for name, leaf in members.items()
+    }
+
+
+def fit(fn, members, data, likelihood=None, **options):
+    options = {"optimizer": ADAM, "num_epochs": 2, "seed": 7, **options}
+    return fb.ensemble.fit(fn, members, data, likelihood or fb.likelihoods.Categorical(), **options).members
+
+
+def assert_each_is_as_if_alone(fn, members, data, *, only_together=None, **options):
+    """Compare every member with `training.fit` of that member and its own seed."""
+    together = fit(fn, members, data, **options, **(only_together or {}))
+    options = {"optimizer": ADAM, "num_epochs": 2, **options, "likelihood": fb.likelihoods.Categorical()}
+    for k, seed in enumerate(member_seeds(7, len(next(iter(members.values()))))):
+        alone = training.fit(fn, member(members, k), data, seed=seed, **options)
+        assert set(alone) == set(together)
+        for name, leaf in alone.items():
+            assert isinstance(leaf, fb.Fixed) == isinstance(together[name], fb.Fixed)
+            got = tensor_of(together[name])[k]
+            torch.testing.assert_close(got, tensor_of(leaf), rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("model", MODELS)
+def test_each_member_is_trained_as_if_alone(model, optimizer):
+    make, shape = MODELS[model]
+    fn, members = start(make)
+    halving = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    assert_each_is_as_if_alone(
+        fn,
+        members,
+        classification(shape),
+        batch_size=5,
+        optimizer=optimizer,
+        scheduler=halving,
+        prior_precision=1.0,
+        max_grad_norm=0.3,
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_chunks_of_members_change_nothing(model, chunk_size):
+    make, shape = MODELS[model]
+    fn, members = start(make)
+    chunked = {"only_together": {"chunk_size": chunk_size}}
+    assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5, **chunked)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_loader_gives_each_member_its_own_batches(model):
+    make, shape = MODELS[model]
+    fn, members = start(make)
+    loader = DataLoader(TensorDataset(*classification(shape)), batch_size=5, shuffle=True)
+    state = torch.get_rng_state()
+    assert_each_is_as_if_alone(fn, members, loader, scheduler=exponential, scheduler_interval="step")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def exponential(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+def test_a_loader_with_workers_and_a_generator_is_the_one_without_workers():
+    fn, members = start(mlp, 2)
+    dataset = TensorDataset(*classification((4,)))
+    options = {"batch_size": 5, "shuffle": True}
+    plain = fit(fn, members, DataLoader(dataset, **options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking a process that has threads
+        workers = DataLoader(dataset, num_workers=1, **options)
+        got = fit(fn, members, workers)
+    for name in plain:
+        torch.testing.assert_close(got[name], plain[name])
+    generator = seeded(3)
+    before = generator.get_state()
+    assert_each_is_as_if_alone(fn, members, DataLoader(dataset, generator=generator, **options))
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_workers_that_persist_do_not_remember_an_earlier_fit():
+    fn, members = start(mlp, 2)
+    loader = DataLoader(
+        TensorDataset(*classification((4,))), 5, shuffle=True, num_workers=1, persistent_workers=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # forking a process that has threads
+        first, second = (fit(fn, members, loader, share_batches=True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def padded(rows):
+    """Pad with zeros to the length of the longest row of the batch."""
+    longest = max(int(length) for _, length, _ in rows)
+    x = torch.stack([x[:longest] for x, _, _ in rows])
+    return x, torch.stack([y for _, _, y in rows])
+
+
+def test_batches_of_other_shapes_for_each_member_are_fine():
+    fn, members = fb.ensemble.init(lambda: nn.Linear(1, 2).double(), K, seed=1)
+    lengths = torch.arange(1, 11)
+    x, y = (
+        torch.randn(10, 10, 1, generator=seeded(0), dtype=F64),
+        torch.randint(0, 2, (10,), generator=seeded(1)),
+    )
+
+    def pooled(params, x):
+        return fn(params, x).sum(1)
+
+    loader = DataLoader(TensorDataset(x, lengths, y), batch_size=3, shuffle=True, collate_fn=padded)
+    assert_each_is_as_if_alone(pooled, members, loader)
+
+
+class Uneven:
+    """One or two batches, by chance."""
+
+    def __iter__(self):
+        x, y = classification((4,))
+        return iter([(x, y)] * (1 + int(torch.randint(0, 2, ()))))
+
+
+def test_uneven_numbers_of_batches_are_refused():
+    fn, members = start(mlp, 8)
+    with pytest.raises(RuntimeError, match="same number of batches.*Write `share_batches=True`"):
+        fit(fn, members, Uneven(), num_epochs=4)
+    fit(fn, members, Uneven(), num_epochs=4, share_batches=True)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_shared_batches_are_one_stream(kind):
+    x, y = classification((4,))
+    fn, members = start(mlp)
+    twins = {name: leaf[:1].expand(2, *leaf.shape[1:]) for name, leaf in members.items()}
+    data = (x, y) if kind == "tensors" else DataLoader(TensorDataset(x, y), batch_size=5, shuffle=True)
+    batch_size = 5 if kind == "tensors" else None
+    shared = fit(fn, twins, data, batch_size=batch_size, share_batches=True)
+    own = fit(fn, twins, data, batch_size=batch_size)
+    for name in shared:
+        torch.testing.assert_close(shared[name][0], shared[name][1])
+        assert not torch.allclose(own[name][0], own[name][1])
+
+
+def test_workers_that_persist_are_refused_unless_batches_are_shared():
+    fn, members = start(mlp)
+    loader = DataLoader(TensorDataset(*classification((4,))), 5, num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match=r"persistent_workers=True\. Write `share_batches=True`"):
+        fit(fn, members, loader)
+
+
+@pytest.mark.parametrize("model", LOOPED)
+def test_what_vmap_cannot_take_is_looped_over_with_one_warning(model):
+    make, shape = LOOPED[model]
+    fn, members = start(make)
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="one by one, because `vmap` cannot take the model: ") as caught:
+        assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5)
+    assert len(caught) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_fails_alone_too_shows_its_own_error():
+    def fails(params, x):
+        raise ArithmeticError("mine")
+
+    with pytest.raises(ArithmeticError, match="mine"):
+        fit(fails, start(mlp)[1], classification((4,)))
+
+
+def test_one_member_is_not_vmapped_but_has_the_axis():
+    fn, members = start(Recurrent, 1)
+    assert_each_is_as_if_alone(fn, members, classification((4, 2)), batch_size=5)
+
+
+OTHER_RANKS = {"w": (4, 2), "b": (2,), "gain": ()}  # ranks 2, 1, 0
+
+
+@pytest.mark.parametrize("kind", _ELEMENTWISE, ids=lambda kind: kind.__name__)
+def test_elementwise_optimizers_move_stacked_leaves_as_they_would_alone(kind):
+    g = seeded(2)
+    members = {n: torch.randn(K, *s, generator=g, dtype=F64) for n, s in OTHER_RANKS.items()}
+
+    def fn(params, x):
+        return params["gain"] * (x @ params["w"] + params["b"])
+
+    optimizer = functools.partial(kind, lr=0.01)
+    options = training.Options("fit", optimizer, 1)
+    assert shared_movers([leaf for _, leaf in sorted(members.items())], options).is_stacked
+    x, y = classification((4,))
+    # Members of very different scales would show a number that they share.
+    members["gain"] = members["gain"] * torch.tensor([1e-3, 1.0, 1e2], dtype=F64)
+    assert_each_is_as_if_alone(fn, members, (x, y), batch_size=4, optimizer=optimizer, num_epochs=3)
+
+
+class Mine(torch.optim.SGD):
+    pass
+
+
+def no_decay_for_vectors(leaves):
+    groups = [
+        {"params": [p for p in leaves if p.ndim >= 2], "weight_decay": 0.5},
+        {"params": [p for p in leaves if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+SEPARATE = {
+    "subclass": (functools.partial(Mine, lr=0.1), None),
+    "by shape": (no_decay_for_vectors, None),
+    "plateau": (
+        functools.partial(torch.optim.SGD, lr=0.1),
+        functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.01),
+    ),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "scheduler"), SEPARATE.values(), ids=SEPARATE.keys())
+def test_one_optimizer_a_member_where_sharing_might_differ(optimizer, scheduler):
+    fn, members = start(mlp)
+    options = training.Options("fit", optimizer, 1, scheduler)
+    assert not shared_movers([leaf for _, leaf in sorted(members.items())], options).is_stacked
+    data = classification((4,))
+    assert_each_is_as_if_alone(
+        fn, members, data, batch_size=5, optimizer=optimizer, scheduler=scheduler, num_epochs=4
+    )
+
+
+def test_where_holds_the_other_leaves_of_each_member():
+    fn, members = start(mlp)
+    assert_each_is_as_if_alone(fn, members, classification((4,)), where="2.*")
+    got = fit(fn, members, classification((4,)), where="2.*")
+    assert torch.equal(got["0.weight"], members["0.weight"])
+    assert not torch.equal(got["2.weight"], members["2.weight"])
+
+
+def test_a_model_inside_a_function_keeps_its_statistics():
+    fn, members = start(ConvNet)
+
+    def wrapped(params, x):
+        return params["gain"] * fn(params["net"], x)
+
+    tree = {"net": members, "gain": torch.ones(K, dtype=F64)}
+    got = fit(wrapped, tree, classification((1, 5, 5)), batch_size=5, where="net.*")
+    plain = fit(fn, members, classification((1, 5, 5)), batch_size=5)
+    assert set(got["net"]) == set(plain)
+    for name in plain:
+        torch.testing.assert_close(tensor_of(got["net"][name]), tensor_of(plain[name]))
+
+
+def test_what_was_trained_can_be_trained_further():
+    fn, members = start(ConvNet)
+    data = classification((1, 5, 5))
+    once = fit(fn, members, data, batch_size=5)
+    # Member 2 has seen another number of batches than the others: an integer that is not shared.
+    counts = once["norm.num_batches_tracked"].tensor.clone()
+    counts[2] = 100
+    once["norm.num_batches_tracked"] = fb.Fixed(counts)
+    assert_each_is_as_if_alone(fn, once, data, batch_size=5)
+    more = fit(fn, once, data, batch_size=5)["norm.num_batches_tracked"].tensor
+    assert more.tolist() == [12, 12, 106]
+
+
+def test_inputs_may_be_trees_and_targets_may_have_positions():
+    g = seeded(0)
+    x = {"a": torch.randn(9, 4, generator=g, dtype=F64), "scale": [torch.tensor(0.5, dtype=F64)]}
+    y = torch.randn(9, 2, generator=g, dtype=F64)
+    fn, members = start(mlp)
+
+    def scaled(params, x):
+        return fn(params, x["a"]) * x["scale"][0]
+
+    normal = fb.likelihoods.Normal(0.3)
+    got = fit(scaled, members, (x, y), normal, batch_size=4, seed=7)
+    for k, seed in enumerate(member_seeds(7, K)):
+        alone = training.fit(
+            scaled, member(members, k), (x, y), normal, batch_size=4, seed=seed, optimizer=ADAM, num_epochs=2
+        )
+        for name in alone:
+            torch.testing.assert_close(got[name][k], alone[name])
+
+
+def test_seeds_of_members_do_not_depend_on_how_many():
+    assert member_seeds(5, 10)[:3] == member_seeds(5, 3)
+    assert len({*member_seeds(5, 100), *member_seeds(6, 100)}) == 200
+
+
+def test_members_do_not_depend_on_how_many():
+    fn, members = start(dropped, 4)
+    few = {name: leaf[:2] for name, leaf in members.items()}
+    data = classification((4,))
+    four, two = (fit(fn, m, data, batch_size=5) for m in (members, few))
+    for name in two:
+        torch.testing.assert_close(four[name][:2], two[name])
+    assert all(torch.equal(start(dropped, 2)[1][name], few[name]) for name in few)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_arguments_and_modes_are_left_as_they_were(mode):
+    fn, members = start(ConvNet)
+    data = classification((1, 5, 5))
+    expected = fit(fn, members, data, batch_size=5)
+    before = {name: leaf.clone() for name, leaf in members.items()}
+    state = torch.get_rng_state()
+    with mode():
+        copies = {name: leaf.clone() for name, leaf in members.items()}
+        got = fit(fn, copies, tuple(t.clone() for t in data), batch_size=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, leaf in expected.items():
+        assert torch.equal(tensor_of(got[name]), tensor_of(leaf))
+        assert not tensor_of(got[name]).requires_grad
+    assert all(torch.equal(members[name], before[name]) for name in before)
+
+
+def test_the_callback_sees_all_members_and_can_end_training():
+    seen = []
+
+    def callback(epoch, losses, members):
+        seen.append((losses, members))
+        return epoch == 1
+
+    fn, members = start(mlp)
+    x, y = classification((4,))
+    got = fit(fn, members, (x, y), num_epochs=9, callback=callback)
+    assert len(seen) == 2
+    assert seen[0][0].shape == (K,)
+    for k in range(K):
+        outputs = fn(member(seen[0][1], k), x)
+        expected = nn.functional.cross_entropy(outputs, y)
+        torch.testing.assert_close(seen[1][0][k], expected)
+    assert all(torch.equal(got[name], seen[1][1][name]) for name in got)
+
+
+def test_init_builds_each_module_from_its_own_seed():
+    state = torch.get_rng_state()
+    _, members = fb.ensemble.init(mlp, K, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    for k, seed in enumerate(member_seeds(4, K)):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed & (1 << 63) - 1)
+            expected = mlp().state_dict()
+        assert all(torch.equal(members[name][k], expected[name]) for name in expected)
+
+
+class Features(nn.Module):
+    """A random, fixed first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("directions", torch.randn(4, 5))
+        self.register_buffer("constant", torch.ones(5))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head((x @ self.directions).cos() * self.constant)
+
+
+def test_buffers_that_differ_become_fixed():
+    fn, members = fb.ensemble.init(lambda: Features().double(), K, seed=0)
+    assert isinstance(members["directions"], fb.Fixed)
+    assert members["directions"].tensor.shape == (K, 4, 5)
+    assert "constant" not in members
+    assert_each_is_as_if_alone(fn, members, classification((4,)), batch_size=5)
+
+
+def test_modules_trained_elsewhere_are_what_the_ensemble_predicts():
+    x, _ = classification((1, 5, 5))
+    modules = [ConvNet().double() for _ in range(K)]
+    for k, module in enumerate(modules):
+        module(x + k)  # other statistics for each
+        module.eval()
+    fn, ensemble = fb.ensemble.from_modules(modules)
+    for k, module in enumerate(modules):
+        torch.testing.assert_close(fn(member(ensemble.members, k), x), module(x).detach())
+    assert "norm.num_batches_tracked" not in ensemble.members
+    predicted = fb.predict(fn, None, ensemble, x, num_samples=None)
+    expected = torch.stack([module(x).detach() for module in modules])
+    torch.testing.assert_close(predicted.mean, expected.mean(0))
+
+
+net = mlp()
+MODULE_ERRORS = {
+    "module": (lambda: fb.ensemble.init(net, 3), TypeError, "a function that builds a new module, got Seq"),
+    "none": (lambda: fb.ensemble.init(mlp, 0), ValueError, "(num_members=...)` should be at least 1, got 0."),
+    "no modules": (lambda: fb.ensemble.from_modules([]), ValueError, "at least one module, got none"),
+    "no module": (lambda: fb.ensemble.from_modules([net, 3]), TypeError, "be given modules, got int"),
+    "one module": (lambda: fb.ensemble.init(lambda: net, 2), ValueError, "0 and 1 are one. Build a new"),
+    "twice": (
+        lambda: fb.ensemble.from_modules([net, net]),
+        ValueError,
+        "Keep copies: `copy.deepcopy(module)`",
+    ),
+    "activation": (
+        lambda: fb.ensemble.from_modules([net, nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))]),
+        ValueError,
+        "'1' is ReLU() in module 1 and Tanh() in module 0",
+    ),
+    "shape": (
+        lambda: fb.ensemble.from_modules([nn.Linear(4, 2), nn.Linear(4, 3)]),
+        ValueError,
+        "out_features=3",
+    ),
+    "own parameters": (
+        lambda: fb.ensemble.from_modules([nn.ParameterDict({n: torch.ones(2)}) for n in "ab"]),
+        ValueError,
+        "one architecture",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), MODULE_ERRORS.values(), ids=MODULE_ERRORS.keys())
+def test_modules_that_do_not_match_are_refused(call, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
+        call()
+
+
+x, y = classification((4,))
+FIT_ERRORS = {
+    "members": (
+        {"members": {"w": torch.ones(3, 4), "b": torch.ones(2)}},
+        ValueError,
+        "one leading axis over the members; 'b' has 2, 'w' has 3. Write `fn, members = ensemble.init",
+    ),
+    "scalars": ({"members": {"w": torch.tensor(1.0)}}, ValueError, "'w' has none"),
+    "no members": ({"members": {}}, ValueError, "at least one leaf, got an empty tree"),
+    "chunk_size": ({"chunk_size": 0}, ValueError, "(chunk_size=...)` should be at least 1 or None, got 0."),
+    "num_epochs": ({"num_epochs": 0}, ValueError, "`ensemble.fit(num_epochs=...)` should be at least 1"),
+    "module": ({"fn": net}, TypeError, "`ensemble.fit(fn, ...)` should be given a function of (params, x)"),
+    "iterator": ({"data": iter([(x, y)])}, TypeError, "`ensemble.fit(data=...)` should be a re-iterable"),
+    "empty": ({"data": []}, ValueError, "got none in epoch 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), FIT_ERRORS.values(), ids=FIT_ERRORS.keys())
+def test_bad_input_is_refused(options, kind, message):
+    fn, members = start(mlp)
+    with pytest.raises(kind, match=re.escape(message)):
+        fit(**{"fn": fn, "members": members, "data": (x, y), **options})
+
+
+def test_a_member_that_diverges_is_named():
+    fn, members = start(mlp)
+    members["2.bias"][1] = torch.inf
+    with pytest.raises(
+        RuntimeError, match=r"loss of member 1 in `ensemble.fit` is (nan|inf) in step 0 of epoch 0"
+    ):
+        fit(fn, members, (x, y))
+
+
+def test_a_batch_sampler_of_ones_own_is_counted():
+    dataset = TensorDataset(x, y)
+    loader = DataLoader(dataset, batch_sampler=list(BatchSampler(range(10), 5, False)))
+    fn, members = start(mlp)
+    got = fit(fn, members, loader, prior_precision=5.0)
+    expected = fit(fn, members, [(x[:5], y[:5]), (x[5:10], y[5:10])], prior_precision=5.0, num_data=10)
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name])

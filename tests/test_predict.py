@@ -1,0 +1,870 @@
+"""``predict``: every posterior through every model, against a loop over the draws."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import funcbayes as fb
+import zoo
+from funcbayes.covariances import Diagonal
+from funcbayes.likelihoods import Categorical, Normal
+from zoo import F64, LOOPED_MODELS, MODELS, POSTERIORS, expected_samples, gaussian, linear, linear_params, pairs, randn
+
+S = 7  # draws, a prime: chunks are ragged
+CHUNK_SIZES = (None, 1, 3, S, 20)
+# torch's own: vmap says of operations without a batching rule that it maps them slowly, and
+# forward-mode derivatives load decompositions through torch.jit.script.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+]
+
+
+def saying(text):
+    return lambda message: f"{text}: {message}"
+
+
+# Vectorised equals looped.
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pairs()
+def test_one_pass_equals_a_loop_over_draws_for_every_chunk_size(make_model, make_posterior, num_rows):
+    model = make_model()
+    posterior, x = make_posterior(model), model.inputs(num_rows)
+    expected = expected_samples(model, posterior, x, S, 3)
+    for chunk_size in CHUNK_SIZES:
+        got = fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=3, chunk_size=chunk_size)
+        assert_close(got.samples, expected, msg=saying(f"chunk_size={chunk_size}"))
+
+
+@pytest.mark.parametrize("num_rows", [1, 6])
+@pytest.mark.parametrize("name", MODELS)
+def test_results_stay_right_while_the_engine_learns_which_mechanism_is_fastest(name, num_rows):
+    model = MODELS[name]()
+    x, posterior = model.inputs(num_rows), zoo.gaussian(model.params)
+    expected = expected_samples(model, posterior, x, S, 3)
+    for call in range(25):
+        got = fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=3)
+        assert_close(got.samples, expected, msg=saying(f"call {call}"))
+
+
+@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.WITH_FIXED, *zoo.DROPOUTS])
+def test_results_stay_right_while_the_engine_learns_for_every_posterior(name):
+    model = MODELS["conv_dropout"]()
+    posterior = (POSTERIORS | zoo.WITH_FIXED | zoo.DROPOUTS)[name](model)
+    x = model.inputs(4)
+    expected = expected_samples(model, posterior, x, 5, 0)
+    for call in range(25):
+        got = fb.predict(model.fn, model.params, posterior, x, num_samples=5, seed=0)
+        assert_close(got.samples, expected, msg=saying(f"call {call}"))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 20])
+@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.DROPOUTS])
+def test_streaming_gives_the_statistics_of_kept_samples(name, chunk_size):
+    model = MODELS["mlp_dropout"]()
+    posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(5)
+    y = torch.tensor([0, 1, 1, 0, 1])
+    for num_samples in (None, S):
+        options = {"num_samples": num_samples, "seed": 0, "likelihood": Categorical(), "targets": y}
+        kept = fb.predict(model.fn, model.params, posterior, x, **options)
+        streamed = fb.predict(
+            model.fn, model.params, posterior, x, **options, keep_samples=False, chunk_size=chunk_size
+        )
+        assert streamed.num_samples == kept.num_samples
+        for statistic in STATISTICS:
+            assert_close(getattr(streamed, statistic), getattr(kept, statistic), msg=saying(statistic))
+        assert_close(streamed.log_prob(), kept.log_prob(y.clone()))
+
+
+STATISTICS = (
+    *("mean", "variance", "std", "epistemic_variance", "aleatoric_variance"),
+    *("entropy", "expected_entropy", "mutual_information"),
+)
+
+
+@pytest.mark.parametrize(("weight", "bias"), [((4, 3), (4,)), ((4, 3), ()), ((4, 3), (1,)), ((3,), ()), ((3,), None)])
+def test_a_linear_map_with_any_shape_of_weight_and_bias_that_torch_takes(weight, bias):
+    def fn(params, x):
+        return F.linear(x, params["w"], params.get("b"))
+
+    params = {"w": randn(*weight), **({} if bias is None else {"b": randn(*bias, seed=1)})}
+    x, posterior = randn(5, 3), gaussian(params)
+    expected = expected_samples(zoo.from_function(fn, params, None, "b"), posterior, x, S, 0)
+    for chunk_size in CHUNK_SIZES:
+        got = fb.predict(fn, params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size).samples
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+def test_attention_whose_query_is_shared_by_the_rows_is_vectorised(chunk_size):
+    def fn(params, x):  # latents (1, H, L, D) look at the rows (N, H, T, D)
+        return F.scaled_dot_product_attention(params["query"], x, x)
+
+    params, x = {"query": randn(1, 2, 3, 4)}, randn(5, 2, 6, 4)
+    posterior = gaussian(params)
+    expected = expected_samples(zoo.from_function(fn, params, None, "query"), posterior, x, S, 0)
+    got = fb.predict(fn, params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size)
+    assert_close(got.samples, expected)
+
+
+def test_outputs_may_be_one_number_a_row_or_no_row_at_all():
+    params, x = linear_params(), randn(5, 3)
+    posterior = gaussian(params)
+    for fn, shape in (
+        (lambda p, x: linear(p, x)[:, 0], (S, 5)),
+        (lambda p, x: linear(p, x).sum(), (S,)),
+        (lambda p, x: linear(p, x)[:0], (S, 0, 2)),
+    ):
+        for chunk_size in (None, 3):
+            got = fb.predict(fn, params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size)
+            assert got.samples.shape == shape
+
+
+def test_a_model_whose_outputs_do_not_depend_on_the_draw_gives_equal_samples():
+    params, x = linear_params(), randn(5, 3)
+    posterior = gaussian({"b": params["b"]})
+    got = fb.predict(lambda p, x: x @ p["w"].T, params, posterior, x, num_samples=S, seed=0)
+    assert_close(got.samples, (x @ params["w"].T).expand(S, 5, 2))
+    assert_close(got.variance, torch.zeros(5, 2, dtype=F64))
+
+
+def test_inputs_of_no_rows_give_outputs_of_no_rows():
+    params = linear_params()
+    got = fb.predict(linear, params, gaussian(params), randn(0, 3), num_samples=S, seed=0)
+    assert got.samples.shape == (S, 0, 2)
+    assert got.mean.shape == (0, 2)
+
+
+# The same draws however they are asked for.
+
+
+@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.DROPOUTS])
+def test_more_draws_begin_with_the_same_draws(name):
+    model = MODELS["mlp_dropout"]()
+    posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(3)
+    many = fb.predict(model.fn, model.params, posterior, x, num_samples=20, seed=5, chunk_size=6).samples
+    for num_samples in (1, 2, 9):
+        few = fb.predict(model.fn, model.params, posterior, x, num_samples=num_samples, seed=5, chunk_size=4)
+        assert_close(few.samples, many[:num_samples])
+
+
+@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.DROPOUTS])
+def test_exactly_the_number_of_draws_asked_for_is_used(name):
+    model = MODELS["mlp_dropout"]()
+    posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(2)
+    default = {"point": 1, "ensemble": 5, "ensemble_weighted": 5, "ensemble_head_only": 5}.get(name, 32)
+    for num_samples in (1, 2, 31, 33, None):
+        for chunk_size in (None, 4):
+            got = fb.predict(
+                model.fn, model.params, posterior, x, num_samples=num_samples, seed=0, chunk_size=chunk_size
+            )
+            count = default if num_samples is None else num_samples
+            assert got.samples.shape == (count, 2, 2)
+            assert got.num_samples == count
+            assert_close(got.weights.sum(), torch.ones((), dtype=got.weights.dtype))
+
+
+def test_calls_with_a_chunk_size_agree_bit_for_bit():
+    model = MODELS["conv"]()
+    posterior, x = gaussian(model.params), model.inputs(5)
+    first, *others = (
+        fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=0, chunk_size=3).samples
+        for _ in range(4)
+    )
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.DROPOUTS])
+def test_a_tensor_seed_is_the_int_seed(name):
+    model = MODELS["mlp_dropout"]()
+    posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(3)
+    by_int, by_tensor = (
+        fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=seed, chunk_size=3).samples
+        for seed in (11, torch.tensor(11))
+    )
+    assert_close(by_tensor, by_int)
+
+
+@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.DROPOUTS])
+def test_predictions_mapped_over_seeds_equal_a_loop_over_seeds(name):
+    model = MODELS["mlp_dropout"]()
+    posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(3)
+
+    def samples(seed):
+        return fb.predict(model.fn, model.params, posterior, x, num_samples=4, seed=seed).samples
+
+    assert_close(vmap(samples)(torch.arange(3)), torch.stack([samples(i) for i in range(3)]))
+
+
+def test_without_a_seed_two_calls_differ_and_manual_seed_governs_them():
+    params, x = linear_params(), randn(5, 3)
+
+    def samples():
+        return fb.predict(linear, params, gaussian(params), x, num_samples=S).samples
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, second = samples(), samples()
+        torch.manual_seed(0)
+        again = samples()
+    assert_close(again, first)
+    assert not torch.allclose(first, second)
+
+
+def test_an_ensemble_without_a_number_of_draws_uses_each_member_once_with_its_weight():
+    params, x = linear_params(), randn(5, 3)
+    members = zoo.members(params)
+    got = fb.predict(linear, None, fb.Ensemble(members, 3 * zoo.WEIGHTS), x)
+    each = torch.stack([linear(zoo.entry(members, k), x) for k in range(5)])
+    assert_close(got.samples, each)
+    assert_close(got.weights, zoo.WEIGHTS)
+    assert_close(got.mean, torch.einsum("s,snc->nc", zoo.WEIGHTS, each))
+
+
+# Coverage.
+
+
+class Counting(nn.Module):
+    """Counts its calls, on the class because modules are copied."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = nn.Linear(3, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.trunk(x))
+        Counting.calls += 1
+        return self.head(h)
+
+
+def test_the_trunk_before_the_first_covered_layer_runs_once_a_chunk():
+    model = zoo.from_module(Counting, zoo.rows(3), "head")
+    posterior, x = zoo.head_only(model), model.inputs(5)
+    for chunk_size, expected in ((8, 1), (3, 3)):
+        fb.predict(model.fn, model.params, posterior, x, num_samples=8, chunk_size=chunk_size)  # learns
+        before = Counting.calls
+        fb.predict(model.fn, model.params, posterior, x, num_samples=8, seed=0, chunk_size=chunk_size)
+        assert Counting.calls - before == expected
+
+
+def flops(call, *args, **kwargs):
+    with FlopCounterMode(display=False) as counter:
+        call(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def test_the_trunk_does_the_work_of_one_draw_and_the_head_that_of_all():
+    model = zoo.from_module(Counting, zoo.rows(3), "head")
+    x, options = model.inputs(5), {"num_samples": 8, "seed": 0, "chunk_size": 8}
+    trunk, head = 2 * 5 * 3 * 16, 2 * 5 * 16 * 2  # multiplications and additions of one pass
+    for posterior, expected in (
+        (zoo.head_only(model), trunk + 8 * head),
+        (gaussian(model.params), 8 * (trunk + head)),
+        (zoo.all_but_head(model), 8 * (trunk + head)),
+    ):
+        fb.predict(model.fn, model.params, posterior, x, **options)  # learns whether vmap can take it
+        assert flops(fb.predict, model.fn, model.params, posterior, x, **options) == expected
+
+
+def test_dropout_before_the_head_leaves_the_trunk_to_one_draw():
+    def make():
+        return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    model = zoo.from_module(make, zoo.rows(3), "3", drops=True)
+    x, options = model.inputs(5), {"num_samples": 8, "seed": 0, "chunk_size": 8}
+    fb.predict(model.fn, model.params, fb.Dropout(), x, **options)
+    got = flops(fb.predict, model.fn, model.params, fb.Dropout(), x, **options)
+    assert got == 2 * 5 * 3 * 16 + 8 * (2 * 5 * 16 * 2)
+
+
+def test_a_posterior_that_covers_everything_needs_no_params():
+    for name in ("linear", "nested", "conv"):
+        model = MODELS[name]()
+        x = model.inputs(3)
+        for posterior in (gaussian(model.params), fb.Ensemble(zoo.members(model.params)), fb.Point(model.params)):
+            without = fb.predict(model.fn, None, posterior, x, num_samples=S, seed=0, chunk_size=3)
+            given = fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=0, chunk_size=3)
+            assert_close(without.samples, given.samples)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize(("name", "leaf"), [("mlp", "0.weight"), ("linear", "w"), ("nested", "1.0")])
+def test_a_leaf_that_neither_params_nor_the_posterior_has_is_named(name, leaf, chunk_size):
+    model = MODELS[name]()
+    posterior = gaussian(zoo.covering(model.params, lambda path: path != leaf))
+    for params in (None, posterior.mean):
+        with pytest.raises((ValueError, KeyError), match=f"'{leaf}'"):
+            fb.predict(
+                model.fn, params, posterior, model.inputs(3), num_samples=S, seed=0, chunk_size=chunk_size
+            )
+
+
+def test_params_are_not_used_where_the_posterior_covers_them():
+    params, x = linear_params(), randn(5, 3)
+    posterior = gaussian(params)
+    elsewhere = {k: v + 100 for k, v in params.items()}
+    got, expected = (fb.predict(linear, p, posterior, x, seed=0, chunk_size=4) for p in (elsewhere, params))
+    assert_close(got.samples, expected.samples)
+
+
+# Models that vmap cannot take.
+
+
+@pytest.mark.parametrize("make_posterior", POSTERIORS.values(), ids=POSTERIORS.keys())
+@pytest.mark.parametrize("name", LOOPED_MODELS)
+def test_a_model_that_vmap_cannot_take_is_right_and_warned_of_at_most_once(name, make_posterior):
+    _, make_model = LOOPED_MODELS[name]
+    model = make_model()
+    posterior, x = make_posterior(model), model.inputs(3)
+    expected = expected_samples(model, posterior, x, S, 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for chunk_size in (*CHUNK_SIZES, None, None):
+            got = fb.predict(
+                model.fn, model.params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size
+            )
+            assert_close(got.samples, expected, msg=saying(f"chunk_size={chunk_size}"))
+    assert len(caught) <= 1
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("name", LOOPED_MODELS)
+def test_the_warning_of_a_loop_names_the_operation(name, chunk_size):
+    operation, make_model = LOOPED_MODELS[name]
+    model = make_model()
+    with pytest.warns(UserWarning, match=f"`vmap` cannot take .* loop: .*{operation}") as caught:
+        fb.predict(
+            model.fn, model.params, gaussian(model.params), model.inputs(3), num_samples=S, chunk_size=chunk_size
+        )
+    assert len(caught) == 1
+
+
+def test_the_warning_of_a_loop_points_at_the_call_of_the_user():
+    model = LOOPED_MODELS["lstm"][1]()
+    with pytest.warns(UserWarning, match="`vmap` cannot take") as caught:
+        fb.predict(model.fn, model.params, gaussian(model.params), model.inputs(3), num_samples=S)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+def test_an_error_of_the_model_itself_comes_out_as_it_is(chunk_size):
+    class OwnError(Exception):
+        pass
+
+    def fn(params, x):
+        raise OwnError("no such thing")
+
+    params = linear_params()
+    with pytest.raises(OwnError, match="^no such thing$"):
+        fb.predict(fn, params, gaussian(params), randn(5, 3), num_samples=S, seed=0, chunk_size=chunk_size)
+
+
+def test_a_shape_error_of_the_model_comes_out_as_torch_words_it():
+    params = linear_params()
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        fb.predict(linear, params, gaussian(params), randn(5, 4), num_samples=S, seed=0)
+
+
+# Types.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["linear", "mlp", "conv", "transformer", "keywords"])
+def test_the_dtype_of_inputs_and_parameters_is_that_of_the_outputs(name, dtype):
+    model = MODELS[name]()
+    params, x = fb.to(model.params, dtype=dtype), fb.to(model.inputs(5), dtype=dtype)
+    exact = expected_samples(model, gaussian(fb.to(params, dtype=F64)), fb.to(x, dtype=F64), S, 0)
+    posterior = fb.to(gaussian(fb.to(params, dtype=F64)), dtype=dtype)
+    for chunk_size in CHUNK_SIZES:
+        options = {"num_samples": S, "seed": 0, "chunk_size": chunk_size, "likelihood": Categorical()}
+        got = fb.predict(model.fn, params, posterior, x, **options)
+        for value in (got.samples, got.mean, got.variance, got.entropy, got.mutual_information):
+            assert value.dtype == dtype
+        loop = torch.stack(
+            [model.fn(zoo.entry(posterior.sample(S, seed=0), i), x) for i in range(S)]
+        )
+        # Sums over some 100 terms: a few units in the last place of the largest output.
+        tolerance = 8 * torch.finfo(dtype).eps * exact.abs().max().item()
+        assert_close(got.samples, loop, atol=tolerance, rtol=0)
+
+
+def test_predict_in_a_wider_dtype_converts_parameters_draws_and_inputs():
+    for name in ("mlp", "conv", "keywords"):
+        model = MODELS[name]()
+        params, x = fb.to(model.params, dtype=torch.float32), fb.to(model.inputs(3), dtype=torch.float32)
+        posterior = fb.Ensemble(zoo.members(params))
+        got = fb.predict(model.fn, params, posterior, x, dtype=F64)
+        wide = fb.predict(model.fn, None, fb.to(posterior, dtype=F64), fb.to(x, dtype=F64))
+        assert got.samples.dtype == F64
+        assert_close(got.samples, wide.samples)
+
+
+def test_predict_in_a_narrower_dtype_gives_it():
+    model = MODELS["mlp"]()
+    got = fb.predict(
+        model.fn, model.params, gaussian(model.params), model.inputs(3), seed=0, dtype=torch.bfloat16
+    )
+    assert got.samples.dtype == got.mean.dtype == torch.bfloat16
+
+
+# Gradients.
+
+
+def closed_form_inputs():
+    x, mean, variance = randn(5, 3), randn(3, seed=1), randn(3, seed=2) ** 2
+    return x, mean, variance
+
+
+def make_linear_posterior(mean, variance):
+    return fb.Gaussian({"w": mean}, Diagonal({"w": variance}))
+
+
+def inner_product(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 20])
+@pytest.mark.parametrize("keep_samples", [True, False])
+def test_gradients_of_a_linear_model_are_those_of_the_closed_form(chunk_size, keep_samples):
+    x, mean, variance = (t.requires_grad_() for t in closed_form_inputs())
+    prediction = fb.predict(
+        inner_product,
+        None,
+        make_linear_posterior(mean, variance),
+        x,
+        num_samples=S,
+        seed=0,
+        chunk_size=chunk_size,
+        keep_samples=keep_samples,
+    )
+    cotangent = randn(5, seed=7)
+    got = torch.autograd.grad(prediction.mean @ cotangent, (x, mean, variance))
+    # The mean over draws is x . (mean + sqrt(variance) * z) with z the mean of the noise.
+    draws = make_linear_posterior(mean, variance).sample(S, seed=0)["w"].detach()
+    z = ((draws - mean.detach()) / variance.detach().sqrt()).mean(0)
+    expected = (
+        torch.outer(cotangent, draws.mean(0)),
+        cotangent @ x.detach(),
+        cotangent @ x.detach() * z / (2 * variance.detach().sqrt()),
+    )
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other)
+
+
+def test_gradients_reach_params_that_the_posterior_does_not_cover():
+    model = MODELS["mlp"]()
+    params = {k: v.clone().requires_grad_() for k, v in model.params.items()}
+    posterior, x = zoo.head_only(model), model.inputs(4)
+    got = fb.predict(model.fn, params, posterior, x, num_samples=S, seed=0, chunk_size=3).mean.sum()
+    expected = expected_samples(model._replace(params=params), posterior, x, S, 0).mean(0).sum()
+    trunk = [v for k, v in params.items() if not k.startswith("4")]
+    for one, other in zip(
+        torch.autograd.grad(got, trunk), torch.autograd.grad(expected, trunk), strict=True
+    ):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["conv", "residual", "transformer", "own_attention", "tied", "norms"])
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_gradients_equal_those_of_the_loop_while_the_engine_learns(name, num_rows):
+    model = MODELS[name]()
+    posterior, x = gaussian({k: v.clone().requires_grad_() for k, v in model.params.items()}), model.inputs(num_rows)
+    leaves = list(posterior.mean.values())
+    cotangent = None
+    for call in range(8):
+        got = fb.predict(model.fn, None, posterior, x, num_samples=3, seed=0).samples
+        if cotangent is None:
+            cotangent = randn(*got.shape)
+            loop = expected_samples(model, posterior, x, 3, 0)
+            expected = torch.autograd.grad((loop * cotangent).sum(), leaves)
+        for one, other in zip(torch.autograd.grad((got * cotangent).sum(), leaves), expected, strict=True):
+            assert_close(one, other, msg=saying(f"call {call}"))
+
+
+def test_gradients_reach_the_weights_of_an_ensemble():
+    x, members = randn(5, 3), {"w": randn(4, 3)}
+    raw = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64, requires_grad=True)
+    got = torch.autograd.grad(fb.predict(inner_product, None, fb.Ensemble(members, raw), x).mean.sum(), raw)[0]
+    f = (members["w"] @ x.T).sum(1)  # d/dw_k of sum_k w_k f_k / sum_k w_k
+    p = raw.detach() / raw.detach().sum()
+    assert_close(got, (f - p @ f) / raw.detach().sum())
+
+
+def test_there_is_no_graph_where_nothing_requires_gradients():
+    params, x = linear_params(), randn(5, 3)
+    got = fb.predict(linear, params, gaussian(params), x, seed=0, likelihood=Normal(0.3))
+    assert not got.samples.requires_grad
+    assert not got.mean.requires_grad
+    trained = {k: v.clone().requires_grad_() for k, v in params.items()}
+    assert fb.predict(linear, trained, gaussian(trained), x, seed=0).samples.requires_grad
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            got = fb.predict(linear, trained, gaussian(trained), x, seed=0)
+            assert not got.samples.requires_grad
+            assert not got.variance.requires_grad
+
+
+@pytest.mark.parametrize("name", ["linear", "conv", "transformer"])
+def test_predictions_in_no_grad_and_inference_mode_are_the_same(name):
+    model = MODELS[name]()
+    x, posterior = model.inputs(5), gaussian(model.params)
+    expected = expected_samples(model, posterior, x, S, 0)
+    for off in (torch.no_grad, torch.inference_mode):
+        for chunk_size in CHUNK_SIZES:
+            with off():
+                got = fb.predict(
+                    model.fn, model.params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size
+                )
+            assert_close(got.samples.clone(), expected)
+
+
+def test_gradients_work_after_a_prediction_in_inference_mode():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).eval()
+    fn, params = fb.make_functional(module)
+    params, x = fb.to(params, dtype=F64), randn(5, 3)  # buffers follow the dtype of the parameters
+    with torch.inference_mode():
+        fb.predict(fn, params, fb.Point(params), x)
+    leaf = params["0.weight"].clone().requires_grad_()
+    got = fb.predict(fn, None, fb.Point({**params, "0.weight": leaf}), x).mean.sum()
+    again = fn({**params, "0.weight": leaf}, x).sum()
+    assert_close(torch.autograd.grad(got, leaf), torch.autograd.grad(again, leaf))
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: grad(lambda x: f(x).sum())(x),
+    "jacrev": lambda f, x: jacrev(f)(x),
+    "jvp": lambda f, x: jvp(f, (x,), (torch.ones_like(x),))[1],
+    "vmap": lambda f, x: vmap(lambda row: f(row[None])[0])(x),
+    "grad_of_vmap": lambda f, x: grad(lambda x: vmap(lambda row: f(row[None])[0])(x).sum())(x),
+    "vmap_of_grad": lambda f, x: vmap(grad(lambda row: f(row[None])[0].sum()))(x),
+    "jvp_of_vmap": lambda f, x: jvp(lambda x: vmap(lambda row: f(row[None])[0])(x), (x,), (torch.ones_like(x),))[1],
+    "hessian": lambda f, x: hessian(lambda x: f(x).sum())(x),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
+@pytest.mark.parametrize("name", ["mlp", "functional_dropout"])
+def test_transforms_of_torch_func_see_through_predict(name, transform, chunk_size):
+    model = MODELS[name]()
+    posterior = gaussian(model.params)
+
+    def by_predict(x):
+        return fb.predict(
+            model.fn, model.params, posterior, x, num_samples=5, seed=0, chunk_size=chunk_size
+        ).mean
+
+    def by_loop(x):
+        return expected_samples(model, posterior, x, 5, 0).mean(0)
+
+    if name == "functional_dropout":
+        posterior = fb.Dropout(shared_mask=True)  # a function of the row alone
+    x = randn(3, 3)
+    assert_close(transform(by_predict, x), transform(by_loop, x))
+
+
+def test_transforms_of_torch_func_over_the_mean_and_variance_of_a_posterior():
+    x, mean, variance = closed_form_inputs()
+
+    z = (make_linear_posterior(mean, variance).sample(S, seed=0)["w"] - mean) / variance.sqrt()
+
+    def predicted(mean, variance):
+        posterior = make_linear_posterior(mean, variance)
+        return fb.predict(inner_product, None, posterior, x, num_samples=S, seed=0).variance.sum()
+
+    def by_hand(mean, variance):
+        return ((mean + variance.sqrt() * z) @ x.T).var(0).sum()
+
+    got, expected = (grad(f, argnums=(0, 1))(mean, variance) for f in (predicted, by_hand))
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "ensemble", "ensemble_weighted", "point", "gaussian_head_only"])
+def test_predictions_mapped_over_a_stacked_posterior_equal_a_loop(name):
+    model = MODELS["mlp"]()
+    first = POSTERIORS[name](model)
+    second = torch.utils._pytree.tree_map(lambda t: t * 0.7, first)
+    several = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), first, second)
+    x = model.inputs(3)
+
+    def samples(posterior):
+        return fb.predict(model.fn, model.params, posterior, x, num_samples=5, seed=0, chunk_size=2).samples
+
+    assert_close(vmap(samples)(several), torch.stack([samples(first), samples(second)]))
+
+
+# Batches and partial application.
+
+
+def loader(x, y, batch_size=4):
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("keep_samples", [True, False])
+@pytest.mark.parametrize("make_posterior", POSTERIORS.values(), ids=POSTERIORS.keys())
+def test_batches_give_the_prediction_of_all_rows_at_once(make_posterior, keep_samples):
+    model = MODELS["mlp"]()
+    posterior, x, y = make_posterior(model), randn(11, 3), torch.arange(11) % 2
+    options = {"likelihood": Categorical(), "num_samples": S, "seed": 0, "keep_samples": keep_samples}
+    whole = fb.predict(model.fn, model.params, posterior, x, targets=y, **options)
+    parts = fb.predict_batches(model.fn, model.params, posterior, loader(x, y), **options)
+    for statistic in STATISTICS:
+        assert_close(getattr(parts, statistic), getattr(whole, statistic), msg=saying(statistic))
+    assert_close(parts.log_prob(), whole.log_prob())
+    assert_close(parts.targets, y)
+    assert_close(parts.weights, whole.weights)
+    if keep_samples:
+        assert_close(parts.samples, whole.samples)
+        assert_close(parts.log_prob(1 - y), whole.log_prob(1 - y))
+
+
+def test_batches_without_a_likelihood_or_without_labels():
+    params, x = linear_params(), randn(11, 3)
+    posterior = gaussian(params)
+    whole = fb.predict(linear, params, posterior, x, seed=0, num_samples=S).samples
+    labelled = fb.predict_batches(linear, params, posterior, loader(x, x), seed=0, num_samples=S)
+    unlabelled = fb.predict_batches(
+        linear, params, posterior, x.split(4), seed=0, num_samples=S, labelled=False, likelihood=Normal(0.1)
+    )
+    assert_close(labelled.samples, whole)
+    assert_close(unlabelled.samples, whole)
+    assert labelled.targets is None
+    assert unlabelled.targets is None
+
+
+def test_batches_without_a_seed_have_the_same_draws():
+    params = linear_params()
+    x = randn(4, 3).repeat(3, 1)
+    got = fb.predict_batches(linear, params, gaussian(params), x.split(4), labelled=False).samples
+    assert_close(got[:, :4], got[:, 4:8])
+
+
+def dropped_inputs(params, x):
+    """Shows its mask: ones become 0 or 2."""
+    return F.dropout(x, 0.5)
+
+
+def test_dropout_masks_are_not_repeated_between_batches():
+    x = torch.ones(12, 16, dtype=F64)
+    got = fb.predict_batches(dropped_inputs, {}, fb.Dropout(), x.split(4), labelled=False, num_samples=3, seed=0)
+    masks = got.samples.flatten(0, 1)
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
+
+
+def test_dropout_masks_are_not_repeated_between_batches_of_several_inputs_of_different_lengths():
+    def fn(params, x):
+        return F.dropout(x["image"], 0.5) + 0 * x["table"].sum()
+
+    batches = [{"image": torch.ones(4, 16, dtype=F64), "table": torch.ones(7, dtype=F64)} for _ in range(3)]
+    got = fb.predict_batches(fn, {}, fb.Dropout(), batches, labelled=False, num_samples=3, seed=0)
+    masks = got.samples.flatten(0, 1)
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
+
+
+def test_a_shared_dropout_mask_is_one_for_all_rows_and_batches():
+    x = torch.ones(11, 16, dtype=F64)
+    posterior = fb.Dropout(shared_mask=True)
+    got = fb.predict_batches(dropped_inputs, {}, posterior, x.split(4), labelled=False, num_samples=3, seed=0)
+    assert_close(got.samples, got.samples[:, :1].expand(3, 11, 16))
+    assert len({tuple(mask.tolist()) for mask in got.samples[:, 0]}) == 3
+
+
+def test_masks_keep_units_in_proportion_and_the_mean_of_the_inputs():
+    x, count = torch.ones(50, 16, dtype=F64), 40
+    got = fb.predict(dropped_inputs, {}, fb.Dropout(rate=0.2), x, num_samples=count, seed=0).samples
+    assert set(got.unique().tolist()) == {0.0, 1 / 0.8}
+    standard_error = (0.2 * 0.8 / got.numel()) ** 0.5
+    assert abs((got == 0).double().mean() - 0.2) < 4 * standard_error
+
+
+def test_a_bar_of_progress_changes_nothing(capsys):
+    params, x = linear_params(), randn(6, 3)
+    for progress in (False, True):
+        got = fb.predict_batches(
+            linear, params, fb.Point(params), x.split(3), labelled=False, progress=progress
+        )
+        assert_close(got.mean, linear(params, x))
+
+
+def test_a_predictor_is_predict_with_everything_but_the_inputs_fixed():
+    params, x, y = linear_params(), randn(5, 3), randn(5, 2, seed=4)
+    posterior = gaussian(params)
+    options = {"num_samples": S, "seed": 3, "chunk_size": 2, "keep_samples": False, "targets": y}
+    predict = fb.predictor(linear, params, posterior, Normal(0.3), **options)
+    expected = fb.predict(linear, params, posterior, x, likelihood=Normal(0.3), **options)
+    assert_close(predict(x).mean, expected.mean)
+    assert_close(predict(x).variance, expected.variance)
+    assert_close(predict(x).log_prob(), expected.log_prob())
+    wide = fb.predictor(linear, params, posterior, dtype=torch.float32, num_samples=2)(x)
+    assert wide.samples.dtype == torch.float32
+
+
+def test_a_predictor_without_a_seed_uses_the_same_draws_every_time():
+    params, x = linear_params(), randn(5, 3)
+    predict = fb.predictor(linear, params, gaussian(params), num_samples=S, chunk_size=S)
+    assert_close(predict(x).samples, predict(x).samples)
+
+
+# Copies and threads.
+
+
+def test_a_copy_of_the_model_predicts_the_same():
+    model = MODELS["conv"]()
+    posterior, x = gaussian(model.params), model.inputs(4)
+    expected = fb.predict(model.fn, model.params, posterior, x, num_samples=3, seed=0, chunk_size=3).samples
+    got = fb.predict(copy.deepcopy(model.fn), model.params, copy.deepcopy(posterior), x, num_samples=3, seed=0)
+    assert_close(got.samples, expected)
+
+
+def test_a_function_without_a_hash_or_weak_references_can_be_a_model():
+    class Slotted:
+        __slots__ = ()
+        __hash__ = None
+
+        def __call__(self, params, x):
+            return linear(params, x)
+
+    params, x = linear_params(), randn(5, 3)
+    got = fb.predict(Slotted(), params, gaussian(params), x, num_samples=S, seed=0).samples
+    assert_close(got, fb.predict(linear, params, gaussian(params), x, num_samples=S, seed=0).samples)
+
+
+def test_draws_are_the_same_in_every_thread():
+    params, x = linear_params(), randn(5, 3)
+    found = []
+
+    def work():
+        found.append(fb.predict(linear, params, gaussian(params), x, num_samples=S, seed=0).samples)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = fb.predict(linear, params, gaussian(params), x, num_samples=S, seed=0).samples
+    assert len(found) == 4
+    for samples in found:
+        assert_close(samples, expected)
+
+
+# Errors.
+
+
+def failing(message, error, call, **changes):
+    return pytest.param(changes, error, message, id=call)
+
+
+ERRORS = [
+    failing("nn.Module.*make_functional", TypeError, "fn is a module", fn=nn.Linear(3, 2)),
+    failing("function of \\(params, x\\), got int", TypeError, "fn is no function", fn=3),
+    failing("posterior, got dict.*Point", TypeError, "posterior is a dict", posterior=linear_params()),
+    failing("at least 1, got 0", ValueError, "no draws", num_samples=0),
+    failing("at least 1, got -1", ValueError, "negative number of draws", num_samples=-1),
+    failing("int, got float", TypeError, "fraction of a draw", num_samples=2.5),
+    failing("int, got bool", TypeError, "bool for a number of draws", num_samples=True),
+    failing("chunk_size=.* at least 1, got 0", ValueError, "empty chunks", chunk_size=0),
+    failing("chunk_size=.* at least 1, got 1.5", ValueError, "fraction of a chunk", chunk_size=1.5),
+    failing("funcbayes.likelihoods", TypeError, "likelihood is a name", likelihood="normal"),
+    failing("funcbayes.likelihoods", TypeError, "likelihood is a class", likelihood=Categorical),
+    failing("one tensor, got dict", TypeError, "model returns a dict", fn=lambda p, x: {"f": linear(p, x)}),
+    failing("one tensor, got tuple", TypeError, "model returns a tuple", fn=lambda p, x: (x, x)),
+    failing("targets=.* needs a likelihood", ValueError, "targets alone", targets=torch.zeros(5, 2)),
+    failing("floating-point dtype, got torch.int64", ValueError, "integer dtype", dtype=torch.int64),
+    failing(
+        "covers 'other', and `params` has 'b', 'gain', 'w'",
+        ValueError,
+        "posterior over another leaf",
+        posterior=gaussian({"other": randn(2)}),
+    ),
+    failing(
+        r"'w' has draws of shape \(3, 2\), and \(2, 3\) in `params`",
+        ValueError,
+        "posterior of another shape",
+        posterior=gaussian({"w": randn(3, 2)}),
+    ),
+    failing(
+        "find dropout in the model, but `linear` has none", ValueError, "no dropout", posterior=fb.Dropout()
+    ),
+    failing(
+        "drops nothing in `dropping_nothing`.*rate 0",
+        ValueError,
+        "dropout at rate 0",
+        fn=lambda p, x: dropping_nothing(p, x),
+        posterior=fb.Dropout(),
+    ),
+    failing(
+        "where='head'.*make_functional",
+        TypeError,
+        "paths in a plain function",
+        fn=lambda p, x: F.dropout(linear(p, x), 0.5),
+        posterior=fb.Dropout(where="head"),
+    ),
+    failing(
+        r"should have shape \(5, 2\).*got \(5,\)",
+        ValueError,
+        "targets of another shape",
+        likelihood=Normal(0.1),
+        targets=torch.zeros(5),
+    ),
+    failing("0 to 1", ValueError, "label out of range", likelihood=Categorical(), targets=torch.arange(5)),
+]
+
+
+def dropping_nothing(params, x):
+    return F.dropout(linear(params, x), 0.0)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize(("changes", "error", "message"), ERRORS)
+def test_predict_refuses(changes, error, message, chunk_size):
+    params = linear_params()
+    call = {"fn": linear, "params": params, "posterior": gaussian(params), "x": randn(5, 3)}
+    call |= {"num_samples": 4, "seed": 0, "chunk_size": chunk_size} | changes
+    if message.startswith("drops nothing"):
+        call["fn"] = dropping_nothing
+    arguments = [call.pop(name) for name in ("fn", "params", "posterior", "x")]
+    with pytest.raises(error, match=message):
+        fb.predict(*arguments, **call)
+
+
+def test_a_predictor_refuses_an_option_that_predict_does_not_have():
+    params = linear_params()
+    with pytest.raises(TypeError, match="no option 'num_sample'; it has .*num_samples"):
+        fb.predictor(linear, params, fb.Point(params), num_sample=3)
+
+
+def test_a_predictor_refuses_bad_arguments_before_it_is_called():
+    params = linear_params()
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        fb.predictor(linear, params, fb.Point(params), num_samples=0)
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        fb.predictor(nn.Linear(3, 2), params, fb.Point(params))
+
+
+def test_batches_are_refused_if_there_are_none_or_they_are_no_pairs():
+    params = linear_params()
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        fb.predict_batches(linear, params, fb.Point(params), [])
+    with pytest.raises(ValueError, match="pairs .x, y., got Tensor.*labelled=False"):
+        fb.predict_batches(linear, params, fb.Point(params), [randn(2, 3)])
+
+
+@pytest.mark.parametrize("seed", [1.5, "one"])
+def test_a_seed_that_is_no_integer_is_refused_by_name(seed):
+    params = linear_params()
+    with pytest.raises(TypeError, match="seed"):
+        fb.predict(linear, params, gaussian(params), randn(5, 3), seed=seed)

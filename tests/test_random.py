@@ -1,0 +1,250 @@
+"""Keyed noise: a function of the key alone, independent between keys, and normal."""
+
+import itertools
+import math
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch.func import vmap
+from torch.testing import assert_close
+
+from funcbayes._random import fold, keys_by_name, normal, permutation, resolve_seed, uniform
+from funcbayes.posteriors._allocation import allocate
+from zoo import F64
+
+SHAPES = [(), (1,), (3,), (15,), (16,), (17,), (2, 3), (5, 4, 3), (100,)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+both_kinds = pytest.mark.parametrize("draw", [normal, uniform])
+MASK = (1 << 64) - 1
+
+
+def split_mix(state):
+    """SplitMix64's output function, Steele, Lea & Flood (2014), figure 16."""
+    z = (state + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@both_kinds
+def test_noise_of_a_key_does_not_depend_on_the_keys_beside_it(draw, shape, dtype):
+    keys = fold(torch.arange(12), "x")
+    together = draw(keys, shape, dtype=dtype)
+    assert together.shape == (12, *shape)
+    assert together.dtype == dtype
+    for i in range(12):
+        assert torch.equal(draw(keys[i], shape, dtype=dtype), together[i])
+    assert torch.equal(draw(keys.flip(0), shape, dtype=dtype), together.flip(0))
+    assert torch.equal(draw(keys.reshape(3, 4), shape, dtype=dtype), together.reshape(3, 4, *shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@both_kinds
+def test_mapped_noise_equals_a_loop_at_any_depth_and_chunk_size(draw, shape):
+    keys = fold(torch.arange(12), "x").reshape(4, 3)
+    expected = draw(keys, shape, dtype=F64)
+    for chunk_size in (None, 1, 3):
+        one_deep = vmap(lambda k: draw(k, shape, dtype=F64), chunk_size=chunk_size)(keys)
+        assert torch.equal(one_deep, expected)
+    two_deep = vmap(vmap(lambda k: draw(k, shape, dtype=F64)), in_dims=1, out_dims=1)(keys)
+    assert torch.equal(two_deep, expected)
+
+
+def test_large_noise_filled_by_several_threads_equals_that_of_one(monkeypatch):
+    keys, shape = fold(torch.arange(6), "x"), (400_000,)
+    expected = torch.stack([normal(k, shape) for k in keys])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert torch.equal(normal(keys, shape), expected)
+
+
+def test_no_keys_or_no_numbers_give_empty_noise():
+    assert normal(torch.empty(0, dtype=torch.int64), (3,)).shape == (0, 3)
+    assert normal(torch.arange(2), (0, 3)).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normals_have_mean_0_variance_1_and_the_tails_of_a_normal(dtype):
+    z = normal(fold(torch.arange(400), "x"), (500,), dtype=dtype).double().flatten()
+    n = z.numel()
+    assert abs(z.mean()) < 4 / math.sqrt(n)
+    assert abs(z.square().mean() - 1) < 4 * math.sqrt(2 / n)
+    assert abs(z.pow(3).mean()) < 4 * math.sqrt(15 / n)
+    assert abs(z.pow(4).mean() - 3) < 4 * math.sqrt(96 / n)
+    # Distribution function: Kolmogorov's 0.1% point is 1.95 / sqrt(n); bfloat16 is a step function.
+    ordered = torch.special.ndtr(z.sort().values)
+    distance = (ordered - torch.arange(1, n + 1, dtype=F64) / n).abs().max()
+    assert distance < 1.95 / math.sqrt(n) + (2**-8 if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_uniforms_are_uniform_on_the_half_open_interval(dtype):
+    u = uniform(fold(torch.arange(400), "x"), (500,), dtype=dtype).flatten()
+    assert (u >= 0).all()
+    assert (u < 1).all()
+    n = u.numel()
+    distance = (u.double().sort().values - torch.arange(1, n + 1, dtype=F64) / n).abs().max()
+    assert distance < 1.95 / math.sqrt(n)
+
+
+def test_noise_of_different_seeds_draws_and_leaves_is_uncorrelated():
+    axes = [range(4), range(6), ["w", "b", "head.weight", "head.bias"]]
+    noise = torch.stack(
+        [normal(fold(fold(torch.tensor(seed), draw), leaf), (2000,), dtype=F64) for seed, draw, leaf in itertools.product(*axes)]
+    )
+    correlation = torch.corrcoef(noise)
+    pairs = correlation[torch.triu_indices(len(noise), len(noise), 1).unbind()]
+    z = pairs * math.sqrt(2000)
+    assert z.abs().max() < 5  # 4560 pairs
+    assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / len(z))
+    # Neighbouring numbers, and the same numbers one place later.
+    lagged = (noise[:, 1:] * noise[:, :-1]).mean(1) * math.sqrt(1999)
+    assert lagged.abs().max() < 5
+    crossed = (noise[1:, 1:] * noise[:-1, :-1]).mean(1) * math.sqrt(1999)
+    assert crossed.abs().max() < 5
+
+
+def test_no_two_draws_or_leaves_begin_with_the_same_noise():
+    keys = keys_by_name(fold(7, torch.arange(500)), [f"layer.{i}.weight" for i in range(10)])
+    starts = torch.cat([normal(k, (3,)) for k in keys.values()])
+    assert len(set(map(tuple, starts.tolist()))) == len(starts)
+
+
+def test_keys_of_small_seeds_draws_and_paths_are_all_different():
+    keys = [fold(fold(fold(seed, draw), leaf), "z") for seed in range(30) for draw in range(30) for leaf in "abc"]
+    assert len(set(keys)) == len(keys)
+    # Argument order counts: seed 1 of draw 2 is not seed 2 of draw 1, nor their sum.
+    assert len({fold(fold(0, 1), 2), fold(fold(0, 2), 1), fold(0, 3), fold(fold(1, 0), 2), fold(fold(0, 3), 0)}) == 5
+
+
+@pytest.mark.parametrize("key", [0, 1, -1, 12345, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("data", [0, 1, -1, 31, 2**62, -(2**63)])
+def test_hashing_ints_and_tensors_agree_with_the_published_mixer(key, data):
+    expected = split_mix((split_mix(key & MASK) + data * 0x9E3779B97F4A7C15) & MASK)
+    expected -= (expected >> 63) << 64
+    assert fold(key, data) == expected
+    assert fold(torch.tensor(key), data).item() == expected
+    assert fold(key, torch.tensor(data)).item() == expected
+    assert fold(torch.tensor([key]), torch.tensor([[data], [data]])).tolist() == [[expected], [expected]]
+
+
+def test_strings_and_many_names_at_once_hash_alike():
+    keys = keys_by_name(torch.arange(3), ["a", "b.c"])
+    for name, value in keys.items():
+        assert torch.equal(value, fold(torch.arange(3), name))
+        assert value.tolist() == [fold(i, name) for i in range(3)]
+    assert keys_by_name(torch.arange(3), []) == {}
+
+
+def test_each_bit_of_a_seed_changes_about_half_of_the_bits_of_a_key():
+    seeds = fold(torch.arange(200), "seeds")
+    for bit in range(63):
+        changed = fold(seeds, 0) ^ fold(seeds ^ (1 << bit), 0)
+        ones = sum(bin(k & MASK).count("1") for k in changed.tolist())
+        assert abs(ones - 32 * 200) < 5 * math.sqrt(64 * 200 / 4)
+
+
+def test_a_seed_is_taken_from_the_global_state_only_if_none_is_given():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        assert resolve_seed(5) == 5
+        assert torch.equal(torch.get_rng_state(), before)
+        first = resolve_seed(None)
+        torch.manual_seed(0)
+        assert resolve_seed(None) == first
+        assert resolve_seed(None) != first
+
+
+def test_a_permutation_is_one_and_a_function_of_its_key():
+    for key in range(-3, 4):
+        assert sorted(permutation(key, 9).tolist()) == list(range(9))
+        assert torch.equal(permutation(key, 9), permutation(key, 9))
+    assert len({tuple(permutation(fold(k, "p"), 9).tolist()) for k in range(50)}) == 50
+
+
+def test_noise_is_the_same_from_every_thread():
+    keys, found = fold(torch.arange(4), "x"), []
+    threads = [threading.Thread(target=lambda: found.append(normal(keys, (7,)))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert all(torch.equal(z, normal(keys, (7,))) for z in found)
+
+
+FIRST_USE = """
+import threading, torch
+from funcbayes._random import normal
+barrier, found = threading.Barrier(8), []
+def work():
+    barrier.wait()
+    found.append(normal(torch.arange(3), (2,)))
+threads = [threading.Thread(target=work) for _ in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert len(found) == 8, f"only {len(found)} of 8 threads got their noise"
+"""
+
+
+def test_the_first_noise_of_a_process_may_be_asked_for_by_several_threads():
+    done = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# Allocation of draws to alternatives.
+
+
+@pytest.mark.parametrize("num_choices", [1, 2, 5, 7])
+def test_equal_weights_take_every_choice_once_in_every_block(num_choices):
+    chosen = allocate(torch.arange(20 * num_choices), None, num_choices, 3)
+    blocks = chosen.reshape(20, num_choices)
+    assert torch.equal(blocks.sort(1).values, torch.arange(num_choices).expand(20, -1))
+    if num_choices == 5:  # each block has an order of its own
+        assert len(set(map(tuple, blocks.tolist()))) > 10
+
+
+WEIGHTS = {
+    "halves": [0.5, 0.5],
+    "uneven": [0.1, 0.3, 0.05, 0.5, 0.05],
+    "rare": [0.99, 0.01],
+    "zeros": [0.0, 0.4, 0.0, 0.6, 0.0],
+    "many": [i / 55 for i in range(1, 11)],
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_every_prefix_is_close_to_proportional_to_the_weights(weights):
+    p, n = torch.tensor(weights, dtype=F64), 1000
+    for site in range(20):
+        chosen = allocate(torch.arange(n), p, len(p), fold(site, "site"))
+        counts = torch.nn.functional.one_hot(chosen, len(p)).cumsum(0)
+        expected = torch.arange(1, n + 1)[:, None] * p
+        # Independent choices would be off by some sqrt(n p (1 - p)), up to 16 here.
+        assert (counts - expected).abs().max() < 6
+        assert not counts[-1][p == 0].any()
+
+
+def test_choices_do_not_depend_on_which_others_are_asked_for():
+    p = torch.tensor(WEIGHTS["uneven"], dtype=F64)
+    for weights in (None, p):
+        all_of_them = allocate(torch.arange(50), weights, 5, 9)
+        some = torch.tensor([41, 3, 3, 17, 0])
+        assert torch.equal(allocate(some, weights, 5, 9), all_of_them[some])
+
+
+def test_choices_of_different_sites_are_independent():
+    p = torch.tensor(WEIGHTS["uneven"], dtype=F64)
+    for weights in (None, p):
+        # Over sites the choice of one draw has the distribution of the weights.
+        num_sites = 2000
+        for draw in (0, 1, 7):
+            first = [int(allocate(torch.tensor([draw]), weights, 5, fold(s, "a"))) for s in range(num_sites)]
+            share = torch.bincount(torch.tensor(first), minlength=5) / num_sites
+            q = torch.full((5,), 0.2, dtype=F64) if weights is None else p
+            assert ((share - q).abs() < 5 * (q * (1 - q) / num_sites).sqrt()).all()

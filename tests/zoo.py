@@ -1,0 +1,418 @@
+"""Models and posteriors that tests share: add a line here and every property test applies to it.
+
+``MODELS`` are made by name, as are the ``POSTERIORS`` over any of them. ``expected_samples`` is what
+``predict`` should return: a loop over the draws that calls the module itself.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import funcbayes as fb
+from funcbayes._intercept import with_dropout
+from funcbayes.covariances import Diagonal
+
+F64 = torch.float64
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed), dtype=F64)
+
+
+def randn_like(tree, seed=0, scale=1.0):
+    """A tree of noise: every leaf has its own."""
+    g = seeded(seed)
+    return optree.tree_map(lambda t: scale * torch.randn(t.shape, generator=g, dtype=F64).to(t.dtype), tree)
+
+
+def shifted(tree, noise):
+    return optree.tree_map(torch.add, tree, noise)
+
+
+def stacked(*trees):
+    return optree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def entry(tree, i):
+    return optree.tree_map(lambda leaf: leaf[i], tree)
+
+
+class Model(NamedTuple):
+    """``fn`` and ``params`` as a user has them, and ``run(params, x)``, the same by other means."""
+
+    fn: Callable[[Any, Any], Any]
+    params: Any
+    inputs: Callable[[int], Any]  # number of rows -> x
+    run: Callable[[Any, Any], Any]
+    head: str  # prefix of the paths of the last layer
+    drops: bool = False
+    buffers: dict[str, Tensor] = {}
+
+
+def from_module(make: Callable[[], nn.Module], inputs, head, *, drops=False, keywords=False) -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make().double()
+    for k, (name, buffer) in enumerate(module.named_buffers()):
+        if name.endswith("running_mean"):
+            buffer.copy_(randn(*buffer.shape, seed=k))
+        if name.endswith("running_var"):
+            buffer.copy_(randn(*buffer.shape, seed=k).exp())
+    module.eval()
+    fn, params = fb.make_functional(module, call=unpack if keywords else None)
+
+    def run(params: dict[str, Any], x: Any) -> Tensor:
+        plain = {k: v.tensor if isinstance(v, fb.Fixed) else v for k, v in params.items()}
+        return functional_call(module, plain, (), x) if keywords else functional_call(module, plain, (x,))
+
+    buffers = {k: b.clone() for k, b in module.named_buffers() if b.is_floating_point()}
+    return Model(fn, params, inputs, run, head, drops, buffers)
+
+
+def unpack(module, x):
+    return module(**x)
+
+
+def from_function(fn, params, inputs, head, *, drops=False) -> Model:
+    return Model(fn, params, inputs, fn, head, drops)
+
+
+def linear(params, x):
+    """Leaves of rank 2, 1 and 0."""
+    return params["gain"] * (x @ params["w"].T) + params["b"]
+
+
+def linear_params():
+    return {"w": randn(2, 3), "b": randn(2, seed=1), "gain": randn(seed=2)}
+
+
+def nested(params, x):
+    """Parameters in a list with a dict and a tuple in it."""
+    first, (weight, bias), last = params
+    return torch.tanh(x @ first["w"]) @ weight @ last["w"] + bias
+
+
+def nested_params():
+    return [{"w": randn(3, 4)}, (randn(4, 4, seed=1), randn(2, seed=2)), {"w": randn(4, 2, seed=3)}]
+
+
+def dropping(params, x):
+    """Dropout called as a function, switched off, before and after the first use of a parameter."""
+    return F.dropout(torch.tanh(F.dropout(x, 0.3, False) @ params["w"]), 0.4, training=False) @ params["head"]
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv_1, self.norm_1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv_2, self.norm_2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = self.relu(self.norm_1(self.conv_1(x)))
+        return self.relu(self.norm_2(self.conv_2(h)) + x)
+
+
+def residual_net():
+    stem = (nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    return nn.Sequential(*stem, Residual(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+class Attending(nn.Module):
+    """Self-attention; with ``need_weights`` the attention weights are part of the result."""
+
+    def __init__(self, need_weights, batch_first=True, dropout=0.0):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=dropout, batch_first=batch_first)
+        self.head = nn.Linear(4, 2)
+        self.need_weights = need_weights
+
+    def forward(self, x):
+        h, weights = self.attention(x, x, x, need_weights=self.need_weights)
+        return self.head(h if weights is None else h + weights.sum() * weights.var())
+
+
+class OwnAttention(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 2)
+        self.dropout = dropout
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 2)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        rate = self.dropout if self.training else 0.0
+        h = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
+        return self.head(h.transpose(1, 2).flatten(2))
+
+
+def transformer(dropout=0.0, batch_first=True):
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=dropout, batch_first=batch_first)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(4, 2))
+
+
+class TextNet(nn.Module):
+    """Inputs by keyword, as a language model has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens, mask):
+        h = self.embedding(tokens) * mask.unsqueeze(-1)
+        return self.head(h.sum(1))
+
+
+class Tied(nn.Module):
+    """Embedding and head share their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.embedding(tokens)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind=nn.LSTM):
+        super().__init__()
+        self.cell, self.head = kind(3, 4, num_layers=2, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.cell(x)[0][:, -1])
+
+
+def rows(*shape):
+    return lambda n: randn(n, *shape, seed=n)
+
+
+def rows_second(length, width):
+    return lambda n: randn(length, n, width, seed=n)
+
+
+def tokens(length, below):
+    return lambda n: torch.randint(below, (n, length), generator=seeded(n))
+
+
+def words(n):
+    return {"tokens": tokens(5, 7)(n), "mask": randn(n, 5, seed=n)}
+
+
+def mlp(dropout=0.0):
+    drop = [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), *drop, nn.Linear(8, 6), nn.GELU(), *drop, nn.Linear(6, 2))
+
+
+def conv_net(dropout=0.0):
+    drop = [nn.Dropout2d(dropout)] if dropout else []
+    body = (nn.Conv2d(2, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), *drop, nn.Conv2d(4, 3, 2), nn.AvgPool2d(2))
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(3, 2))
+
+
+class Viewing(nn.Module):
+    """``view`` after a convolution, as the classic networks have it; it asks for the layout of NCHW."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(16, 2)
+
+    def forward(self, x):
+        h = F.max_pool2d(F.relu(self.conv(x)), 2)
+        return self.head(h.view(h.size(0), -1))
+
+
+def grouped_conv_net():
+    first = nn.Conv2d(4, 8, 3, groups=2, padding="same")
+    return nn.Sequential(first, nn.ELU(), nn.Conv2d(8, 4, 2, dilation=2, groups=4), nn.Flatten(), nn.Linear(64, 2))
+
+
+def signal_net():
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, padding=1), nn.BatchNorm1d(4), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(12, 2)
+    )
+
+
+def norm_net():
+    groups = (nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.LayerNorm(36))
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), *groups, nn.Linear(36, 2))
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "linear": lambda: from_function(linear, linear_params(), rows(3), "b"),
+    "nested": lambda: from_function(nested, nested_params(), rows(3), "2"),
+    "mlp": lambda: from_module(mlp, rows(3), "4"),
+    "conv": lambda: from_module(conv_net, rows(2, 9, 8), "6"),
+    "conv_view": lambda: from_module(Viewing, rows(2, 6, 6), "head"),
+    "conv_grouped": lambda: from_module(grouped_conv_net, rows(4, 6, 6), "4"),
+    "conv_1d": lambda: from_module(signal_net, rows(2, 6), "4"),
+    "residual": lambda: from_module(residual_net, rows(2, 8, 8), "7"),
+    "norms": lambda: from_module(norm_net, rows(2, 3, 3), "5"),
+    "attention": lambda: from_module(lambda: Attending(False), rows(5, 4), "head"),
+    "attention_weights": lambda: from_module(lambda: Attending(True), rows(5, 4), "head"),
+    "attention_rows_second": lambda: from_module(lambda: Attending(False, False), rows_second(5, 4), "head"),
+    "own_attention": lambda: from_module(OwnAttention, rows(5, 4), "head"),
+    "transformer": lambda: from_module(transformer, rows(5, 4), "1"),
+    "keywords": lambda: from_module(TextNet, words, "head", keywords=True),
+    "tied": lambda: from_module(Tied, tokens(3, 5), "norm"),
+    "mlp_dropout": lambda: from_module(lambda: mlp(0.3), rows(3), "6", drops=True),
+    "conv_dropout": lambda: from_module(lambda: conv_net(0.3), rows(2, 9, 8), "7", drops=True),
+    "own_attention_dropout": lambda: from_module(lambda: OwnAttention(0.3), rows(5, 4), "head", drops=True),
+    "attention_dropout": lambda: from_module(
+        lambda: Attending(False, dropout=0.3), rows(5, 4), "head", drops=True
+    ),
+    "transformer_dropout": lambda: from_module(lambda: transformer(0.2), rows(5, 4), "1", drops=True),
+    "functional_dropout": lambda: from_function(
+        dropping, {"w": randn(3, 4), "head": randn(4, 2, seed=1)}, rows(3), "head", drops=True
+    ),
+}
+# `vmap` cannot take these: draws are evaluated in a loop, with a warning that says why.
+LOOPED_MODELS: dict[str, tuple[str, Callable[[], Model]]] = {
+    "lstm": ("lstm", lambda: from_module(Recurrent, rows(4, 3), "head")),
+    "gru": ("gru", lambda: from_module(lambda: Recurrent(nn.GRU), rows(4, 3), "head")),
+    "branch_on_values": (
+        "data-dependent control flow",
+        lambda: from_function(make_branching(), linear_params(), rows(3), "b"),
+    ),
+    "item": (r"\.item\(\)", lambda: from_function(make_itemizing(), linear_params(), rows(3), "b")),
+}
+
+
+def make_branching():  # a new function each time: what was learned of one is remembered
+    def branching(params, x):
+        f = linear(params, x)
+        return f if f.sum() > 0 else f.exp()
+
+    return branching
+
+
+def make_itemizing():
+    def itemizing(params, x):
+        return linear(params, x) * params["b"].sum().item()
+
+    return itemizing
+
+
+def covering(params, keep):
+    """The part of ``params`` whose paths satisfy ``keep``; ``MISSING`` marks holes in lists and tuples."""
+
+    def walk(node, path):
+        if isinstance(node, Tensor):
+            return node if keep(path) else fb.MISSING
+        if isinstance(node, dict):
+            kept = {k: walk(v, f"{path}.{k}".lstrip(".")) for k, v in node.items()}
+            return {k: v for k, v in kept.items() if v is not fb.MISSING}
+        return type(node)(walk(v, f"{path}.{i}".lstrip(".")) for i, v in enumerate(node))
+
+    return walk(params, "")
+
+
+def overlaid(params, draw):
+    """``params`` with what ``draw`` has in its place, nodes of any kind."""
+    if draw is fb.MISSING or isinstance(draw, type(fb.MISSING)):
+        return params
+    if isinstance(draw, dict):
+        return {**params, **{k: overlaid(params.get(k), v) for k, v in draw.items()}}
+    if isinstance(draw, list | tuple):
+        return type(draw)(overlaid(p, d) for p, d in zip(params, draw, strict=True))
+    return draw
+
+
+def gaussian(params, scale=0.3):
+    """A Gaussian whose variances differ."""
+    return fb.Gaussian(params, Diagonal(optree.tree_map(lambda z: (scale * z) ** 2, randn_like(params, 9))))
+
+
+def members(params, num_members=5, scale=0.3):
+    return stacked(*(shifted(params, randn_like(params, seed, scale)) for seed in range(num_members)))
+
+
+def with_fixed(model):
+    """Means and BatchNorm statistics; the latter belong to every draw."""
+    statistics = {k: fb.Fixed(b.abs() + 0.5) for k, b in model.buffers.items()}
+    return fb.Gaussian({**model.params, **statistics}, gaussian(model.params).covariance)
+
+
+def varying_fixed(model):
+    """Members with BatchNorm statistics of their own."""
+    statistics = {k: fb.Fixed(torch.stack([(1 + i) * b.abs() for i in range(5)])) for k, b in model.buffers.items()}
+    return fb.Ensemble({**members(model.params), **statistics})
+
+
+def head_only(model):
+    return gaussian(covering(model.params, lambda path: path.startswith(model.head)))
+
+
+def all_but_head(model):
+    return gaussian(covering(model.params, lambda path: not path.startswith(model.head)))
+
+
+WEIGHTS = torch.tensor([0.1, 0.3, 0.05, 0.5, 0.05], dtype=F64)
+POSTERIORS: dict[str, Callable[[Model], fb.Posterior]] = {
+    "point": lambda model: fb.Point(shifted(model.params, randn_like(model.params))),
+    "gaussian": lambda model: gaussian(model.params),
+    "ensemble": lambda model: fb.Ensemble(members(model.params)),
+    "ensemble_weighted": lambda model: fb.Ensemble(members(model.params), WEIGHTS),
+    "gaussian_head_only": head_only,
+    "gaussian_all_but_head": all_but_head,
+    "ensemble_head_only": lambda model: fb.Ensemble(members(head_only(model).mean)),
+}
+WITH_FIXED: dict[str, Callable[[Model], fb.Posterior]] = {
+    "gaussian_fixed": with_fixed,
+    "ensemble_fixed": varying_fixed,
+}
+DROPOUTS: dict[str, Callable[[Model], fb.Posterior]] = {
+    "dropout": lambda model: fb.Dropout(),
+    "dropout_rate": lambda model: fb.Dropout(rate=0.5),
+    "dropout_shared_mask": lambda model: fb.Dropout(shared_mask=True),
+}
+
+
+def pairs(kinds=("weights", "fixed", "dropout"), models=MODELS):
+    """Every posterior with every model it is for, as parameters ``make_model, make_posterior``."""
+    found = []
+    for model_name, make in models.items():
+        model = make()
+        tables = {"weights": POSTERIORS}
+        if model.buffers:
+            tables["fixed"] = WITH_FIXED
+        if model.drops:
+            tables["dropout"] = DROPOUTS
+        for kind in kinds:
+            for name, of_model in tables.get(kind, {}).items():
+                found.append(pytest.param(make, of_model, id=f"{name}-{model_name}"))
+    return pytest.mark.parametrize(("make_model", "make_posterior"), found)
+
+
+def expected_samples(model, posterior, x, num_samples, seed) -> Tensor:
+    """One call of the model a draw, without the engine."""
+    draws = posterior.draws(torch.arange(num_samples), seed)
+    outputs = []
+    for i in range(num_samples):
+        draw = entry(draws, i)
+        params = overlaid(model.params, draw.leaves)
+        run = model.run
+        if draw.effects:
+            located = [m.at_rows(0, m.find_rows(model.fn, params, x)) for m in draw.effects]
+            run = with_dropout(model.fn, located)
+        outputs.append(run(params, x))
+    return torch.stack(outputs)
+
+
+def quietly(call, *args, **kwargs):
+    """The result of a call whose warnings are another test's subject."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **kwargs)
