@@ -6,9 +6,10 @@ the format and the structure of the tree. The structure refers to tensors by nam
 are looked up among those that the package registered, and their fields are set as they were.
 
 JSON numbers, strings, booleans and ``null`` stand for themselves. Everything else is an object of one
-entry: ``{"tensor": name}``, ``{"complex": name}``, ``{"float": "inf"}``, ``{"list": [...]}``,
-``{"tuple": [...]}``, ``{"size": [...]}``, ``{"dict": [[key, value], ...]}``,
-``{"ordered_dict": [[key, value], ...]}`` or ``{"node": [class name, {field: value}]}``.
+entry: ``{"tensor": name}``, ``{"float": "inf"}``, ``{"list": [...]}``, ``{"tuple": [...]}``,
+``{"size": [...]}``, ``{"dict": [[key, value], ...]}``, ``{"ordered_dict": [[key, value], ...]}`` or
+``{"node": [class name, {field: value}]}``. Dtypes that not every safetensors has are stored as others of
+the same bits: ``{"complex": name}`` as pairs of reals, ``{"uint16": name}`` and the like as signed.
 """
 
 import dataclasses
@@ -31,12 +32,15 @@ from ._tree import NODE_TYPES
 
 FORMAT_VERSION = 1
 _ENTRY = "funcbayes"
-# What every safetensors that we allow can hold; complex tensors are stored as pairs of reals.
-_DTYPE_NAMES = (
-    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool"),
-    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-)
-_DTYPES = {getattr(torch, name) for name in _DTYPE_NAMES}
+_DTYPES = {  # what every safetensors that we allow can hold
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+_UNSIGNED = {
+    torch.uint16: ("uint16", torch.int16),
+    torch.uint32: ("uint32", torch.int32),
+    torch.uint64: ("uint64", torch.int64),
+}
 
 
 def save(posterior: Any, path: str | os.PathLike[str]) -> None:
@@ -157,12 +161,22 @@ class _Writer:
         count = 2
         while name in self.tensors or name in ("", "__metadata__"):  # reserved by the format
             name, count = f"{base}#{count}", count + 1
-        self.tensors[name] = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        return {"complex" if tensor.is_complex() else "tensor": name}
+        kind, self.tensors[name] = _stored(tensor)
+        return {kind: name}
 
 
 _SEQUENCES: dict[type, str] = {list: "list", tuple: "tuple", torch.Size: "size"}
 _DICTS: dict[type, str] = {dict: "dict", OrderedDict: "ordered_dict"}
+
+
+def _stored(tensor: Tensor) -> tuple[str, Tensor]:
+    """Kind of the entry, and the same bits in a dtype that files have."""
+    if tensor.is_complex():
+        return "complex", torch.view_as_real(tensor)
+    if tensor.dtype in _UNSIGNED:
+        kind, signed = _UNSIGNED[tensor.dtype]
+        return kind, tensor.view(signed)
+    return "tensor", tensor
 
 
 def _is_key(key: Any) -> bool:
@@ -208,7 +222,7 @@ def _unwritable(tensor: Tensor) -> str | None:
         return f"a tensor of class {type(tensor).__name__}. Convert it to a plain tensor."
     if tensor.layout != torch.strided:
         return f"a tensor of layout {tensor.layout}. Convert it with `.to_dense()`."
-    if tensor.dtype not in _DTYPES and not tensor.is_complex():
+    if tensor.dtype not in _DTYPES and tensor.dtype not in _UNSIGNED and not tensor.is_complex():
         return f"a tensor of {tensor.dtype}. Convert it to a dtype that safetensors files have."
     return None
 
@@ -283,6 +297,9 @@ class _Reader:
         self.kinds: dict[str, Callable[[Any], Any]] = {
             "tensor": self._tensor,
             "complex": lambda name: torch.view_as_complex(self._tensor(name)),
+            "uint16": lambda name: self._tensor(name).view(torch.uint16),
+            "uint32": lambda name: self._tensor(name).view(torch.uint32),
+            "uint64": lambda name: self._tensor(name).view(torch.uint64),
             "float": float,
             "list": self._items,
             "tuple": lambda items: tuple(self._items(items)),

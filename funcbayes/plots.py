@@ -1,8 +1,8 @@
 """Pictures of predictions. Each function draws on one Axes of matplotlib and returns it.
 
 Without ``ax`` a new figure is made, apart from ``pyplot`` and its global state:
-``plots.reliability_diagram(prediction, y).figure.savefig("reliability.png")``. To have it shown in a notebook,
-pass an Axes of ``pyplot``: ``ax=plt.subplots()[1]``. The colours can be told apart without colour vision.
+``plots.reliability_diagram(prediction, y).figure.savefig("reliability.png")``. To have it shown in a
+notebook, pass an Axes of ``pyplot``: ``ax=plt.subplots()[1]``. The colours can be told apart without colour vision.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def reliability_diagram(
     bins with few rows say little. Bars are the share of all rows in each bin.
 
     Args:
-        prediction: Made with a ``Categorical`` or ``Bernoulli`` likelihood, or class probabilities ``(N, C)``.
+        prediction: As for :func:`funcbayes.metrics.ece`: made with a ``Categorical`` or ``Bernoulli``
+            likelihood, or class probabilities ``(N, C)``.
         y: Labels, ``N`` rows.
         num_bins: Bins of equal width in ``[0, 1]``, at least 1.
         ax: Where to draw; ``None`` for a new figure.
@@ -74,7 +75,7 @@ def reliability_diagram(
         capsize=2,
         label="accuracy, 95% interval",
     )
-    ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence (highest probability)")
+    ax.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence (highest probability)")
     ax.set_ylabel("accuracy; share of rows")
     ax.set_title(f"expected calibration error {error:.3f}", fontsize="medium")
     ax.set_aspect("equal")

@@ -160,9 +160,7 @@ def test_a_linear_map_without_bias_equals_a_loop(kind, mapped, value):
 
 @kinds_with_all_rules
 def test_a_linear_map_given_by_keywords_equals_a_loop(kind):
-    case = Case(
-        F.linear, lambda x, w, b: F.linear(bias=b, weight=w, input=x), ((5, 4), (3, 4), (3,)), "bbb"
-    )
+    case = Case(F.linear, lambda x, w, b: F.linear(bias=b, weight=w, input=x), ((5, 4), (3, 4), (3,)), "bbb")
     assert bool(check(case, kind).fired) == should_fire(case, kind)
 
 
@@ -173,9 +171,7 @@ def test_a_linear_map_by_a_vector_of_weights_equals_a_loop(kind, mapped):
 
 
 @kinds_with_all_rules
-@pytest.mark.parametrize(
-    "value", [(0, 4), (2, 0, 4), (5, 0)], ids=["no_rows", "no_tokens", "no_inputs"]
-)
+@pytest.mark.parametrize("value", [(0, 4), (2, 0, 4), (5, 0)], ids=["no_rows", "no_tokens", "no_inputs"])
 @pytest.mark.parametrize("mapped", ["bbb", "sbb"])
 def test_a_linear_map_of_nothing_equals_a_loop(kind, mapped, value):
     check(Case(F.linear, F.linear, (value, (3, value[-1]), (3,)), mapped), kind)
@@ -358,7 +354,9 @@ def test_batch_norm_in_evaluation_equals_a_loop_whichever_arguments_are_mapped(k
 @pytest.mark.parametrize("value", NORM_INPUTS.values(), ids=NORM_INPUTS.keys())
 @pytest.mark.parametrize("mapped", ["bbbbb", "bssss", "bbb", "bss"])
 def test_batch_norm_in_evaluation_equals_a_loop_for_inputs_of_every_rank(kind, value, mapped):
-    case = Case(F.batch_norm, normalised, (value, (4,), (4,), (4,), (4,))[: len(mapped)], mapped, constants=(1, 2))
+    case = Case(
+        F.batch_norm, normalised, (value, (4,), (4,), (4,), (4,))[: len(mapped)], mapped, constants=(1, 2)
+    )
     watch = check(case, kind)
     if len(value) > 2 and kind != "vmap":
         assert watch.fired
@@ -652,8 +650,7 @@ def test_a_rule_with_draws_that_are_one_value_expanded_equals_a_loop(kind, case)
 def test_a_rule_inside_another_vmap_equals_two_loops(kind, case):
     in_dims = in_dims_of(case)
     arguments = [
-        torch.stack([a, a.flip(0)]) if d == 0 else a
-        for a, d in zip(arguments_of(case), in_dims, strict=True)
+        torch.stack([a, a.flip(0)]) if d == 0 else a for a, d in zip(arguments_of(case), in_dims, strict=True)
     ]
     rules = Watch(kind, case.func)
     got = vmap(vmap(rules(case.function), in_dims), in_dims)(*arguments)
@@ -666,8 +663,7 @@ def test_a_rule_inside_another_vmap_equals_two_loops(kind, case):
 def test_a_rule_around_another_vmap_equals_two_loops(kind, case):
     in_dims = in_dims_of(case)
     arguments = [
-        torch.stack([a, a.flip(0)]) if d == 0 else a
-        for a, d in zip(arguments_of(case), in_dims, strict=True)
+        torch.stack([a, a.flip(0)]) if d == 0 else a for a, d in zip(arguments_of(case), in_dims, strict=True)
     ]
     rules = Watch(kind, case.func)
     got = vmap(rules(lambda *a: vmap(case.function, in_dims)(*a)), in_dims)(*arguments)

@@ -147,7 +147,7 @@ def tree():
 
 
 def test_leaves_are_named_by_their_path_and_a_fixed_one_is_a_leaf():
-    assert list(named_leaves(tree())) == ["a.0", "a.1", "b.0", "b.1.0", "b.1.1.x"] or list(named_leaves(tree())) == [
+XX
         "a.first",
         "a.second",
         "b.0",

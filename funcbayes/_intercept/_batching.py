@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import unwrap, vmap_level, wrap
+from .._functorch import is_concrete, unwrap, vmap_level, wrap
 from ._call import Handler, Interception
 
 Args = tuple[Any, ...]
@@ -111,6 +111,11 @@ def _linear(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any])
     return wrap(out.view(draws, *value.shape[:-1], weights.shape[1]), 0, level)
 
 
+def _in_channels_last(images: Tensor) -> Tensor:
+    # Inside another transform there are no layouts to choose from.
+    return images.contiguous(memory_format=torch.channels_last) if is_concrete(images) else images
+
+
 def _beside_channels(value: Tensor, level: int, channels_last: bool) -> tuple[Tensor, int] | None:
     """``(N, S * C, ...)`` and ``S``, from a value ``(N, C, ...)`` that has a mapped axis."""
     physical, axis = unwrap(value, level)
@@ -118,7 +123,7 @@ def _beside_channels(value: Tensor, level: int, channels_last: bool) -> tuple[Te
         return None
     flat = physical.movedim(axis, 1).flatten(1, 2)
     if channels_last and value.ndim == 4:
-        flat = flat.contiguous(memory_format=torch.channels_last)
+        flat = _in_channels_last(flat)
     return flat, physical.shape[axis]
 
 
@@ -142,12 +147,12 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
         if split is None:  # one wide convolution of the input that all draws share
             flat, all_groups = value, 1
             if channels_last and ndim == 2:
-                flat = flat.contiguous(memory_format=torch.channels_last)
+                flat = _in_channels_last(flat)
         else:
             flat, all_groups = split[0], draws * groups
         kernels = weights.flatten(0, 1)
         if channels_last and ndim == 2:
-            kernels = kernels.contiguous(memory_format=torch.channels_last)
+            kernels = _in_channels_last(kernels)
         if bias is not None:
             biases = _front(bias, level)
             bias = (biases if biases is not None else bias.expand(draws, -1)).reshape(-1)
@@ -244,7 +249,24 @@ def _attention(level: int, channels_last: bool, args: Args, kwargs: dict[str, An
     return wrap(out.unflatten(0, (draws, rows)), 0, level)
 
 
+def _view(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+    # The model knows its tensors as contiguous and may view them, while ours lie in another order.
+    if unwrap(args[0], level)[1] is None or kwargs or any(isinstance(a, torch.dtype) for a in args[1:]):
+        return None
+    return args[0].reshape(*args[1:])
+
+
+def _strided(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+    physical, axis = unwrap(args[0], level)
+    if axis is None:
+        return None
+    contiguous = wrap(physical.movedim(axis, 0).contiguous(), 0, level)
+    return torch.as_strided(contiguous, *args[1:], **kwargs)
+
+
 _RULES: dict[Any, Rule] = {
+    torch.Tensor.view: _view,
+    **dict.fromkeys((torch.Tensor.as_strided, torch.as_strided), _strided),
     F.linear: _linear,
     F.conv1d: _convolution(1, F.conv1d),
     F.conv2d: _convolution(2, F.conv2d),

@@ -1,6 +1,6 @@
 """Two data sets that come with scikit-learn, each with inputs from outside of it.
 
-Inputs and targets keep their units; networks standardise inputs themselves (:class:`Standardize`).
+Inputs and targets keep their units; networks standardise them (:class:`Standardize`, :class:`Rescale`).
 Splits are fixed: a demo's seed changes networks, not data.
 """
 
@@ -39,6 +39,19 @@ class Standardize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Standardise a batch."""
         return (x - self.mean) / self.std
+
+
+class Rescale(nn.Module):
+    """Give a standardised mean and log variance, the outputs, the location and unit of the targets."""
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.stack([std, torch.ones(())]), persistent=False)
+        self.register_buffer("shift", torch.stack([mean, 2 * std.log()]), persistent=False)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Rescale a batch ``(B, 2)``."""
+        return outputs * self.scale + self.shift
 
 
 def load_digits() -> Split:

@@ -107,6 +107,6 @@ def _seeded_module(task: Task, rate: float, seed: int) -> nn.Module:
 
 METHODS = (
     Method("single network", fit_single),
-    Method("MC dropout", functools.partial(fit_dropout, rate=0.2)),
+    Method("MC dropout", functools.partial(fit_dropout, rate=0.1)),
     Method("deep ensemble", fit_ensemble),
 )

@@ -49,9 +49,10 @@ class Regressed:
 def classification_table(results: Mapping[str, Classified], y: Tensor) -> str:
     """One line a method."""
     headers = (
-        *("method", "draws", "accuracy", "NLL", "Brier", "ECE", "AUROC\nentropy", "AUROC\nmut. inf."),
-        *("fit\ns", "1 row\npredict ms", "1 row\nloop ms"),
-        *(f"{len(y)} rows\npredict ms", f"{len(y)} rows\nloop ms"),
+        *("method", "draws", "accuracy", "NLL", "Brier", "ECE"),
+        *("AUROC\nentropy", "AUROC\nmut. inf.", "fit"),
+        *("1 row\npredict", "1 row\nloop"),
+        *(f"{len(y)} rows\npredict", f"{len(y)} rows\nloop"),
     )
     return table(headers, [_classified_row(name, result, y) for name, result in results.items()])
 
@@ -62,9 +63,9 @@ def _classified_row(name: str, result: Classified, y: Tensor) -> list[str]:
     scores.append(metrics.ood_auroc(test.entropy, outside.entropy))
     scores.append(metrics.ood_auroc(test.mutual_information, outside.mutual_information))
     times = (result.one_row, result.all_rows)
-    milliseconds = [f"{1e3 * s:.2f}" for t in times for s in (t.vectorised, t.loop)]
+    milliseconds = [f"{1e3 * s:.2f} ms" for t in times for s in (t.vectorised, t.loop)]
     numbers = [f"{score:.3f}" for score in scores]
-    return [name, str(test.num_samples), *numbers, f"{result.fit_seconds:.1f}", *milliseconds]
+    return [name, str(test.num_samples), *numbers, f"{result.fit_seconds:.1f} s", *milliseconds]
 
 
 def regression_table(results: Mapping[str, Regressed], y: Tensor) -> str:
