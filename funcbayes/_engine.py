@@ -7,6 +7,8 @@ model and shape is learned from the time that the chunks of real predictions tak
 """
 
 import functools
+import os
+import sys
 import threading
 import time
 import warnings
@@ -21,8 +23,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from ._functional import Model
+from ._functorch import storage_version
 from ._intercept import Batching, LargestBatched, with_dropout
-from ._tree import Params, index, merge, num_rows, tensors, unbind
+from ._tree import Params, index, map_leaves, merge, num_rows, tensors, unbind
 from .posteriors import Draw
 
 # Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
@@ -56,6 +59,8 @@ class _Tuner:
     candidates: list[Mechanism] = field(default_factory=list)
     seconds: dict[Mechanism, list[float]] = field(default_factory=dict)
     settled: Mechanism | None = None
+    failed: set[Kind] = field(default_factory=set)
+    writes_inputs: bool | None = None  # whether the model works in place on its inputs; unknown at first
 
     def next_to_time(self) -> Mechanism | None:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
@@ -75,6 +80,8 @@ class _Tuner:
         self.seconds.setdefault(mechanism, []).append(seconds_per_draw)
 
     def _wants_timing(self, candidate: Mechanism) -> bool:
+        if candidate.kind in self.failed:
+            return False
         taken = self.seconds.get(candidate, ())
         if len(taken) < 2:  # the first carries the warm-up, so it takes two to give up
             return True
@@ -139,6 +146,7 @@ class _Run:
         self.cell = (key, num_draws, signature(x), torch.get_num_threads(), torch.is_grad_enabled())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
         self.row_axes: list[Any] | None = None
+        self.tuner = self._tuner()
 
     def draws(self, part: slice) -> Draw:
         return self.make_draws(torch.arange(self.num_draws)[part])
@@ -150,11 +158,11 @@ class _Run:
             chunk_size = 1
         mechanism = Mechanism(self.default if chunk_size > 1 else "loop", chunk_size)
         for part in _parts(0, self.num_draws, chunk_size):
-            yield part, self._outputs(self.draws(part), mechanism)
+            yield part, self._attempt(self.draws(part), mechanism)
 
     def chosen(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks by the best mechanism known; while that is being learned, by those to be timed."""
-        tuner = self._tuner()
+        tuner = self.tuner
         if not tuner.candidates:
             tuner.candidates = self._candidates()
         start = 0
@@ -162,15 +170,30 @@ class _Run:
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
             draws = self.draws(part)
             began = time.perf_counter()
-            outputs = self._outputs(draws, mechanism)
+            outputs = self._attempt(draws, mechanism)
             size = part.stop - part.start
-            if size == mechanism.chunk:  # a short tail would be judged unfairly
+            if (
+                size == mechanism.chunk and mechanism.kind not in tuner.failed
+            ):  # a short tail would be judged unfairly
                 tuner.record(mechanism, (time.perf_counter() - began) / size)
             yield part, outputs
             start = part.stop
         mechanism = tuner.fastest()
         for part in _parts(start, self.num_draws, mechanism.chunk):
-            yield part, self._outputs(self.draws(part), mechanism)
+            yield part, self._attempt(self.draws(part), mechanism)
+
+    def _attempt(self, draws: Draw, mechanism: Mechanism) -> Tensor:
+        """Evaluate by the mechanism, or by plain ``vmap`` where a batching rule stands in the model's way."""
+        if mechanism.kind in self.tuner.failed:
+            mechanism = Mechanism("vmap", mechanism.chunk)
+        try:
+            return self._outputs(draws, mechanism)
+        except Exception:  # whatever the model raises; if it is its own error, it comes again below
+            if mechanism.kind not in ("rows_first", "channels_last"):
+                raise
+        outputs = self._outputs(draws, Mechanism("vmap", mechanism.chunk))
+        self.tuner.failed.add(mechanism.kind)
+        return outputs
 
     def _tuner(self) -> _Tuner:
         try:
@@ -213,7 +236,7 @@ class _Run:
         return seen.nbytes
 
     def _vmap_can_take_it(self) -> bool:
-        tuner = self._tuner()
+        tuner = self.tuner
         if not tuner.candidates:
             tuner.candidates = self._candidates()
         return tuner.candidates[0].kind != "loop"
@@ -221,13 +244,13 @@ class _Run:
     def _explain(self, error: Exception) -> None:
         """Raise what the model raises without ``vmap`` too; otherwise warn that a loop is used."""
         with torch.no_grad():
-            self._one(index(self.draws(slice(0, 1)), 0))
+            self._outputs(self.draws(slice(0, 1)), Mechanism("loop", 1))
         reason = str(error).strip().splitlines()
         warnings.warn(
             f"`vmap` cannot take {self.fn!r}, so its draws are evaluated in a loop: "
             f"{reason[0] if reason else type(error).__name__}",
             UserWarning,
-            stacklevel=2,
+            stacklevel=_levels_to_the_user(),
         )
 
     def _outputs(self, draws: Draw, mechanism: Mechanism, seen: LargestBatched | None = None) -> Tensor:
@@ -250,7 +273,12 @@ class _Run:
         if draw.effects:
             located = zip(draw.effects, self.row_axes or (), strict=True)
             fn = with_dropout(fn, [masks.at_rows(self.first_row, axes) for masks, axes in located])
-        outputs = fn(merge(self.params, draw.leaves), self.x)
+        tuner, x = self.tuner, self.x
+        if tuner.writes_inputs is not False:  # then every draw gets a copy, whose versions start at 0
+            x = map_leaves(lambda t: t.clone() if isinstance(t, Tensor) else t, x)
+        outputs = fn(merge(self.params, draw.leaves), x)
+        if tuner.writes_inputs is None:
+            tuner.writes_inputs = any(t.is_inference() or storage_version(t) > 0 for t in tensors(x))
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"`predict(fn, ...)` should be given a model that returns one tensor, got "
@@ -266,6 +294,15 @@ def _raise_mapping_threshold() -> None:
     # page-faulted in again. The threshold follows the largest block freed so far, up to 32 MB: one
     # such block, once a process, lets later buffers up to that size be reused.
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8).fill_(0)
+
+
+def _levels_to_the_user() -> int:
+    """The ``stacklevel`` at which a warning names the line that called the package."""
+    package = os.path.dirname(__file__) + os.sep
+    frame, levels = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, levels = frame.f_back, levels + 1
+    return levels
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -139,10 +139,11 @@ class FunctionalModule:
             return self.buffers
         key = (lead.device, lead.dtype)
         if key not in self._moved:
-            self._moved[key] = {
-                name: b.to(lead.device, lead.dtype if b.dtype == self._dtype else b.dtype)
-                for name, b in self.buffers.items()
-            }
+            with torch.inference_mode(False):  # these outlive the call, and may be part of a graph later
+                self._moved[key] = {
+                    name: b.to(lead.device, lead.dtype if b.dtype == self._dtype else b.dtype)
+                    for name, b in self.buffers.items()
+                }
         return self._moved[key]
 
 

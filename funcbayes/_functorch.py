@@ -20,6 +20,11 @@ def is_concrete(tensor: Tensor) -> bool:
     return not _functorch.is_functorch_wrapped_tensor(tensor) and tensor.device.type != "meta"
 
 
+def is_inside_transform() -> bool:
+    """Whether the code that runs is being transformed by ``torch.func``."""
+    return _functorch.maybe_current_level() is not None
+
+
 def unintercepted() -> AbstractContextManager[None]:
     """Run functions without handing them to the function modes that are on: ours cost time, too."""
     return torch._C.DisableTorchFunction()
@@ -27,7 +32,7 @@ def unintercepted() -> AbstractContextManager[None]:
 
 def vmap_level() -> int | None:
     """Level of the innermost transform if that is a ``vmap``, else ``None``."""
-    if _functorch.maybe_current_level() is None:
+    if not is_inside_transform():
         return None
     interpreter = _functorch.peek_interpreter_stack()
     if interpreter is None or interpreter.key() != TransformType.Vmap:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ._engine import evaluate, signature
 from ._functional import Model
+from ._functorch import is_inside_transform
 from ._prediction import Prediction, Streamed, Summary, concatenate
 from ._random import Seed, resolve_seed
-from ._tree import Fixed, Params, map_leaves, named_leaves, num_rows, tensors
+from ._tree import Fixed, Params, map_leaves, merge, missing_path, named_leaves, tensors
 from .likelihoods import Likelihood
 from .posteriors import Draw, Posterior
 from .posteriors._interface import check_num_samples
@@ -177,7 +178,7 @@ def predict_batches(
             first_row=first_row,
         )
         predictions.append(prediction)
-        first_row += num_rows(x) or 0
+        first_row += prediction.num_rows
     if not predictions:
         raise ValueError("`predict_batches(batches=...)` should yield at least one batch, got none.")
     return concatenate(predictions)
@@ -283,13 +284,15 @@ def _fitting(
     make_draws: Callable[[Tensor], Draw], params: Params, dtype: torch.dtype | None
 ) -> Callable[[Tensor], Draw]:
     """``make_draws`` in ``dtype``, its first draws checked against ``params``."""
-    is_checked = params is None
+    is_checked = False
 
     def make(part: Tensor) -> Draw:
         nonlocal is_checked
         draw = make_draws(part)
         if not is_checked:
-            _check_fit(draw.leaves, params)
+            if params is not None:
+                _check_fit(draw.leaves, params)
+            _check_complete(draw.leaves, params)
             is_checked = True
         return draw if dtype is None else Draw(_cast(draw.leaves, dtype), draw.effects)
 
@@ -315,6 +318,15 @@ def _check_fit(leaves: Params, params: Params) -> None:
             )
 
 
+def _check_complete(leaves: Params, params: Params) -> None:
+    missing = missing_path(merge(params, leaves))
+    if missing is not None:
+        raise ValueError(
+            f"`predict(fn, params, posterior, x)` should find every leaf in the posterior or in `params`; "
+            f"{missing!r} is in neither."
+        )
+
+
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
@@ -328,6 +340,8 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def _wants_grad(trees: Any) -> bool:
+    if is_inside_transform():  # where tensors do not tell whether a transform further out follows them
+        return torch.is_grad_enabled()
     return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors(trees))
 
 

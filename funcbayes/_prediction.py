@@ -29,7 +29,8 @@ class _Moments(_Accumulator):
 
     def update(self, values: Tensor, weights: Tensor) -> None:
         total = weights.sum()
-        mean = torch.tensordot(weights / total, values, 1)
+        tiny = torch.finfo(weights.dtype).tiny  # a chunk may weigh nothing
+        mean = torch.tensordot(weights / total.clamp_min(tiny), values, 1)
         squares = torch.tensordot(weights, (values - mean) ** 2, 1)
         if self.mean is None:
             self.mean, self.squares, self.total = mean, squares, total
@@ -37,8 +38,9 @@ class _Moments(_Accumulator):
             # The parallel form of Welford's update (Chan, Golub & LeVeque 1979), which does not cancel.
             shift, before = mean - self.mean, self.total
             self.total = before + total
-            self.mean = self.mean + shift * (total / self.total)
-            self.squares = self.squares + squares + shift**2 * (before * total / self.total)
+            share = total / self.total.clamp_min(tiny)
+            self.mean = self.mean + shift * share
+            self.squares = self.squares + squares + shift**2 * (before * share)
         self.total_squared = self.total_squared + (weights**2).sum()
 
     def result(self) -> Tensor:
@@ -191,6 +193,11 @@ class Prediction:
         return self.weights.shape[0]
 
     @property
+    def num_rows(self) -> int:
+        """Number of rows ``N``."""
+        return self._statistics["moments"].shape[1] if self._samples is None else self._samples.shape[1]
+
+    @property
     def samples(self) -> Tensor:
         """Raw outputs of the model at every draw, ``(S, N, ...)``."""
         return self._kept("samples")
@@ -243,7 +250,12 @@ class Prediction:
     @property
     def expected_entropy(self) -> Tensor:
         """Mean over draws of the entropy of ``y`` given the outputs, in nats."""
-        self._needs_likelihood("expected_entropy")
+        likelihood = self._needs_likelihood("expected_entropy")
+        if not likelihood.has_entropy:
+            raise NotImplementedError(
+                f"`expected_entropy` has no closed form for {type(likelihood).__name__}. `variance`, `interval` "
+                "and `log_prob` have one."
+            )
         return self._get("expected_entropy").to(self._dtype)
 
     @property
@@ -348,7 +360,7 @@ class Prediction:
         if not likelihood.is_discrete:
             raise NotImplementedError(
                 f"`{name}` has no closed form for a mixture of {type(likelihood).__name__} distributions. "
-                "`variance`, `interval` and `log_prob` have one; `expected_entropy` is that of the draws."
+                "`variance`, `interval` and `log_prob` have one."
             )
         return likelihood
 

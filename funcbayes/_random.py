@@ -31,6 +31,7 @@ _HASHED_NUMEL = 192
 
 # torch's global state may be read and put back only by one thread at a time.
 _global_state = threading.RLock()
+_registration = threading.Lock()
 
 
 @overload
@@ -100,6 +101,12 @@ def resolve_seed(seed: Seed | None) -> Seed:
     """``seed`` itself, or one number drawn from torch's global state, so ``torch.manual_seed`` governs it."""
     if seed is None:
         return int(torch.randint(0, 2**63 - 1, ()))
+    if isinstance(seed, bool) or not isinstance(seed, int | Tensor):
+        raise TypeError(f"`seed` should be an int, or an int64 scalar tensor, got {type(seed).__name__}.")
+    if isinstance(seed, Tensor) and (seed.is_floating_point() or seed.ndim):
+        raise TypeError(
+            f"`seed` should be an int, or an int64 scalar tensor, got {seed.dtype}, shape {tuple(seed.shape)}."
+        )
     return seed
 
 
@@ -166,8 +173,13 @@ def _unit(state: Tensor, dtype: torch.dtype) -> Tensor:
     return _shift_right(state, 64 - bits).to(dtype) * 2.0**-bits
 
 
-@functools.cache
 def _noise_op() -> torch.library.CustomOpDef:
+    with _registration:  # two threads may ask for the first noise at once
+        return _register_noise_op()
+
+
+@functools.cache
+def _register_noise_op() -> torch.library.CustomOpDef:
     # An operator, because only an operator can have a rule for vmap without the cost that an
     # autograd.Function has inside every transform. Made at first use: importing does no work.
     @torch.library.custom_op("funcbayes::noise", mutates_args=())

@@ -75,6 +75,8 @@ def _short_repr(node: Any) -> str:
             return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
         if isinstance(value, dict):
             return "{" + ", ".join(f"{k!r}: {show(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, list | tuple):
+            return "(" + ", ".join(map(show, value)) + ")"
         return repr(value)
 
     fields = ((f.name, getattr(node, f.name)) for f in dataclasses.fields(node))
@@ -202,6 +204,14 @@ def select(tree: Any, keep: Callable[[str, Any], bool]) -> Any:
         return unflatten(metadata, chosen) if not path or not all(map(is_missing, chosen)) else MISSING
 
     return walk(tree, ())
+
+
+def missing_path(tree: Any) -> str | None:
+    """Path of a leaf that is missing from a container other than a dict; ``None`` if there is none."""
+    if isinstance(tree, dict) and all(isinstance(value, Tensor | Fixed) for value in tree.values()):
+        return None
+    paths, leaves, _ = optree.tree_flatten_with_path(tree, is_leaf=is_missing)
+    return next((path_name(p) for p, leaf in zip(paths, leaves, strict=True) if is_missing(leaf)), None)
 
 
 def merge(base: Any, overlay: Any) -> Any:

@@ -2,7 +2,8 @@
 
 Without ``ax`` a new figure is made, apart from ``pyplot`` and its global state:
 ``plots.reliability_diagram(prediction, y).figure.savefig("reliability.png")``. To have it shown in a
-notebook, pass an Axes of ``pyplot``: ``ax=plt.subplots()[1]``. The colours can be told apart without colour vision.
+notebook, pass an Axes of ``pyplot``: ``ax=plt.subplots()[1]``. The colours can be told apart without
+colour vision.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def reliability_diagram(
     low, high = _wilson(accuracy, counts[full])
 
     ax = _axes(ax)
-    left = torch.arange(num_bins) / num_bins
-    share = counts / counts.sum()
+    left = [b / num_bins for b in range(num_bins)]
+    share = (counts / counts.sum()).tolist()
     ax.bar(left, share, 1 / num_bins, align="edge", color=GREY, alpha=0.6, linewidth=0, label="share of rows")
     ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="calibrated")
     ax.errorbar(
@@ -106,7 +107,7 @@ def entropy_histograms(in_scores: Tensor, out_scores: Tensor, ax: Axes | None = 
     inside, outside = (scores.detach().double().cpu() for scores in (in_scores, out_scores))
     both = torch.cat([inside, outside])
     low, high = min(0.0, both.min().item()), both.max().item()
-    edges = torch.linspace(low, high if high > low else low + 1, 31, dtype=torch.float64).numpy()
+    edges = torch.linspace(low, high if high > low else low + 1, 31, dtype=torch.float64).tolist()
 
     ax = _axes(ax)
     drawn = ((inside, BLUE, "in distribution", "//"), (outside, ORANGE, "out of distribution", ""))
@@ -143,18 +144,17 @@ def predictive_bands(
         ImportError: If matplotlib is missing.
         ValueError: If there is not one input and one output a row, or no likelihood.
     """
-    place = _column(x, "x")
-    order = place.argsort()
-    mean = _column(prediction.mean, "prediction")[order]
+    place, mean = _column(x, "x"), _column(prediction.mean, "prediction")
     if len(mean) != len(place):
         raise ValueError(
             "`predictive_bands(x, prediction)` should be given a prediction for the rows of `x`, got "
             f"{len(mean)} and {len(place)} rows."
         )
+    order = place.argsort()
+    place, mean = place[order], mean[order]
     epistemic = 2 * _column(prediction.epistemic_variance, "prediction")[order].sqrt()
     aleatoric = _column(prediction.aleatoric_variance, "prediction")[order]
     total = (epistemic**2 + 4 * aleatoric).sqrt()
-    place = place[order]
 
     ax = _axes(ax)
     outer = {"color": SKY, "alpha": 0.6, "linewidth": 0, "label": "aleatoric + epistemic, ±2 std"}

@@ -7,17 +7,28 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import nn
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
+from zoo import (
+    F64,
+    LOOPED_MODELS,
+    MODELS,
+    POSTERIORS,
+    expected_samples,
+    gaussian,
+    linear,
+    linear_params,
+    pairs,
+    randn,
+)
 
 import funcbayes as fb
-import zoo
 from funcbayes.covariances import Diagonal
 from funcbayes.likelihoods import Categorical, Normal
-from zoo import F64, LOOPED_MODELS, MODELS, POSTERIORS, expected_samples, gaussian, linear, linear_params, pairs, randn
 
 S = 7  # draws, a prime: chunks are ragged
 CHUNK_SIZES = (None, 1, 3, S, 20)
@@ -93,7 +104,9 @@ STATISTICS = (
 )
 
 
-@pytest.mark.parametrize(("weight", "bias"), [((4, 3), (4,)), ((4, 3), ()), ((4, 3), (1,)), ((3,), ()), ((3,), None)])
+@pytest.mark.parametrize(
+    ("weight", "bias"), [((4, 3), (4,)), ((4, 3), ()), ((4, 3), (1,)), ((3,), ()), ((3,), None)]
+)
 def test_a_linear_map_with_any_shape_of_weight_and_bias_that_torch_takes(weight, bias):
     def fn(params, x):
         return F.linear(x, params["w"], params.get("b"))
@@ -294,7 +307,11 @@ def test_a_posterior_that_covers_everything_needs_no_params():
     for name in ("linear", "nested", "conv"):
         model = MODELS[name]()
         x = model.inputs(3)
-        for posterior in (gaussian(model.params), fb.Ensemble(zoo.members(model.params)), fb.Point(model.params)):
+        for posterior in (
+            gaussian(model.params),
+            fb.Ensemble(zoo.members(model.params)),
+            fb.Point(model.params),
+        ):
             without = fb.predict(model.fn, None, posterior, x, num_samples=S, seed=0, chunk_size=3)
             given = fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=0, chunk_size=3)
             assert_close(without.samples, given.samples)
@@ -347,7 +364,12 @@ def test_the_warning_of_a_loop_names_the_operation(name, chunk_size):
     model = make_model()
     with pytest.warns(UserWarning, match=f"`vmap` cannot take .* loop: .*{operation}") as caught:
         fb.predict(
-            model.fn, model.params, gaussian(model.params), model.inputs(3), num_samples=S, chunk_size=chunk_size
+            model.fn,
+            model.params,
+            gaussian(model.params),
+            model.inputs(3),
+            num_samples=S,
+            chunk_size=chunk_size,
         )
     assert len(caught) == 1
 
@@ -393,9 +415,7 @@ def test_the_dtype_of_inputs_and_parameters_is_that_of_the_outputs(name, dtype):
         got = fb.predict(model.fn, params, posterior, x, **options)
         for value in (got.samples, got.mean, got.variance, got.entropy, got.mutual_information):
             assert value.dtype == dtype
-        loop = torch.stack(
-            [model.fn(zoo.entry(posterior.sample(S, seed=0), i), x) for i in range(S)]
-        )
+        loop = torch.stack([model.fn(zoo.entry(posterior.sample(S, seed=0), i), x) for i in range(S)])
         # Sums over some 100 terms: a few units in the last place of the largest output.
         tolerance = 8 * torch.finfo(dtype).eps * exact.abs().max().item()
         assert_close(got.samples, loop, atol=tolerance, rtol=0)
@@ -471,9 +491,7 @@ def test_gradients_reach_params_that_the_posterior_does_not_cover():
     got = fb.predict(model.fn, params, posterior, x, num_samples=S, seed=0, chunk_size=3).mean.sum()
     expected = expected_samples(model._replace(params=params), posterior, x, S, 0).mean(0).sum()
     trunk = [v for k, v in params.items() if not k.startswith("4")]
-    for one, other in zip(
-        torch.autograd.grad(got, trunk), torch.autograd.grad(expected, trunk), strict=True
-    ):
+    for one, other in zip(torch.autograd.grad(got, trunk), torch.autograd.grad(expected, trunk), strict=True):
         assert_close(one, other)
 
 
@@ -481,7 +499,10 @@ def test_gradients_reach_params_that_the_posterior_does_not_cover():
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_gradients_equal_those_of_the_loop_while_the_engine_learns(name, num_rows):
     model = MODELS[name]()
-    posterior, x = gaussian({k: v.clone().requires_grad_() for k, v in model.params.items()}), model.inputs(num_rows)
+    posterior, x = (
+        gaussian({k: v.clone().requires_grad_() for k, v in model.params.items()}),
+        model.inputs(num_rows),
+    )
     leaves = list(posterior.mean.values())
     cotangent = None
     for call in range(8):
@@ -497,7 +518,9 @@ def test_gradients_equal_those_of_the_loop_while_the_engine_learns(name, num_row
 def test_gradients_reach_the_weights_of_an_ensemble():
     x, members = randn(5, 3), {"w": randn(4, 3)}
     raw = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64, requires_grad=True)
-    got = torch.autograd.grad(fb.predict(inner_product, None, fb.Ensemble(members, raw), x).mean.sum(), raw)[0]
+    got = torch.autograd.grad(fb.predict(inner_product, None, fb.Ensemble(members, raw), x).mean.sum(), raw)[
+        0
+    ]
     f = (members["w"] @ x.T).sum(1)  # d/dw_k of sum_k w_k f_k / sum_k w_k
     p = raw.detach() / raw.detach().sum()
     assert_close(got, (f - p @ f) / raw.detach().sum())
@@ -549,8 +572,13 @@ TRANSFORMS = {
     "jvp": lambda f, x: jvp(f, (x,), (torch.ones_like(x),))[1],
     "vmap": lambda f, x: vmap(lambda row: f(row[None])[0])(x),
     "grad_of_vmap": lambda f, x: grad(lambda x: vmap(lambda row: f(row[None])[0])(x).sum())(x),
+    "backward_of_vmap": lambda f, x: torch.autograd.grad(
+        vmap(lambda row: f(row[None])[0])(leaf := x.clone().requires_grad_()).sum(), leaf
+    )[0],
     "vmap_of_grad": lambda f, x: vmap(grad(lambda row: f(row[None])[0].sum()))(x),
-    "jvp_of_vmap": lambda f, x: jvp(lambda x: vmap(lambda row: f(row[None])[0])(x), (x,), (torch.ones_like(x),))[1],
+    "jvp_of_vmap": lambda f, x: jvp(
+        lambda x: vmap(lambda row: f(row[None])[0])(x), (x,), (torch.ones_like(x),)
+    )[1],
     "hessian": lambda f, x: hessian(lambda x: f(x).sum())(x),
 }
 
@@ -660,7 +688,9 @@ def dropped_inputs(params, x):
 
 def test_dropout_masks_are_not_repeated_between_batches():
     x = torch.ones(12, 16, dtype=F64)
-    got = fb.predict_batches(dropped_inputs, {}, fb.Dropout(), x.split(4), labelled=False, num_samples=3, seed=0)
+    got = fb.predict_batches(
+        dropped_inputs, {}, fb.Dropout(), x.split(4), labelled=False, num_samples=3, seed=0
+    )
     masks = got.samples.flatten(0, 1)
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
 
@@ -726,7 +756,9 @@ def test_a_copy_of_the_model_predicts_the_same():
     model = MODELS["conv"]()
     posterior, x = gaussian(model.params), model.inputs(4)
     expected = fb.predict(model.fn, model.params, posterior, x, num_samples=3, seed=0, chunk_size=3).samples
-    got = fb.predict(copy.deepcopy(model.fn), model.params, copy.deepcopy(posterior), x, num_samples=3, seed=0)
+    got = fb.predict(
+        copy.deepcopy(model.fn), model.params, copy.deepcopy(posterior), x, num_samples=3, seed=0
+    )
     assert_close(got.samples, expected)
 
 

@@ -9,11 +9,10 @@ import threading
 import pytest
 import torch
 from torch.func import vmap
-from torch.testing import assert_close
+from zoo import F64
 
 from funcbayes._random import fold, keys_by_name, normal, permutation, resolve_seed, uniform
 from funcbayes.posteriors._allocation import allocate
-from zoo import F64
 
 SHAPES = [(), (1,), (3,), (15,), (16,), (17,), (2, 3), (5, 4, 3), (100,)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -95,7 +94,10 @@ def test_uniforms_are_uniform_on_the_half_open_interval(dtype):
 def test_noise_of_different_seeds_draws_and_leaves_is_uncorrelated():
     axes = [range(4), range(6), ["w", "b", "head.weight", "head.bias"]]
     noise = torch.stack(
-        [normal(fold(fold(torch.tensor(seed), draw), leaf), (2000,), dtype=F64) for seed, draw, leaf in itertools.product(*axes)]
+        [
+            normal(fold(fold(torch.tensor(seed), draw), leaf), (2000,), dtype=F64)
+            for seed, draw, leaf in itertools.product(*axes)
+        ]
     )
     correlation = torch.corrcoef(noise)
     pairs = correlation[torch.triu_indices(len(noise), len(noise), 1).unbind()]
@@ -116,10 +118,15 @@ def test_no_two_draws_or_leaves_begin_with_the_same_noise():
 
 
 def test_keys_of_small_seeds_draws_and_paths_are_all_different():
-    keys = [fold(fold(fold(seed, draw), leaf), "z") for seed in range(30) for draw in range(30) for leaf in "abc"]
+    keys = [
+        fold(fold(fold(seed, draw), leaf), "z") for seed in range(30) for draw in range(30) for leaf in "abc"
+    ]
     assert len(set(keys)) == len(keys)
     # Argument order counts: seed 1 of draw 2 is not seed 2 of draw 1, nor their sum.
-    assert len({fold(fold(0, 1), 2), fold(fold(0, 2), 1), fold(0, 3), fold(fold(1, 0), 2), fold(fold(0, 3), 0)}) == 5
+    assert (
+        len({fold(fold(0, 1), 2), fold(fold(0, 2), 1), fold(0, 3), fold(fold(1, 0), 2), fold(fold(0, 3), 0)})
+        == 5
+    )
 
 
 @pytest.mark.parametrize("key", [0, 1, -1, 12345, 2**63 - 1, -(2**63)])

@@ -7,19 +7,22 @@ import pickle
 import optree
 import pytest
 import torch
+import zoo
 from torch.func import grad, vmap
 from torch.testing import assert_close
 from torch.utils import _pytree
+from zoo import F64, MODELS, POSTERIORS, randn
 
 import funcbayes as fb
-import zoo
 from funcbayes import _tree
 from funcbayes._tree import MISSING, Fixed, is_missing, matcher, merge, named_leaves, select
-from zoo import F64, MODELS, POSTERIORS, randn
 
 Pair = collections.namedtuple("Pair", ["first", "second"])
 NODES = {
-    **{name: (lambda make=make: make(MODELS["conv"]())) for name, make in (POSTERIORS | zoo.WITH_FIXED).items()},
+    **{
+        name: (lambda make=make: make(MODELS["conv"]()))
+        for name, make in (POSTERIORS | zoo.WITH_FIXED).items()
+    },
     "nested": lambda: zoo.head_only(MODELS["nested"]()),
     "dropout": lambda: fb.Dropout(0.3, where=["a.*", "b"]),
     "draw": lambda: fb.Draw({"w": randn(3)}, fb.Dropout().draws(torch.arange(2), 0).effects),
@@ -63,7 +66,9 @@ def test_torch_and_optree_see_the_same_leaves(make):
 
 
 @all_nodes
-@pytest.mark.parametrize("copied", [lambda n: pickle.loads(pickle.dumps(n)), copy.deepcopy], ids=["pickle", "deepcopy"])
+@pytest.mark.parametrize(
+    "copied", [lambda n: pickle.loads(pickle.dumps(n)), copy.deepcopy], ids=["pickle", "deepcopy"]
+)
 def test_a_copy_has_equal_leaves_and_structure_and_shares_nothing(make, copied):
     node = make()
     again = copied(node)
@@ -86,7 +91,15 @@ def test_nodes_cannot_be_changed_and_show_shapes(make):
     assert "tensor(" not in repr(node)
 
 
-STACKABLE = ["point", "gaussian", "ensemble", "ensemble_weighted", "gaussian_head_only", "gaussian_fixed", "nested"]
+STACKABLE = [
+    "point",
+    "gaussian",
+    "ensemble",
+    "ensemble_weighted",
+    "gaussian_head_only",
+    "gaussian_fixed",
+    "nested",
+]
 
 
 @pytest.mark.parametrize("name", STACKABLE)
@@ -147,13 +160,7 @@ def tree():
 
 
 def test_leaves_are_named_by_their_path_and_a_fixed_one_is_a_leaf():
-XX
-        "a.first",
-        "a.second",
-        "b.0",
-        "b.1.0",
-        "b.1.1.x",
-    ]
+    assert list(named_leaves(tree())) == ["a.0", "a.1", "b.0", "b.1.0", "b.1.1.x"]
 
 
 def test_two_leaves_of_one_name_are_refused():
@@ -161,7 +168,9 @@ def test_two_leaves_of_one_name_are_refused():
         named_leaves({"a.b": randn(1), "a": {"b": randn(1)}})
 
 
-@pytest.mark.parametrize("keep", ["b.*", "a.*", ["*0"], "nothing", "*", lambda path, leaf: not isinstance(leaf, Fixed)])
+@pytest.mark.parametrize(
+    "keep", ["b.*", "a.*", ["*0"], "nothing", "*", lambda path, leaf: not isinstance(leaf, Fixed)]
+)
 def test_a_selection_and_its_complement_make_the_whole(keep):
     whole, chosen = tree(), matcher(keep)
     part, rest = select(whole, chosen), select(whole, lambda path, leaf: not chosen(path, leaf))
@@ -190,7 +199,11 @@ def test_merging_changes_neither_tree_and_adds_keys_that_the_base_lacks():
 
 
 def test_missing_stays_missing_through_maps_and_copies():
-    for rebuilt in (_pytree.tree_map(lambda t: t, [MISSING]), copy.deepcopy([MISSING]), pickle.loads(pickle.dumps([MISSING]))):
+    for rebuilt in (
+        _pytree.tree_map(lambda t: t, [MISSING]),
+        copy.deepcopy([MISSING]),
+        pickle.loads(pickle.dumps([MISSING])),
+    ):
         assert is_missing(rebuilt[0])
     assert repr(MISSING) == "MISSING"
     assert _pytree.tree_leaves(MISSING) == optree.tree_leaves(MISSING) == []
@@ -216,14 +229,20 @@ def test_the_order_of_the_keys_of_a_dict_does_not_matter():
     backwards = dict(reversed(params.items()))
     assert list(params) != list(backwards)
     x = randn(5, 3)
-    got = [fb.predict(zoo.linear, params, zoo.gaussian(p), x, num_samples=4, seed=0).samples for p in (params, backwards)]
-    mixed = fb.Gaussian(params, fb.covariances.Diagonal(dict(reversed(zoo.gaussian(params).variance.items()))))
+    got = [
+        fb.predict(zoo.linear, params, zoo.gaussian(p), x, num_samples=4, seed=0).samples
+        for p in (params, backwards)
+    ]
+    mixed = fb.Gaussian(
+        params, fb.covariances.Diagonal(dict(reversed(zoo.gaussian(params).variance.items())))
+    )
     got.append(fb.predict(zoo.linear, backwards, mixed, x, num_samples=4, seed=0).samples)
     assert_close(got[1], got[0])
     assert_close(got[2], got[0])
     ensemble = fb.Ensemble(zoo.members(params))
     assert_close(
-        fb.Ensemble(dict(reversed(ensemble.members.items()))).sample(9, seed=0)["w"], ensemble.sample(9, seed=0)["w"]
+        fb.Ensemble(dict(reversed(ensemble.members.items()))).sample(9, seed=0)["w"],
+        ensemble.sample(9, seed=0)["w"],
     )
 
 

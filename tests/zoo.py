@@ -213,12 +213,21 @@ def words(n):
 
 def mlp(dropout=0.0):
     drop = [nn.Dropout(dropout)] if dropout else []
-    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), *drop, nn.Linear(8, 6), nn.GELU(), *drop, nn.Linear(6, 2))
+    return nn.Sequential(
+        nn.Linear(3, 8), nn.Tanh(), *drop, nn.Linear(8, 6), nn.GELU(), *drop, nn.Linear(6, 2)
+    )
 
 
 def conv_net(dropout=0.0):
     drop = [nn.Dropout2d(dropout)] if dropout else []
-    body = (nn.Conv2d(2, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), *drop, nn.Conv2d(4, 3, 2), nn.AvgPool2d(2))
+    body = (
+        nn.Conv2d(2, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        *drop,
+        nn.Conv2d(4, 3, 2),
+        nn.AvgPool2d(2),
+    )
     return nn.Sequential(*body, nn.Flatten(), nn.Linear(3, 2))
 
 
@@ -236,7 +245,9 @@ class Viewing(nn.Module):
 
 def grouped_conv_net():
     first = nn.Conv2d(4, 8, 3, groups=2, padding="same")
-    return nn.Sequential(first, nn.ELU(), nn.Conv2d(8, 4, 2, dilation=2, groups=4), nn.Flatten(), nn.Linear(64, 2))
+    return nn.Sequential(
+        first, nn.ELU(), nn.Conv2d(8, 4, 2, dilation=2, groups=4), nn.Flatten(), nn.Linear(64, 2)
+    )
 
 
 def signal_net():
@@ -347,7 +358,9 @@ def with_fixed(model):
 
 def varying_fixed(model):
     """Members with BatchNorm statistics of their own."""
-    statistics = {k: fb.Fixed(torch.stack([(1 + i) * b.abs() for i in range(5)])) for k, b in model.buffers.items()}
+    statistics = {
+        k: fb.Fixed(torch.stack([(1 + i) * b.abs() for i in range(5)])) for k, b in model.buffers.items()
+    }
     return fb.Ensemble({**members(model.params), **statistics})
 
 

@@ -92,7 +92,9 @@ def _one_dtype(*tensors: Tensor | None) -> bool:
 def _linear(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
     value, weight, bias = _named(args, kwargs, "input", "weight", "bias")
     weights = _front(weight, level)
-    if weights is None or value.ndim == 0 or not _one_dtype(value, weight, bias):
+    if weights is None or weight.ndim != 2 or not weight.shape[1] or value.ndim == 0:
+        return None
+    if not _one_dtype(value, weight, bias) or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     draws, width = weights.shape[0], weights.shape[-1]
     values = _front(value, level)
@@ -232,21 +234,29 @@ def _embedding(level: int, channels_last: bool, args: Args, kwargs: dict[str, An
 def _attention(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     query, key, value, mask, rate, is_causal, scale, gqa = _named(args, kwargs, *names)
-    if rate or gqa or query.ndim != 4 or key.ndim != 4:
+    given = [t for t in (query, key, value, mask) if t is not None]
+    draws = next((f.shape[0] for f in (_front(t, level) for t in given) if f is not None), None)
+    if rate or draws is None or min(t.ndim for t in (query, key, value)) < 3:
         return None
-    fronts = [_front(t, level) for t in (query, key, value)]
-    draws = next((t.shape[0] for t in fronts if t is not None), None)
-    if draws is None or (mask is not None and unwrap(mask, level)[1] is not None):
-        return None
-    rows = query.shape[0]
-    if mask is not None and mask.ndim == 4 and mask.shape[0] == rows and rows > 1:
-        mask = mask.repeat(draws, 1, 1, 1)
-    folded = [
-        (t.expand(draws, *t.shape) if f is None else f).flatten(0, 1)
-        for t, f in zip((query, key, value), fronts, strict=True)
-    ]
+    count = draws
+
+    def fold(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """``(S * ..., heads, length, width)``: kernels know one axis of rows and one of heads."""
+        front = _front(tensor, level)
+        tensor = tensor.expand(count, *tensor.shape) if front is None else front
+        missing = (1,) * (len(rows) + 3 - tensor.ndim)
+        tensor = tensor.reshape(count, *missing, *tensor.shape[1:])
+        return tensor.expand(count, *rows, *tensor.shape[-2:]).flatten(0, len(rows) - 1)
+
+    if gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
+    rows = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
+    folded = [fold(t, rows) for t in (query, key, value)]
+    if mask is not None and (mask.ndim > 2 or unwrap(mask, level)[1] is not None):
+        mask = fold(mask, rows)
     out = F.scaled_dot_product_attention(*folded, attn_mask=mask, is_causal=bool(is_causal), scale=scale)
-    return wrap(out.unflatten(0, (draws, rows)), 0, level)
+    return wrap(out.reshape(count, *rows, *out.shape[-2:]), 0, level)
 
 
 def _view(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
@@ -254,6 +264,21 @@ def _view(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -
     if unwrap(args[0], level)[1] is None or kwargs or any(isinstance(a, torch.dtype) for a in args[1:]):
         return None
     return args[0].reshape(*args[1:])
+
+
+def _contiguous(func: Callable[..., Any]) -> Rule:
+    """Composite functions that ask for the layout of their input, which vmap can only say of this one."""
+
+    def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+        if not args:
+            return None
+        physical, axis = unwrap(args[0], level)
+        if axis is None or physical.movedim(axis, 0).is_contiguous():
+            return None
+        with Batching("vmap"):
+            return func(wrap(physical.movedim(axis, 0).contiguous(), 0, level), *args[1:], **kwargs)
+
+    return rule
 
 
 def _strided(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
@@ -267,6 +292,7 @@ def _strided(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]
 _RULES: dict[Any, Rule] = {
     torch.Tensor.view: _view,
     **dict.fromkeys((torch.Tensor.as_strided, torch.as_strided), _strided),
+    **{func: _contiguous(func) for func in (F.group_norm, F.instance_norm, F.interpolate)},
     F.linear: _linear,
     F.conv1d: _convolution(1, F.conv1d),
     F.conv2d: _convolution(2, F.conv2d),

@@ -30,6 +30,9 @@ class Split:
 class Standardize(nn.Module):
     """Subtract the mean of the training inputs and divide by their standard deviation."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         # Not persistent, so that a state dict has the same names as the parameters.
@@ -43,6 +46,9 @@ class Standardize(nn.Module):
 
 class Rescale(nn.Module):
     """Give a standardised mean and log variance, the outputs, the location and unit of the targets."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -63,8 +69,8 @@ def load_digits() -> Split:
     """
     from sklearn import datasets
 
-    digits = datasets.load_digits()
-    x, y = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels, dtype=torch.float32), torch.tensor(labels)
     split = _split(x, y, y)
     patches = torch.cat([_patches(torch.tensor(image)) for image in datasets.load_sample_images().images])
     chosen = torch.linspace(0, len(patches) - 1, len(split.test[0])).long()
@@ -81,9 +87,9 @@ def load_iris() -> Split:
     """
     from sklearn import datasets
 
-    iris = datasets.load_iris()
-    petals = torch.tensor(iris.data[:, 2:], dtype=torch.float32)
-    split = _split(petals[:, :1], petals[:, 1:], torch.tensor(iris.target))
+    flowers, species = (torch.tensor(values) for values in datasets.load_iris(return_X_y=True))
+    petals = flowers[:, 2:].float()
+    split = _split(petals[:, :1], petals[:, 1:], species)
     return Split(split.train, split.test, torch.linspace(*GAP, 12)[1:-1, None])
 
 

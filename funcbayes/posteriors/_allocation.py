@@ -36,4 +36,4 @@ def allocate(indices: Tensor, weights: Tensor | None, num_choices: int, site: Se
     step = torch.tensor(_STEPS, dtype=torch.float64)[hashed[1] % len(_STEPS)]
     position = (shift + step * indices) % 1.0
     ends = weights.detach().double().cpu().cumsum(0)
-    return torch.searchsorted(ends / ends[-1], position, right=True).clamp_max(num_choices - 1)
+    return (position[:, None] >= ends / ends[-1]).sum(1).clamp_max(num_choices - 1)

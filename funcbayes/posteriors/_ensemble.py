@@ -14,6 +14,7 @@ from .._tree import (
     parameters_of,
     pytree_dataclass,
     select,
+    static,
     tensors,
 )
 from ._allocation import allocate
@@ -28,7 +29,8 @@ class Ensemble(Posterior):
         members: Parameters with a leading axis over the ``K`` members, leaves ``(K, *s)``; may cover a
             part of the model's.
         weights: Probabilities of the members ``(K,)``; given ones are divided by their sum. ``None``
-            for equal ones.
+            makes them equal.
+        has_equal_weights: Whether all members weigh the same.
 
     Raises:
         ValueError: If the leaves disagree on ``K``, or the weights are not ``K`` numbers, negative, not
@@ -42,7 +44,8 @@ class Ensemble(Posterior):
     """
 
     members: Params
-    weights: Tensor | None = None
+    weights: Tensor = None  # type: ignore[assignment]  # a tensor once it has been made
+    has_equal_weights: bool = static(default=False, init=False)
 
     def __post_init__(self) -> None:
         sizes = {name: t.shape[0] if t.ndim else None for name, t in _tensors(self.members).items()}
@@ -56,8 +59,12 @@ class Ensemble(Posterior):
                     f"least one; {name!r} has {size} where another has {first}. "
                     "Stack the parameters of the members: `torch.stack` for every leaf."
                 )
-        if self.weights is not None:
-            object.__setattr__(self, "weights", _normalized(self.weights, self.num_members))
+        count = self.num_members
+        equal = torch.full((count,), 1 / count, dtype=torch.float64, device=tensors(self.members)[0].device)
+        weights = equal if self.weights is None else _normalized(self.weights, count)
+        is_equal = self.weights is None or (is_concrete(weights) and bool((weights == weights[0]).all()))
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "has_equal_weights", is_equal)
 
     @property
     def num_members(self) -> int:
@@ -72,7 +79,8 @@ class Ensemble(Posterior):
         """Members chosen in proportion to their weights, leaves ``(S, *s)``."""
         names = ",".join(named_leaves(self.members))
         site = fold(fold(seed, "member"), names)
-        chosen = allocate(indices, self.weights, self.num_members, site)
+        weights = None if self.has_equal_weights else self._probabilities()
+        chosen = allocate(indices, weights, self.num_members, site)
         return Draw(map_leaves(lambda leaf: leaf[chosen.to(leaf.device)], self.members))
 
     def atoms(self) -> tuple[Draw, Tensor]:
@@ -100,9 +108,11 @@ class Ensemble(Posterior):
         return torch.tensordot(weights, leaf, dims=1)
 
     def _probabilities(self) -> Tensor:
-        if self.weights is not None:
-            return self.weights
-        return torch.full((self.num_members,), 1 / self.num_members, dtype=torch.float64)
+        # Not as they are stored, which may be in half precision after a conversion.
+        if self.has_equal_weights:
+            return torch.full((self.num_members,), 1 / self.num_members, dtype=torch.float64)
+        weights = self.weights.double()
+        return weights / weights.sum()
 
 
 def _tensors(members: Params) -> dict[str, Tensor]:

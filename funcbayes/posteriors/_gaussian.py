@@ -85,11 +85,9 @@ class Gaussian(Posterior):
         """
         given = named_leaves(params)
         covered = parameters_of(self.mean)
-        missing = next((name for name in covered if name not in given), None)
-        if missing is not None:
-            raise ValueError(
-                f"`log_prob(params)` should have the leaves of the mean; {missing!r} is missing."
-            )
+        differing = difference({name: leaf for name, leaf in given.items() if name in covered}, covered)
+        if differing:
+            raise ValueError(f"`log_prob(params)` should have leaves like the mean; {differing}.")
         location = select(self.mean, lambda name, leaf: name in covered)
         deviation = map_named(lambda name, leaf: given[name] - leaf, location)
         num_params = sum(leaf.numel() for leaf in covered.values())

@@ -1,0 +1,126 @@
+"""The one loop that every fit runs."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .._tree import Params, Where
+from ._batch import Batch, RaggedBatch
+from ._data import Source
+from ._movers import Movers
+from ._networks import Gradients, Networks, one_by_one
+from ._objective import Objective
+from ._options import Options
+
+
+def minimize(
+    objective: Objective,
+    members: Params,
+    source: Source,
+    seeds: Sequence[int],
+    streams: Sequence[int],
+    options: Options,
+    *,
+    where: Where | None = None,
+    gradients: Gradients = one_by_one,
+    make_movers: Callable[[Sequence[Tensor], Options], Movers] = Movers.separate,
+) -> Params:
+    """Train ``K`` networks on an objective: the one loop that every fit runs.
+
+    Args:
+        objective: Loss of one network.
+        members: Where they start; every leaf has a leading axis ``K``.
+        source: The data.
+        seeds: One a network, for its noise.
+        streams: Seeds of the streams of batches: one a network, or one for all.
+        options: How to descend.
+        where: Which leaves to train.
+        gradients: How gradients are found.
+        make_movers: How optimizers are shared out.
+
+    Returns:
+        Trained members, all new tensors without a graph.
+    """
+    # Whatever the caller's mode: gradients are needed here, and tensors that autograd can save.
+    with torch.inference_mode(False), torch.enable_grad():
+        networks = Networks(objective, members, seeds, where, options.call)
+        movers = make_movers(networks.leaves, options)
+        with _bar(options) as show:
+            for epoch in range(options.num_epochs):
+                batches = source.epoch(streams, epoch, networks.device)
+                table, weights = _run_epoch(batches, networks, movers, gradients, options)
+                _check_losses(table, networks, epoch)
+                losses = (weights * table).sum(0) / weights.sum(0)
+                if options.scheduler_interval == "epoch":
+                    movers.schedule(losses)
+                _check_leaves(movers.leaves(), networks, epoch)
+                show(losses)
+                if options.callback and options.callback(epoch, losses, networks.assemble(movers.leaves())):
+                    break
+        return networks.assemble(movers.leaves())
+
+
+def _run_epoch(
+    batches: Iterable[Batch | RaggedBatch],
+    networks: Networks,
+    movers: Movers,
+    gradients: Gradients,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Go through the data once; losses ``(steps, K)``, and the numbers of rows they are means over."""
+    losses, rows = [], []
+    for batch in batches:
+        if networks.num_steps == 0:
+            networks.probe(batch)
+        losses.append(movers.step(gradients, networks, batch))
+        rows.append(torch.as_tensor(batch.rows))
+        networks.num_steps += 1
+        if options.scheduler_interval == "step":
+            movers.schedule(losses[-1])
+    # Looked at once an epoch, for on an accelerator every look makes it wait.
+    table = torch.stack(losses).cpu()
+    return table, torch.stack([r.expand(table.shape[1]) for r in rows]).to(table.dtype)
+
+
+def _check_losses(table: Tensor, networks: Networks, epoch: int) -> None:
+    bad = (~table.isfinite()).nonzero()
+    if len(bad):
+        step, k = bad[0].tolist()
+        raise RuntimeError(
+            f"The loss{_of_member(k, networks)} in `{networks.call}` is {table[step, k].item()} in step "
+            f"{step} of epoch {epoch}. A lower learning rate, or `max_grad_norm=1.0`, usually helps."
+        )
+
+
+def _check_leaves(leaves: Sequence[Tensor], networks: Networks, epoch: int) -> None:
+    """Refuse parameters that the last step has made infinite, which no loss has shown yet."""
+    fine = torch.stack([leaf.isfinite().reshape(len(leaf), -1).all(1) for leaf in leaves]).all(0)
+    if not bool(fine.all()):
+        k = int((~fine).nonzero()[0])
+        raise RuntimeError(
+            f"The parameters{_of_member(k, networks)} in `{networks.call}` are not finite after epoch "
+            f"{epoch}. A lower learning rate, or `max_grad_norm=1.0`, usually helps."
+        )
+
+
+def _of_member(k: int, networks: Networks) -> str:
+    return f" of member {k}" if networks.num_members > 1 else ""
+
+
+@contextmanager
+def _bar(options: Options) -> Iterator[Callable[[Tensor], None]]:
+    """Show a bar over the epochs, if it is asked for."""
+    if not options.progress:
+        yield lambda losses: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=options.num_epochs, desc=options.call, unit="epoch") as bar:
+
+        def show(losses: Tensor) -> None:
+            bar.set_postfix(loss=f"{losses.mean().item():.4g}", refresh=False)
+            bar.update()
+
+        yield show

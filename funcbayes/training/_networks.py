@@ -1,0 +1,193 @@
+"""The networks being trained, and their losses and gradients one by one."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .._random import Seed, fold, forked
+from .._tree import (
+    Fixed,
+    Params,
+    Where,
+    index,
+    is_parameter,
+    map_leaves,
+    matcher,
+    merge,
+    named_leaves,
+    select,
+    stack,
+)
+from ._batch import Batch, RaggedBatch
+from ._loader import global_generators
+from ._objective import Objective
+
+
+def _savable(leaf: Any) -> Any:
+    """Detach a leaf; what was made under inference mode is copied, so that autograd can save it."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.clone() if leaf.is_inference() else leaf.detach()
+
+
+class Networks:
+    """The ``K`` networks being trained, but for their trained leaves, which optimizers own.
+
+    Trees of ``members`` have a leading axis ``K`` on every leaf. In ``seeds`` each network has its own,
+    for the noise of its training. The fixed values of a network change as it is evaluated. Tensors
+    of the user's are read only: optimizers copy the leaves they move.
+    """
+
+    def __init__(
+        self, objective: Objective, members: Params, seeds: Sequence[int], where: Where | None, call: str
+    ) -> None:
+        members = map_leaves(_savable, members)
+        chosen = matcher(where)
+        trained = {
+            name for name, leaf in named_leaves(members).items() if is_parameter(leaf) and chosen(name, leaf)
+        }
+        if not trained:
+            raise ValueError(
+                f"`{call}(params, ...)` should have a leaf of floating point to train"
+                + (", got none." if where is None else f", got none that `where={where!r}` chooses.")
+            )
+        self.num_members = len(seeds)
+        self.objective = objective
+        self.call = call
+        self.members = members
+        self.leaves, self._spec = optree.tree_flatten(select(members, lambda name, _: name in trained))
+        self.held = select(members, lambda name, leaf: name not in trained and not isinstance(leaf, Fixed))
+        fixed = select(members, lambda _, leaf: isinstance(leaf, Fixed))
+        self.fixed = FixedValues([index(fixed, k) for k in range(self.num_members)])
+        self.keys = [fold(seed, "dropout") for seed in seeds]
+        self.num_steps = 0  # taken so far
+        # Found by `probe`: noise from torch's global state, buffers that training adds.
+        self.draws_globally = False
+        self.adds_buffers = False
+        self._held = [index(self.held, k) for k in range(self.num_members)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.leaves[0].device
+
+    def loss(
+        self, leaves: Sequence[Tensor], held: Params, fixed: Params, pair: tuple[Any, Tensor], key: Seed
+    ) -> tuple[Tensor, Params]:
+        """Loss of one network and its fixed values afterwards: a pure function."""
+        params = merge(merge(held, self._spec.unflatten(leaves)), fixed)
+        loss, changed = self.objective(params, *pair, key, False)
+        return loss, merge(fixed, changed) if changed else fixed
+
+    def gradient(
+        self, k: int, leaves: Sequence[Tensor], batch: Batch | RaggedBatch
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Loss of network ``k`` alone, and its gradient in ``leaves``, ``None`` where it has none."""
+        own = [leaf.detach().requires_grad_() for leaf in leaves]
+        key = fold(self.keys[k], self.num_steps)
+        with torch.enable_grad(), self._noise(key):
+            loss, fixed = self.loss(own, self._held[k], self.fixed.of(k), batch.member(k), key)
+            grads = torch.autograd.grad(loss, own, allow_unused=True)
+        self.fixed.put(k, fixed)
+        return loss.detach(), grads
+
+    def _noise(self, key: int) -> AbstractContextManager[None]:
+        """Noise other than dropout's comes from torch's global state: then that is seeded for the step."""
+        return forked(fold(key, "global")) if self.draws_globally else nullcontext()
+
+    def probe(self, batch: Batch | RaggedBatch) -> None:
+        """Evaluate the first network once, without effect, to see what training it will need.
+
+        Bad outputs and targets are refused here, where values can be looked at.
+        """
+        params = merge(index(self.members, 0), self.fixed.of(0))
+        with torch.no_grad(), forked(self.keys[0]):
+            before = [g.get_state() for g in global_generators()]
+            _, changed = self.objective(params, *batch.member(0), self.keys[0], True)
+            after = [g.get_state() for g in global_generators()]
+        self.adds_buffers = not named_leaves(changed).keys() <= named_leaves(self.fixed.of(0)).keys()
+        self.draws_globally = any(not torch.equal(a, b) for a, b in zip(after, before, strict=False))
+
+    def assemble(self, leaves: Sequence[Tensor]) -> Params:
+        """Members with these trained leaves ``(K, *s)`` and the present fixed values, all new tensors."""
+        whole = merge(merge(self.members, self._spec.unflatten(leaves)), self.fixed.all())
+        return map_leaves(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, whole)
+
+
+class FixedValues:
+    """What training passes by but evaluating may change, of each network.
+
+    Kept a network each, or stacked for a vmapped pass, whichever was asked for last. In the stacked
+    form integers that are equal in all networks stay one tensor, ``common``: BatchNorm reads its
+    count of batches as a number, which vmap allows for a tensor it does not map over only.
+    """
+
+    def __init__(self, trees: list[Params]) -> None:
+        self._trees: list[Params] | None = trees
+        self._stacked: tuple[Params, Params] = ({}, {})
+        self._num = len(trees)
+
+    def of(self, k: int) -> Params:
+        """The values of network ``k``."""
+        return self._by_member()[k]
+
+    def put(self, k: int, tree: Params) -> None:
+        """Replace the values of network ``k``."""
+        self._by_member()[k] = tree
+
+    def stacked(self) -> tuple[Params, Params]:
+        """``(varying, common)``: with an axis of networks, and without."""
+        if self._trees is not None:
+            everything = stack(self._trees)
+            equal = {name for name, leaf in named_leaves(everything).items() if _is_common(leaf.tensor)}
+            common = index(select(everything, lambda name, _: name in equal), 0)
+            self._stacked = select(everything, lambda name, _: name not in equal), common
+            self._trees = None
+        return self._stacked
+
+    def put_stacked(self, varying: Params, common: Params) -> None:
+        """Replace the values of all networks."""
+        self._stacked, self._trees = (varying, common), None
+
+    def all(self) -> Params:
+        """The values of all networks, every leaf with an axis of networks."""
+        return stack(self._by_member())
+
+    def _by_member(self) -> list[Params]:
+        if self._trees is None:
+            varying, common = self._stacked
+            self._trees = [merge(index(varying, k), common) for k in range(self._num)]
+        return self._trees
+
+
+def _is_common(values: Tensor) -> bool:
+    return not values.is_floating_point() and bool((values == values[0]).all())
+
+
+# How losses (K,) and gradients, (K, *s) each, are found for all networks at leaves (K, *s).
+Gradients = Callable[[Networks, list[Tensor], Batch | RaggedBatch], tuple[Tensor, Sequence[Tensor | None]]]
+
+
+def one_by_one(
+    networks: Networks, leaves: list[Tensor], batch: Batch | RaggedBatch
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Evaluate the networks in a loop."""
+    found = [networks.gradient(k, [leaf[k] for leaf in leaves], batch) for k in range(networks.num_members)]
+    losses, grads = zip(*found, strict=True)
+    return joined(losses), [_joined_gradients(of_leaf) for of_leaf in zip(*grads, strict=True)]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack; one tensor is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _joined_gradients(grads: Sequence[Tensor | None]) -> Tensor | None:
+    known = next((g for g in grads if g is not None), None)
+    if known is None:
+        return None
+    return joined([torch.zeros_like(known) if g is None else g for g in grads])

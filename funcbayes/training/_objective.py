@@ -1,0 +1,69 @@
+"""What is minimised: the mean negative log joint density."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .._functional import Model, training_call
+from .._random import Seed
+from .._tree import Fixed, Params, is_parameter
+from ..likelihoods import Likelihood
+from ._data import Source
+
+# (params, x, y, seed, check) -> (loss, the buffers that changed). `check` asks to look at values.
+Objective = Callable[[Params, Any, Tensor, Seed, bool], tuple[Tensor, Params]]
+
+
+@dataclass(frozen=True)
+class MapObjective:
+    """Mean negative log joint of one network: see :mod:`funcbayes.training`.
+
+    ``decay`` is ``prior_precision / N``.
+    """
+
+    fn: Model
+    likelihood: Likelihood
+    decay: float
+    call: str
+
+    @classmethod
+    def over(
+        cls,
+        fn: Model,
+        likelihood: Likelihood,
+        source: Source,
+        seed: int,
+        prior_precision: float,
+        num_data: int | None,
+        call: str,
+    ) -> "MapObjective":
+        """Make the objective for the data of ``source``; rows are counted only if a prior asks for it."""
+        if not (0 <= prior_precision < math.inf):
+            raise ValueError(
+                f"`{call}(prior_precision=...)` should be at least 0 and finite, got {prior_precision}."
+            )
+        if num_data is not None and num_data < 1:
+            raise ValueError(f"`{call}(num_data=...)` should be at least 1, got {num_data}.")
+        if not prior_precision:
+            return cls(fn, likelihood, 0.0, call)
+        num_rows = source.num_data(seed) if num_data is None else num_data
+        return cls(fn, likelihood, float(prior_precision) / max(num_rows, 1), call)
+
+    def __call__(
+        self, params: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
+    ) -> tuple[Tensor, Params]:
+        """Return the loss and the buffers that changed."""
+        outputs, changed = training_call(self.fn, params, x, seed)
+        if check:
+            self.likelihood.check(outputs, y, call=f"{self.call}(data=...)")
+        loss = -self.likelihood.log_prob(outputs, y).mean()
+        if self.decay:
+            leaves = optree.tree_leaves(params, is_leaf=lambda node: isinstance(node, Fixed))
+            squares = [leaf.square().sum() for leaf in leaves if is_parameter(leaf)]
+            loss = loss + 0.5 * self.decay * torch.stack(squares).sum().to(loss.dtype)
+        return loss, changed

@@ -1,0 +1,54 @@
+"""How to descend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .._tree import Params
+
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+Callback = Callable[[int, Any, Params], bool | None]
+Interval = Literal["epoch", "step"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every fit is told about descending; checked when it is made.
+
+    ``call`` is the name of the public function, for messages. ``callback`` is given losses ``(K,)`` and
+    members.
+    """
+
+    call: str
+    optimizer: MakeOptimizer
+    num_epochs: int
+    scheduler: MakeScheduler | None = None
+    scheduler_interval: Interval = "epoch"
+    max_grad_norm: float | None = None
+    progress: bool = False
+    callback: Callback | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is out of range."""
+        if self.num_epochs < 1:
+            raise ValueError(f"`{self.call}(num_epochs=...)` should be at least 1, got {self.num_epochs}.")
+        if self.scheduler_interval not in ("epoch", "step"):
+            raise ValueError(
+                f"`{self.call}(scheduler_interval=...)` should be 'epoch' or 'step', "
+                f"got {self.scheduler_interval!r}."
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"`{self.call}(max_grad_norm=...)` should be positive or None, got {self.max_grad_norm}."
+            )
+        for name, make in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
+            if make is not None and not callable(make):
+                raise TypeError(
+                    f"`{self.call}({name}=...)` should be a function that makes one, got "
+                    f"{type(make).__name__}. Write `functools.partial(torch.optim.Adam, lr=1e-3)`, say."
+                )
