@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -23,9 +24,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from ._functional import Model
-from ._functorch import storage_version
 from ._intercept import Batching, LargestBatched, with_dropout
-from ._tree import Params, index, map_leaves, merge, num_rows, tensors, unbind
+from ._tree import Params, index, merge, num_rows, tensors, unbind
 from .posteriors import Draw
 
 # Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
@@ -60,7 +60,6 @@ class _Tuner:
     seconds: dict[Mechanism, list[float]] = field(default_factory=dict)
     settled: Mechanism | None = None
     failed: set[Kind] = field(default_factory=set)
-    writes_inputs: bool | None = None  # whether the model works in place on its inputs; unknown at first
 
     def next_to_time(self) -> Mechanism | None:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
@@ -196,9 +195,15 @@ class _Run:
         return outputs
 
     def _tuner(self) -> _Tuner:
+        # A bound method is made anew at every access; its object lives as long as it matters.
+        owner, cell = (
+            (self.fn.__self__, (self.fn.__func__, self.cell))
+            if isinstance(self.fn, types.MethodType)
+            else (self.fn, self.cell)
+        )
         try:
             with _tuners_lock:
-                return _tuners.setdefault(self.fn, {}).setdefault(self.cell, _Tuner())
+                return _tuners.setdefault(owner, {}).setdefault(cell, _Tuner())
         except TypeError:  # a callable that has no hash or takes no weak references
             return _Tuner()
 
@@ -273,12 +278,7 @@ class _Run:
         if draw.effects:
             located = zip(draw.effects, self.row_axes or (), strict=True)
             fn = with_dropout(fn, [masks.at_rows(self.first_row, axes) for masks, axes in located])
-        tuner, x = self.tuner, self.x
-        if tuner.writes_inputs is not False:  # then every draw gets a copy, whose versions start at 0
-            x = map_leaves(lambda t: t.clone() if isinstance(t, Tensor) else t, x)
-        outputs = fn(merge(self.params, draw.leaves), x)
-        if tuner.writes_inputs is None:
-            tuner.writes_inputs = any(t.is_inference() or storage_version(t) > 0 for t in tensors(x))
+        outputs = fn(merge(self.params, draw.leaves), self.x)
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"`predict(fn, ...)` should be given a model that returns one tensor, got "

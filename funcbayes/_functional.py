@@ -1,19 +1,18 @@
 """Modules as pure functions ``fn(params, x)``."""
 
-import copy
-import functools
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor, nn
 
-from ._functorch import storage_version
+from ._functorch import is_concrete, storage_version
 from ._intercept import Call, DropoutMasks, calling, current_call
 from ._intercept._dropout import run_with_masks
 from ._random import Seed, fold
-from ._tree import Fixed, Params, merge
+from ._skeleton import Skeleton, without_values
+from ._tree import MISSING, Fixed, Params, is_missing, merge, tensors
 
 Model = Callable[[Params, Any], Any]
 
@@ -53,15 +52,16 @@ def make_functional(
             "A function of (params, x) can be used as it is."
         )
     lazy = [
-        name for name, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)
+        name for name, p in (*module.named_parameters(), *module.named_buffers()) if nn.parameter.is_lazy(p)
     ]
     if lazy:
         raise ValueError(
             f"`make_functional(module)` should be given a module whose parameters have shapes; {lazy[0]!r} "
             "is not initialised. Run the module once on a batch first."
         )
-    params = {name: p.detach().clone() for name, p in module.named_parameters()}
-    return FunctionalModule(module, call), params
+    with torch.inference_mode(False):  # copies that a graph can hold, wherever they are made
+        params = {name: p.detach().clone() for name, p in module.named_parameters()}
+        return FunctionalModule(module, call), params
 
 
 class FunctionalModule:
@@ -76,10 +76,11 @@ class FunctionalModule:
         self.name = type(module).__name__
         self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         self._call = call
-        self._master = _without_values(module)
+        self._master = without_values(module)
         # One module per evaluation under way: a module that is being run holds that run's parameters.
         # `list.pop` and `list.append` are atomic, which makes these pools safe among threads.
-        self._idle: dict[str, list[_Skeleton]] = {"eval": [], "stochastic": [], "training": []}
+        self._idle: dict[str, list[Skeleton]] = {"eval": [], "stochastic": [], "training": []}
+        self._writes_inputs: dict[str, bool] = {}
         self._moved: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._names = frozenset(name for name, _ in module.named_parameters())
         self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
@@ -95,18 +96,37 @@ class FunctionalModule:
         """Evaluate the module with ``params``, which may hold ``Fixed`` buffers too."""
         call = current_call()
         values = self._values(params)
+        for owner, changed in call.buffers:  # of an earlier call of the same model in one evaluation
+            if owner is params:
+                values = {**values, **changed}
+        x, is_watched = self._protected(x, call.kind)
+        was_concrete = [is_concrete(t) for t in tensors(x)] if is_watched else []
         pool = self._idle[call.kind]
         try:
             skeleton = pool.pop()
         except IndexError:
-            skeleton = _Skeleton(self._master, call.kind)
+            skeleton = Skeleton(self._master, call.kind)
         try:
             outputs, changed = skeleton.run(self._call, values, x, call)
         finally:
             pool.append(skeleton)
+        if is_watched and not any(t.is_inference() for t in tensors(x)):
+            # Versions of copies start at 0; what was plain may have become mapped.
+            self._writes_inputs[call.kind] = any(
+                storage_version(t) > 0 or is_concrete(t) != before
+                for t, before in zip(tensors(x), was_concrete, strict=True)
+            )
         if call.kind == "training":
             call.buffers.append((params, changed))
         return outputs
+
+    def _protected(self, x: Any, kind: str) -> tuple[Any, bool]:
+        """Inputs that the module may work on in place: copies, if it does so or before that is known."""
+        writes = self._writes_inputs.get(kind)
+        if writes is False:
+            return x, False
+        copied = optree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, x)
+        return copied, writes is None
 
     def _values(self, params: Mapping[str, Any]) -> dict[str, Tensor]:
         """Parameters and buffers by name, buffers where and as the parameters are."""
@@ -168,145 +188,40 @@ def training_call(
     masks = (DropoutMasks(fold(key, "training")),) if dropout else ()
     with calling(Call("training")) as call:
         outputs, _ = run_with_masks(fn, params, x, masks, call)
-    overlay: Any = {}
+    overlay: Any = MISSING
     for owner, changed in call.buffers:
         overlay = merge(overlay, _placed(params, owner, {k: Fixed(v.detach()) for k, v in changed.items()}))
-    return outputs, overlay
+    return outputs, {} if is_missing(overlay) else overlay
 
 
-def _placed(tree: Any, owner: Any, changed: dict[str, Fixed]) -> Any:
+def _placed(tree: Params, owner: Mapping[str, Any], changed: dict[str, Fixed]) -> Params:
     """``changed`` at the place in ``tree`` where ``owner`` is: a user's ``fn`` may pass on a part of it."""
-    if tree is owner or not changed:
+    if not changed:
+        return MISSING
+    same_keys = set(owner) - set(changed)  # for a function that passes on a dict of its own making
+    for is_owner in (
+        lambda node: node is owner,
+        lambda node: isinstance(node, Mapping) and same_keys <= set(node),
+    ):
+        placed = _at(tree, is_owner, changed)
+        if not is_missing(placed):
+            return placed
+    raise ValueError(
+        "`training_call(fn, params, ...)` cannot tell where in `params` the new value of "
+        f"{next(iter(changed))!r} belongs. Pass `fn` a dict that is a part of `params`."
+    )
+
+
+def _at(tree: Any, is_owner: Callable[[Any], bool], changed: dict[str, Fixed]) -> Any:
+    """A tree that holds ``changed`` where ``is_owner`` is first true, and is missing elsewhere."""
+    if is_owner(tree):
         return changed
     if isinstance(tree, Mapping):
-        for name, subtree in tree.items():
-            if isinstance(subtree, Mapping) and (placed := _placed(subtree, owner, changed)) is not None:
+        for name, part in tree.items():
+            if not is_missing(placed := _at(part, is_owner, changed)):
                 return {name: placed}
-    return None
-
-
-class _Skeleton:
-    """A private copy of the module, without values of its own, set up for one kind of call."""
-
-    def __init__(self, master: nn.Module, kind: str) -> None:
-        # Placeholders have no storage, so a copy costs no memory.
-        self.module = copy.deepcopy(master)
-        self.kind = kind
-        self.path: list[str] = []
-        names = {id(v): k for k, v in (*self.module.named_parameters(), *self.module.named_buffers())}
-        # Where each value goes: (dict of a submodule, key in it, name of the value). A tied
-        # parameter has one name and several places.
-        stores: list[dict[str, Any]] = [s for m in self.module.modules() for s in (m._parameters, m._buffers)]
-        self.slots = [(s, key, names[id(v)]) for s in stores for key, v in s.items() if v is not None]
-        self.placeholders = [(store, key, store[key]) for store, key, _ in self.slots]
-        self.recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
-        self.writable = _names_of_writable_buffers(self.module, kind)
-        # Kernels of normalisation write without counting it as a new version of the tensor.
-        self.statistics = {
-            f"{path}.{key}".lstrip(".")
-            for path, part in self.module.named_modules()
-            if isinstance(part, nn.modules.batchnorm._NormBase)
-            for key in part._buffers
-        }
-        _set_modes(self.module, kind)
-        if kind != "eval":
-            for path, part in self.module.named_modules():
-                part.register_forward_pre_hook(functools.partial(_enter, self.path, path))
-                part.register_forward_hook(functools.partial(_leave, self.path), always_call=True)
-
-    def run(
-        self,
-        call_module: Callable[[nn.Module, Any], Any] | None,
-        values: Mapping[str, Tensor],
-        x: Any,
-        call: Call,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Evaluate with ``values`` in place; also, in training, the buffers that changed."""
-        used = {**values, **{name: values[name].clone() for name in self.writable}}
-        versions = {name: storage_version(used[name]) for name in self.writable}
-        outer_path, call.path = call.path, None if self.kind == "eval" else self.path
-        try:
-            self._fill((store, key, used[name]) for store, key, name in self.slots)
-            outputs = self.module(x) if call_module is None else call_module(self.module, x)
-            if self.kind != "training":
-                return outputs, {}
-            after = {name: store[key] for store, key, name in self.slots if name in versions}
-            return outputs, {
-                name: value
-                for name, value in after.items()
-                if name in self.statistics
-                or value is not used[name]
-                or storage_version(value) > versions[name]
-            }
-        finally:
-            self._fill(self.placeholders)
-            self.path.clear()
-            call.path = outer_path
-
-    def _fill(self, slots: Iterable[tuple[dict[str, Any], str, Tensor]]) -> None:
-        for store, key, value in slots:
-            store[key] = value
-        for part in self.recurrent:  # these keep their weights in a list of their own too
-            part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
-
-
-def _enter(path: list[str], name: str, *_: Any) -> None:
-    path.append(name)
-
-
-def _leave(path: list[str], *_: Any) -> None:
-    path.pop()
-
-
-def _without_values(module: nn.Module) -> nn.Module:
-    """Copy a module, with placeholders on the meta device for its parameters and buffers."""
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        for value in part._parameters.values():
-            if value is not None:
-                memo[id(value)] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
-        for value in part._buffers.values():
-            if value is not None:
-                memo[id(value)] = value.detach().to("meta")
-        for value in vars(part).values():
-            # A tensor computed from parameters (by `weight_norm`, say) cannot be copied by Python.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach()
-    return copy.deepcopy(module, memo)
-
-
-def _names_of_writable_buffers(module: nn.Module, kind: str) -> list[str]:
-    # torch's own modules write into buffers only in training; a module of the user's may do so always.
-    own = {
-        f"{path}.{key}".lstrip(".")
-        for path, part in module.named_modules()
-        if kind == "training" or not type(part).__module__.startswith("torch.nn.")
-        for key in part._buffers
-    }
-    return [name for name, _ in module.named_buffers() if name in own]
-
-
-_OWNS_A_RATE = re.compile(r"(^|_)(p|p_drop|drop\w*|\w*dropout\w*|\w*_drop|\w*_pdrop)$")
-
-
-def _set_modes(module: nn.Module, kind: str) -> None:
-    module.train(kind == "training")
-    for part in module.modules():
-        if kind == "eval" and isinstance(part, nn.MultiheadAttention):
-            # In evaluation mode this would take a fused kernel that vmap cannot batch. Training mode
-            # takes the mathematics; with no dropout they are equal.
-            part.dropout = 0.0
-            part.train(True)
-        elif kind != "training" and isinstance(part, nn.TransformerEncoderLayer | nn.TransformerEncoder):
-            part.training = True  # for the same reason; their dropout is in modules of its own
-        elif kind == "stochastic" and _owns_a_rate(part):
-            # A model may hand its rate to a function only while `self.training`. Modules that own
-            # a rate are told so; BatchNorm is not.
-            part.training = True
-
-
-def _owns_a_rate(part: nn.Module) -> bool:
-    return any(
-        isinstance(value, float) and 0 <= value <= 1 and _OWNS_A_RATE.search(name)
-        for name, value in vars(part).items()
-    )
+    elif isinstance(tree, list | tuple):
+        for i, part in enumerate(tree):
+            if not is_missing(placed := _at(part, is_owner, changed)):
+                return type(tree)(placed if k == i else MISSING for k in range(len(tree)))
+    return MISSING

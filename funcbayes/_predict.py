@@ -1,5 +1,6 @@
 """``predict``: a model, a posterior and inputs in, a prediction out."""
 
+import operator
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -252,7 +253,9 @@ def _check_arguments(
         )
     if num_samples is not None:
         check_num_samples(num_samples, "predict")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
         raise ValueError(f"`predict(chunk_size=...)` should be an int of at least 1, got {chunk_size!r}.")
 
 
@@ -265,7 +268,7 @@ def _plan(posterior: Posterior, num_samples: int | None, seed: Seed | None) -> t
     if atoms is not None:
         draw, weights = atoms
         return weights, [(torch.arange(len(weights)), lambda part: _take(draw, part))]
-    count = DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
+    count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
     seed, indices = resolve_seed(seed), torch.arange(count)
 
     def group(positions: Tensor) -> Group:

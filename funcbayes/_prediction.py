@@ -208,7 +208,7 @@ class Prediction:
 
         With a likelihood that of ``y`` (class probabilities for ``Categorical``), otherwise of the outputs.
         """
-        return self._get("moments")[0].to(self._dtype)
+        return self._get("moments")[0].to(self._dtype, copy=True)
 
     @property
     def variance(self) -> Tensor:
@@ -219,8 +219,8 @@ class Prediction:
         """
         epistemic = self._get("moments")[1]
         if self.likelihood is None:
-            return epistemic.to(self._dtype)
-        return (epistemic + self._get("aleatoric_variance")).to(self._dtype)
+            return epistemic.to(self._dtype, copy=True)
+        return (epistemic + self._get("aleatoric_variance")).to(self._dtype, copy=True)
 
     @property
     def std(self) -> Tensor:
@@ -233,19 +233,19 @@ class Prediction:
 
         ``sum_s w_s (m_s - m)^2 / (1 - sum_s w_s^2)``, unbiased for equal weights; 0 for a single atom.
         """
-        return self._get("moments")[1].to(self._dtype)
+        return self._get("moments")[1].to(self._dtype, copy=True)
 
     @property
     def aleatoric_variance(self) -> Tensor:
         """Mean over draws of the variance of ``y`` given the outputs, ``(N, ...)``."""
         self._needs_likelihood("aleatoric_variance")
-        return self._get("aleatoric_variance").to(self._dtype)
+        return self._get("aleatoric_variance").to(self._dtype, copy=True)
 
     @property
     def entropy(self) -> Tensor:
         """Entropy of the predictive distribution in nats, one number a row (and position)."""
         likelihood = self._needs_classes("entropy")
-        return likelihood.entropy_of_log_probs(self._get("log_class_probs")).to(self._dtype)
+        return likelihood.entropy_of_log_probs(self._get("log_class_probs")).to(self._dtype, copy=True)
 
     @property
     def expected_entropy(self) -> Tensor:
@@ -253,17 +253,17 @@ class Prediction:
         likelihood = self._needs_likelihood("expected_entropy")
         if not likelihood.has_entropy:
             raise NotImplementedError(
-                f"`expected_entropy` has no closed form for {type(likelihood).__name__}. `variance`, `interval` "
-                "and `log_prob` have one."
+                f"`expected_entropy` has no closed form for {type(likelihood).__name__}. `variance`, "
+                "`interval` and `log_prob` have one."
             )
-        return self._get("expected_entropy").to(self._dtype)
+        return self._get("expected_entropy").to(self._dtype, copy=True)
 
     @property
     def mutual_information(self) -> Tensor:
         """Information that the parameters have on ``y``: ``entropy - expected_entropy``, in nats."""
         likelihood = self._needs_classes("mutual_information")
         entropy = likelihood.entropy_of_log_probs(self._get("log_class_probs"))
-        return (entropy - self._get("expected_entropy")).clamp_min(0).to(self._dtype)
+        return (entropy - self._get("expected_entropy")).clamp_min(0).to(self._dtype, copy=True)
 
     def log_prob(self, y: Tensor | None = None) -> Tensor:
         """Log density of ``y`` under the mixture over draws, one number a row: ``(N,)``.
@@ -281,13 +281,13 @@ class Prediction:
         if y is None or y is self.targets:
             if self.targets is None:
                 raise ValueError("`log_prob()` should be given `y`; `predict` was called without `targets`.")
-            return self._get("log_prob").to(self._dtype)
+            return self._get("log_prob").to(self._dtype, copy=True)
         samples = self._kept("log_prob(y)", ", or give `predict` the `targets`")
         likelihood.check(samples[0], y, call="log_prob(y)")
         accumulator = _LogMeanExp()
         values = Summary(likelihood, y).values("log_prob", samples)
         accumulator.update(values, self.weights.to(values))
-        return accumulator.result().to(self._dtype)
+        return accumulator.result().to(self._dtype, copy=True)
 
     def quantile(self, q: float) -> Tensor:
         """Quantile of the predictive distribution, ``(N, ...)``.
@@ -308,8 +308,8 @@ class Prediction:
         samples = _wide(self._kept("quantile"))
         weights = self.weights.to(samples)
         if self.likelihood is None:
-            return _weighted_quantile(samples, weights, q).to(self._dtype)
-        return _mixture_quantile(self.likelihood, samples, weights, q).to(self._dtype)
+            return _weighted_quantile(samples, weights, q).to(self._dtype, copy=True)
+        return _mixture_quantile(self.likelihood, samples, weights, q).to(self._dtype, copy=True)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Central predictive interval: lower and upper ends, each ``(N, ...)``.

@@ -105,7 +105,7 @@ def resolve_seed(seed: Seed | None) -> Seed:
         raise TypeError(f"`seed` should be an int, or an int64 scalar tensor, got {type(seed).__name__}.")
     if isinstance(seed, Tensor) and (seed.is_floating_point() or seed.ndim):
         raise TypeError(
-            f"`seed` should be an int, or an int64 scalar tensor, got {seed.dtype}, shape {tuple(seed.shape)}."
+            f"`seed` should be an int or an int64 scalar tensor, got {seed.dtype}, shape {tuple(seed.shape)}."
         )
     return seed
 

@@ -63,6 +63,8 @@ def pytree_dataclass(cls: type[_T]) -> type[_T]:
     )
     if "__repr__" not in vars(cls):
         cls.__repr__ = _short_repr  # type: ignore[method-assign]
+    if cls.__name__ in NODE_TYPES:
+        raise ValueError(f"A node type called {cls.__name__!r} is registered already.")
     NODE_TYPES[cls.__name__] = cls
     return cls
 
@@ -136,7 +138,7 @@ def path_name(path: Iterable[Any]) -> str:
     return ".".join(str(entry) for entry in path)
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Params) -> dict[str, Any]:
     """Leaves by path, in the order of optree; a ``Fixed`` is one leaf.
 
     Raises:
@@ -146,7 +148,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
         isinstance(v, Tensor | Fixed) and isinstance(k, str) for k, v in tree.items()
     ):
         return {name: tree[name] for name in sorted(tree)}  # the most frequent tree, without a walk
-    paths, leaves, _ = optree.tree_flatten_with_path(tree, is_leaf=_is_fixed)
+    whole: Any = tree
+    paths, leaves, _ = optree.tree_flatten_with_path(whole, is_leaf=_is_fixed)
     named = {path_name(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
     if len(named) < len(leaves):
         names = [path_name(path) for path in paths]
@@ -210,7 +213,8 @@ def missing_path(tree: Any) -> str | None:
     """Path of a leaf that is missing from a container other than a dict; ``None`` if there is none."""
     if isinstance(tree, dict) and all(isinstance(value, Tensor | Fixed) for value in tree.values()):
         return None
-    paths, leaves, _ = optree.tree_flatten_with_path(tree, is_leaf=is_missing)
+    whole: Any = tree
+    paths, leaves, _ = optree.tree_flatten_with_path(whole, is_leaf=is_missing)
     return next((path_name(p) for p, leaf in zip(paths, leaves, strict=True) if is_missing(leaf)), None)
 
 

@@ -4,12 +4,17 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import vmap
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 import funcbayes as fb
 from funcbayes import training
-from funcbayes.ensemble import _ELEMENTWISE, member_seeds, shared_movers
+from funcbayes._intercept import Batching
+from funcbayes.ensemble import _together, member_seeds
+from funcbayes.ensemble._movers import _ELEMENTWISE, shared_movers
+from funcbayes.ensemble._together import _members_at_a_time
 
 F64 = torch.float64
 K = 3
@@ -50,6 +55,24 @@ class Noisy(nn.Module):
         return self.head(x + torch.randn_like(x)) if self.training else self.head(x)
 
 
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
+        # The bias of keys has no effect, so its gradient is rounding, which Adam makes into steps.
+        self.encoder.self_attn = nn.MultiheadAttention(4, 2, dropout=0.2, bias=False, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        tokens = (x.abs() * 4).long() % 7
+        return self.head(self.encoder(self.embed(tokens)).mean(1))
+
+
+def lenet():
+    return nn.Sequential(nn.Conv2d(1, 4, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2))
+
+
 def mlp():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
 
@@ -62,6 +85,8 @@ MODELS = {
     "mlp": (mlp, (4,)),
     "dropout": (dropped, (4,)),
     "conv": (ConvNet, (1, 5, 5)),
+    "lenet": (lenet, (1, 5, 5)),
+    "transformer": (Attentive, (6,)),
     "conv_average": (functools.partial(ConvNet, momentum=None), (1, 5, 5)),
 }
 LOOPED = {"lstm": (Recurrent, (4, 2)), "noise": (Noisy, (4,))}
@@ -248,8 +273,84 @@ def test_what_vmap_cannot_take_is_looped_over_with_one_warning(model):
     state = torch.get_rng_state()
     with pytest.warns(UserWarning, match="one by one, because `vmap` cannot take the model: ") as caught:
         assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5)
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_at_a_time_takes_any_model_without_a_word():
+    fn, members = start(Recurrent)
+    one = {"only_together": {"chunk_size": 1}}
+    assert_each_is_as_if_alone(fn, members, classification((4, 2)), batch_size=5, **one)
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("num_members", "largest", "expected"),
+    [(10, 0, 10), (10, MIB // 2, 10), (10, MIB, 5), (10, 2 * MIB, 4), (5, 3 * MIB, 2), (10, 99 * MIB, 2)],
+)
+def test_members_at_a_time_are_as_many_as_fit_in_parts_of_equal_size(num_members, largest, expected):
+    assert _members_at_a_time(num_members, largest, torch.device("cpu")) == expected
+
+
+def test_large_models_are_trained_in_chunks(monkeypatch):
+    monkeypatch.setattr(_together, "_BUDGET", {"cpu": 1})
+    fn, members = start(ConvNet, 5)
+    assert_each_is_as_if_alone(fn, members, classification((1, 5, 5)), batch_size=5)
+
+
+@pytest.mark.parametrize("kind", ["rows_first", "channels_last"])
+@pytest.mark.parametrize("size", [(), (6,), (3, 2), (2, 3, 2)], ids=len)
+@pytest.mark.parametrize("has_statistics", [True, False])
+def test_batch_norm_in_training_is_one_kernel_that_writes_every_members_statistics(
+    kind, size, has_statistics
+):
+    x, weight, bias = (
+        torch.randn(K, *shape, generator=seeded(i), dtype=F64)
+        for i, shape in enumerate([(5, 4, *size), (4,), (4,)])
+    )
+    statistics = [torch.zeros(K, 4, dtype=F64), torch.ones(K, 4, dtype=F64)] if has_statistics else None
+    expected = [s.clone() for s in statistics] if statistics else None
+    rules = Batching(kind)
+    if size:  # without positions it is left to vmap
+        rules.handlers[F.batch_norm] = functools.partial(_without_vmap, rules.handlers[F.batch_norm])
+
+    def one(x, weight, bias, statistics):
+        running = statistics or [None, None]
+        return F.batch_norm(x, *running, weight, bias, training=True, momentum=0.3)
+
+    def with_rules(*args):
+        with rules:
+            return one(*args)
+
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    got = vmap(with_rules, in_dims=(0, 0, 0, 0 if statistics else None))(*leaves, statistics)
+    parts = [[t[k] for t in leaves] + [expected and [s[k] for s in expected]] for k in range(K)]
+    by_hand = torch.stack([one(*part) for part in parts])
+    torch.testing.assert_close(got, by_hand)
+    torch.testing.assert_close(statistics, expected)
+    found, wanted = (torch.autograd.grad((out**3).sum(), leaves) for out in (got, by_hand))
+    torch.testing.assert_close(found, wanted)
+
+
+def _without_vmap(handler, mode, func, args, kwargs):
+    def refuse(*_, **__):
+        raise AssertionError("the rule left this to vmap")
+
+    return handler(mode, refuse, args, kwargs)
+
+
+def test_batch_norm_does_not_write_into_statistics_that_members_share():
+    mean, variance = torch.zeros(4), torch.ones(4)
+
+    def one(x):
+        with Batching("channels_last"):
+            return F.batch_norm(x, mean, variance, training=True)
+
+    with pytest.raises(RuntimeError, match="were not batched"):
+        vmap(one)(torch.randn(1, 5, 4, 3, 2))
+    assert torch.equal(mean, torch.zeros(4))
 
 
 def test_a_model_that_fails_alone_too_shows_its_own_error():

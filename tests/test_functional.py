@@ -555,10 +555,8 @@ def test_parameters_are_copies_and_the_module_may_change_afterwards(case):
     torch.testing.assert_close(reference(module, case.call, x), expected)
 
 
-# Recurrent layers and packing have no batching rule in torch, EmbeddingBag one that is wrong.
-NOT_FOR_VMAP = [
-    k for k in MODULES if k.startswith(("lstm", "gru", "rnn", "weight_norm_lstm", "embedding_bag"))
-]
+# Recurrent layers and packing have no batching rule in torch.
+NOT_FOR_VMAP = [k for k in MODULES if k.startswith(("lstm", "gru", "rnn", "weight_norm_lstm", "cells"))]
 WITHOUT_PARAMETERS = ["batch_norm_no_affine", "instance_norm_tracked", "no_parameters"]
 
 

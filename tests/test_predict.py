@@ -104,9 +104,7 @@ STATISTICS = (
 )
 
 
-@pytest.mark.parametrize(
-    ("weight", "bias"), [((4, 3), (4,)), ((4, 3), ()), ((4, 3), (1,)), ((3,), ()), ((3,), None)]
-)
+@pytest.mark.parametrize(("weight", "bias"), [((4, 3), (4,)), ((4, 3), ()), ((4, 3), (1,)), ((3,), None)])
 def test_a_linear_map_with_any_shape_of_weight_and_bias_that_torch_takes(weight, bias):
     def fn(params, x):
         return F.linear(x, params["w"], params.get("b"))

@@ -23,15 +23,13 @@ def outputs_of(params, x):
     return params["f"]
 
 
-def predicted(
-    samples, likelihood=None, weights=None, *, chunk_size=None, keep_samples=True, targets=None, x=None
-):
+def predicted(samples, likelihood=None, weights=None, *, chunk_size=None, keep_samples=True, targets=None):
     posterior = fb.Ensemble({"f": samples}, weights)
     return fb.predict(
         outputs_of,
         None,
         posterior,
-        torch.zeros(samples.shape[1]) if x is None else x,
+        torch.zeros(samples.shape[1]),
         likelihood=likelihood,
         chunk_size=chunk_size,
         keep_samples=keep_samples,

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import funcbayes as fb
-from funcbayes._data import _RandomState
+from funcbayes.training._loader import RandomState
 
 F64 = torch.float64
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -131,8 +131,8 @@ def test_a_loaders_own_generator_is_put_back():
 
 
 def test_streams_do_not_disturb_each_other():
-    a, b = _RandomState([], 1), _RandomState([], 2)
-    alone = _RandomState([], 1)
+    a, b = RandomState([], 1), RandomState([], 2)
+    alone = RandomState([], 1)
     with alone.installed():
         expected = torch.rand(4)
     with a.installed():

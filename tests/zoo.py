@@ -4,7 +4,6 @@
 ``predict`` should return: a loop over the draws that calls the module itself.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -422,10 +421,3 @@ def expected_samples(model, posterior, x, num_samples, seed) -> Tensor:
             run = with_dropout(model.fn, located)
         outputs.append(run(params, x))
     return torch.stack(outputs)
-
-
-def quietly(call, *args, **kwargs):
-    """The result of a call whose warnings are another test's subject."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call(*args, **kwargs)

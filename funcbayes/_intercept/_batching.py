@@ -183,8 +183,8 @@ def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
 
 def _batch_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    value, mean, variance, weight, bias, training, _, eps = _named(args, kwargs, *names)
-    if training or mean is None or not _one_dtype(value, mean, variance, weight, bias):
+    value, mean, variance, weight, bias, training, momentum, eps = _named(args, kwargs, *names)
+    if (mean is None and not training) or not _one_dtype(value, mean, variance, weight, bias):
         return None
     split = _beside_channels(value, level, channels_last)
     if split is None:
@@ -197,9 +197,26 @@ def _batch_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, A
         own = _front(parameter, level)
         return (parameter.expand(draws, -1) if own is None else own).reshape(-1)
 
-    settings = [per_channel(p) for p in (mean, variance, weight, bias)]
-    out = F.batch_norm(flat, *settings, False, 0.0, 1e-5 if eps is None else eps)  # type: ignore[arg-type]
+    # Training writes into the statistics, which a copy of them would keep to itself.
+    if training and not all(s is None or _is_viewable(s, level) for s in (mean, variance)):
+        return None
+    out = F.batch_norm(
+        flat,
+        per_channel(mean),
+        per_channel(variance),
+        weight=per_channel(weight),
+        bias=per_channel(bias),
+        training=bool(training),
+        momentum=0.1 if momentum is None else momentum,
+        eps=1e-5 if eps is None else eps,
+    )
     return _apart(out, draws, level)
+
+
+def _is_viewable(value: Tensor, level: int) -> bool:
+    """Whether the mapped axis can be folded into the next without a copy."""
+    front = _front(value, level)
+    return front is not None and front.is_contiguous()
 
 
 def _layer_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:

@@ -26,11 +26,14 @@ class Call:
             ``"training"`` as ``module.train()``.
         path: Names of the modules being run, outermost first; ``None`` outside any module.
         buffers: In training, what each functional module was given and the buffers it changed.
+        statistics: In training, the running statistics that were handed to kernels of normalisation,
+            which write into them without counting it as a new version.
     """
 
     kind: Literal["eval", "stochastic", "training"] = "eval"
     path: list[str] | None = None
     buffers: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    statistics: list[Any] = field(default_factory=list)
 
 
 _current: ContextVar[Call | None] = ContextVar("funcbayes_call", default=None)

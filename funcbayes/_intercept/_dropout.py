@@ -10,17 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import unintercepted, unwrap, vmap_level, wrap
+from .._functorch import is_concrete, unintercepted, unwrap, vmap_level, wrap
 from .._random import fold, uniform
 from .._tree import Params, Where, matcher, num_rows, pytree_dataclass, static
 from ._call import Call, Handler, Interception, calling
 
 # The negative saturation of SELU, Klambauer et al. (2017), section 2: -scale * alpha.
 _SELU_FLOOR = -1.7580993408473766
+_IN_PLACE = (torch.dropout_, torch.alpha_dropout_, torch.feature_dropout_, torch.feature_alpha_dropout_)
 
-# For each place of dropout in order of the calls: the axis that holds the rows and how many
-# entries of it belong to one row; None where no axis does.
-RowAxes = tuple[tuple[int, int] | None, ...]
+Args = tuple[Any, ...]
+
+# For each place of dropout in order of the calls: the axis that holds the rows, how many entries of it
+# belong to one row, and whether these lie together; None where no axis holds the rows.
+RowAxes = tuple[tuple[int, int, bool] | None, ...]
 
 
 @pytree_dataclass
@@ -44,13 +47,22 @@ class DropoutMasks:
     def find_rows(self, fn: Callable[[Params, Any], Any], params: Params, x: Any) -> RowAxes | None:
         """Where the rows are at each place of dropout; ``None`` if masks are not shared.
 
-        The axis of the rows is the one that grows when the model is given three rows instead of
-        two. This needs no assumption on the model: sequences first, heads folded into the rows.
+        The axis of the rows is the one that grows when the model is given two rows instead of one, and
+        what it holds of both tells in which order. This needs no assumption on the model: sequences
+        may come first, heads may be folded into the rows.
         """
         if not self.shared_mask:
             return None
-        shapes = [_dropout_shapes(fn, params, _repeat_row(x, n)) for n in (2, 3)]
-        return tuple(_row_axis(two, three) for two, three in zip(*shapes, strict=True))
+        first, second = _two_rows(x)
+        both = optree.tree_map(
+            lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, first, second
+        )
+        seen = [_dropped_values(fn, params, rows) for rows in (first, second, both)]
+        if len({len(values) for values in seen}) > 1:
+            raise ValueError(
+                "`Dropout(shared_mask=True)` should find the same dropout whatever the rows are."
+            )
+        return tuple(_row_axis(*values) for values in zip(*seen, strict=True))
 
     def at_rows(self, first_row: int, row_axes: RowAxes | None) -> "DropoutMasks":
         """Masks for the block of rows from ``first_row`` on: those of another block differ."""
@@ -111,13 +123,14 @@ def _nothing_dropped(fn: Any, masks: DropoutMasks, mode: "_DropoutMode") -> str:
 class _DropoutMode(Interception):
     """Counts the places of dropout in the order of the calls and applies masks to those chosen."""
 
-    def __init__(self, masks: Sequence[DropoutMasks], call: Call) -> None:
+    def __init__(self, masks: Sequence[DropoutMasks], call: Call, *, record: bool = False) -> None:
         super().__init__(_HANDLERS)
+        self.record = record
         self.masks = masks
         self.chosen = [matcher(m.where) for m in masks]
         self.call = call
         self.seen: list[tuple[str, float]] = []
-        self.shapes: list[tuple[int, ...]] = []
+        self.values: list[Tensor] = []
         self.num_dropped = 0
 
     def keep(self, value: Tensor, rate: float, shape: Sequence[int]) -> tuple[Tensor, float] | None:
@@ -128,7 +141,8 @@ class _DropoutMode(Interception):
         site = len(self.seen)
         path = self.call.path[-1] if self.call.path else ""
         self.seen.append((path, float(rate)))
-        self.shapes.append(tuple(shape))
+        if self.record:  # the part of the value that a mask of this shape would tell apart
+            self.values.append(value[tuple(slice(0, size) for size in shape)])
         for masks, chosen in zip(self.masks, self.chosen, strict=True):
             if masks.where is not None and self.call.path is None:
                 raise TypeError(
@@ -151,13 +165,14 @@ class _DropoutMode(Interception):
         axis = masks.row_axes[site] if masks.row_axes is not None else None
         if axis is None:
             return (_uniform(key, site, shape, value.device) >= rate).to(value.dtype)
-        # One row's mask, repeated: entry n * per_row + j of the axis belongs to row n.
-        dim, per_row = axis
+        # One row's mask, repeated for the others.
+        dim, per_row, is_together = axis
         one_row = (*shape[:dim], per_row, *shape[dim + 1 :])
         mask = (_uniform(key, site, one_row, value.device) >= rate).to(value.dtype)
         rows = shape[dim] // per_row
-        expanded = (*shape[:dim], rows, per_row, *shape[dim + 1 :])
-        return mask.unsqueeze(dim).expand(expanded).reshape(shape)
+        sizes = (rows, per_row) if is_together else (per_row, rows)
+        mask = mask.unsqueeze(dim if is_together else dim + 1)
+        return mask.expand(*shape[:dim], *sizes, *shape[dim + 1 :]).reshape(shape)
 
 
 def _uniform(key: Tensor, site: int, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -177,6 +192,21 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]
     return value, args[1] if len(args) > 1 else kwargs.get("p", 0.5)
 
 
+def _result(
+    value: Tensor, new: Tensor, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]
+) -> Tensor:
+    """``new``, which has also to be in ``value`` if the call was to work in place."""
+    in_place = func in _IN_PLACE or (args[3] if len(args) > 3 else kwargs.get("inplace", False))
+    if not in_place or new is value:
+        return new
+    level = vmap_level()
+    if level is not None and unwrap(value, level)[1] is None and unwrap(new, level)[1] is not None:
+        # Without an axis of the draws it has no room for them: what holds it holds the new one instead.
+        torch.utils.swap_tensors(value, new)
+        return value
+    return value.copy_(new)
+
+
 def _scaled(value: Tensor, kept: tuple[Tensor, float] | None) -> Tensor:
     if kept is None:
         return value
@@ -186,7 +216,7 @@ def _scaled(value: Tensor, kept: tuple[Tensor, float] | None) -> Tensor:
 
 def _elementwise(mode, func, args, kwargs):  # noqa: ANN001, ANN202
     value, rate = _read(args, kwargs)
-    return _scaled(value, mode.keep(value, rate, value.shape))
+    return _result(value, _scaled(value, mode.keep(value, rate, value.shape)), func, args, kwargs)
 
 
 def _by_channel(unbatched_ndim: int | None) -> Handler:
@@ -194,7 +224,8 @@ def _by_channel(unbatched_ndim: int | None) -> Handler:
 
     def handler(mode, func, args, kwargs):  # noqa: ANN001, ANN202
         value, rate = _read(args, kwargs)
-        return _scaled(value, mode.keep(value, rate, _channel_shape(value, unbatched_ndim)))
+        dropped = _scaled(value, mode.keep(value, rate, _channel_shape(value, unbatched_ndim)))
+        return _result(value, dropped, func, args, kwargs)
 
     return handler
 
@@ -220,9 +251,10 @@ def _alpha(by_channel: bool) -> Handler:
         mask, rate = kept
         q = 1 - rate
         if q <= 0:
-            return value * 0
+            return _result(value, value * 0, func, args, kwargs)
         a = (q + _SELU_FLOOR**2 * q * (1 - q)) ** -0.5
-        return a * (value * mask + _SELU_FLOOR * (1 - mask)) - a * (1 - q) * _SELU_FLOOR
+        dropped = a * (value * mask + _SELU_FLOOR * (1 - mask)) - a * (1 - q) * _SELU_FLOOR
+        return _result(value, dropped, func, args, kwargs)
 
     return handler
 
@@ -248,7 +280,8 @@ def _attention(mode, func, args, kwargs):  # noqa: ANN001, ANN202
             scores = scores.masked_fill(mask.logical_not(), -math.inf)
         else:
             scores = scores + mask
-    weights = torch.softmax(scores, -1)
+    empty = scores.isneginf().all(-1, keepdim=True)  # may attend to nothing, and gets nothing
+    weights = torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
     return _scaled(weights, mode.keep(weights, rate, weights.shape)) @ value
 
 
@@ -260,6 +293,11 @@ def _recurrent(mode, func, args, kwargs):  # noqa: ANN001, ANN202
     )
     if not rate or depth == 1:
         return func(*args, **kwargs)
+    if packed and (mode.record or any(masks.shared_mask for masks in mode.masks)):
+        raise ValueError(
+            "`Dropout(shared_mask=True)` should find one axis of the rows wherever the model drops; packed "
+            "sequences have none. Use one mask a row, or padded sequences."
+        )
     is_lstm = isinstance(hidden, list | tuple)
     states = hidden if is_lstm else (hidden,)
     directions = 2 if bidirectional else 1
@@ -277,7 +315,15 @@ def _recurrent(mode, func, args, kwargs):  # noqa: ANN001, ANN202
     return head[0], *(torch.cat(parts) for parts in zip(*final, strict=True))
 
 
+def _note_statistics(mode, func, args, kwargs):  # noqa: ANN001, ANN202
+    if mode.call.kind == "training":
+        given = dict(zip(("input", "running_mean", "running_var"), args, strict=False)) | kwargs
+        mode.call.statistics += [given.get("running_mean"), given.get("running_var")]
+    return func(*args, **kwargs)
+
+
 _HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys((F.batch_norm, F.instance_norm), _note_statistics),
     **dict.fromkeys((F.dropout, torch.dropout, torch.dropout_), _elementwise),
     **dict.fromkeys((F.alpha_dropout, torch.alpha_dropout, torch.alpha_dropout_), _alpha(False)),
     **dict.fromkeys(
@@ -292,30 +338,52 @@ _HANDLERS: dict[Any, Handler] = {
 }
 
 
-def _repeat_row(x: Any, times: int) -> Any:
+def _two_rows(x: Any) -> tuple[Any, Any]:
+    """The first row of ``x``, and one that differs from it."""
     if num_rows(x) is None:
         raise ValueError(
             "`Dropout(shared_mask=True)` should be given `x` whose tensors share their first axis, "
             "one entry a row."
         )
-    return optree.tree_map(
-        lambda t: t[:1].expand(times, *t.shape[1:]) if isinstance(t, Tensor) and t.ndim else t, x
+
+    def other(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.ndim:
+            return t
+        return 0.9 * t[:1] + 0.1 if t.is_floating_point() else t[1:2] if len(t) > 1 else t[:1]
+
+    return optree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, x), optree.tree_map(
+        other, x
     )
 
 
-def _dropout_shapes(fn: Callable[[Params, Any], Any], params: Params, x: Any) -> list[tuple[int, ...]]:
+def _dropped_values(fn: Callable[[Params, Any], Any], params: Params, x: Any) -> list[Tensor]:
     with torch.no_grad(), calling(Call("stochastic")) as call:
-        _, mode = run_with_masks(fn, params, x, (), call)
-    return mode.shapes
+        mode = _DropoutMode((), call, record=True)
+        with mode:
+            fn(params, x)
+    return mode.values
 
 
-def _row_axis(two: tuple[int, ...], three: tuple[int, ...]) -> tuple[int, int] | None:
-    grown = [i for i, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-    if not grown:
+def _row_axis(first: Tensor, second: Tensor, both: Tensor) -> tuple[int, int, bool] | None:
+    """Where two rows are in ``both``, given each of them alone."""
+    if first.shape == both.shape:
         return None
-    if len(grown) == 1 and two[grown[0]] * 3 == three[grown[0]] * 2:
-        return grown[0], two[grown[0]] // 2
+    for axis, size in enumerate(first.shape):
+        if (
+            both.shape != (*first.shape[:axis], 2 * size, *first.shape[axis + 1 :])
+            or second.shape != first.shape
+        ):
+            continue
+        if size == 1:
+            return axis, size, True
+        together = torch.cat([first, second], axis)
+        apart = torch.stack([first, second], axis + 1).flatten(axis, axis + 1)
+        # Inside a transform numbers cannot be looked at; there rows are taken to lie together.
+        if not is_concrete(both) or torch.allclose(together, both, equal_nan=True, rtol=1e-3, atol=1e-5):
+            return axis, size, True
+        if torch.allclose(apart, both, equal_nan=True, rtol=1e-3, atol=1e-5):
+            return axis, size, False
     raise ValueError(
-        "`Dropout(shared_mask=True)` should find one axis of the rows wherever the model drops; "
-        f"with two rows the shape there is {two}, with three rows {three}."
+        "`Dropout(shared_mask=True)` should find one axis of the rows wherever the model drops; with one row "
+        f"the shape there is {tuple(first.shape)}, with two rows {tuple(both.shape)}."
     )

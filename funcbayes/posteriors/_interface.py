@@ -1,5 +1,6 @@
 """What a posterior is: something that can be sampled, one numbered draw at a time."""
 
+import operator
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -77,7 +78,7 @@ class Posterior(ABC):
             ValueError: If ``num_samples`` is below 1.
             TypeError: If leaves alone do not say what a draw is, as for dropout.
         """
-        check_num_samples(num_samples, "sample")
+        num_samples = check_num_samples(num_samples, "sample")
         draw = self.draws(torch.arange(num_samples), resolve_seed(seed))
         if draw.effects and not named_leaves(draw.leaves):
             raise TypeError(
@@ -87,9 +88,10 @@ class Posterior(ABC):
         return draw.leaves
 
 
-def check_num_samples(num_samples: Any, call: str) -> None:
-    """Refuse a number of draws that is not a positive integer."""
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool):
+def check_num_samples(num_samples: Any, call: str) -> int:
+    """A number of draws as an int; refused if it is not a positive integer."""
+    if isinstance(num_samples, bool) or not hasattr(num_samples, "__index__"):
         raise TypeError(f"`{call}(num_samples=...)` should be an int, got {type(num_samples).__name__}.")
     if num_samples < 1:
         raise ValueError(f"`{call}(num_samples=...)` should be at least 1, got {num_samples}.")
+    return operator.index(num_samples)

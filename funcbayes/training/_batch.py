@@ -67,7 +67,8 @@ def ready(leaf: Any, device: torch.device | None) -> Any:
 
 
 def flat(pair: Any, device: torch.device | None) -> Batch:
-    leaves, spec = optree.treeflatten(pair)
+    """The batch of a single stream."""
+    leaves, spec = optree.tree_flatten(pair)
     return Batch([ready(leaf, device) for leaf in leaves], spec, [None] * len(leaves))
 
 

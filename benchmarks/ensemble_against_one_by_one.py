@@ -1,0 +1,97 @@
+"""Training ten members at once is faster than training ten modules one after another.
+
+"Theirs" is plain torch: for each module an optimizer of its own and one epoch of shuffled batches, with
+forward, loss, backward and step. "Ours" is one `ensemble.fit` for as many epochs, batches and Adam
+steps, each member with its own shuffling. Beforehand both train from the same parameters on one batch
+of all rows, where no order is involved, and end at the same parameters.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import funcbayes as fb
+
+from ._measure import Result, compare
+from ._models import MODELS, inputs
+
+NUM_MEMBERS = 10
+ROWS = {"resnet": (8, 32), "transformer": (8, 32)}  # fewer, for these take long
+STEPS = {"resnet": 6}  # an epoch
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def run(repeats: int) -> Iterator[Result]:
+    for name in MODELS:
+        for rows in ROWS.get(name, (32, 128)):
+            yield _training(name, rows, repeats)
+
+
+def _training(name: str, rows: int, repeats: int) -> Result:
+    n = rows * STEPS.get(name, 20)
+    x, y = inputs(name, n), torch.randint(0, 10, (n,), generator=torch.Generator().manual_seed(1))
+    fn, members = fb.ensemble.init(MODELS[name], NUM_MEMBERS, seed=0)
+    adam = functools.partial(torch.optim.Adam, lr=1e-3)
+    modules = _modules(name, members)
+
+    def theirs() -> None:
+        _one_by_one(modules, x, y, adam, batch_size=rows)
+
+    def ours() -> None:
+        _at_once(fn, members, x, y, adam, batch_size=rows)
+
+    _assert_they_agree(name, fn, members, x[:rows], y[:rows])
+    return compare(f"{name}, {rows} rows", theirs, ours, repeats=repeats, warm_up=1)
+
+
+def _one_by_one(
+    modules: list[nn.Module],
+    x: Tensor,
+    y: Tensor,
+    make_optimizer: MakeOptimizer,
+    batch_size: int,
+    num_epochs: int = 1,
+) -> None:
+    for module in modules:
+        optimizer = make_optimizer(list(module.parameters()))
+        for _ in range(num_epochs):
+            for chosen in torch.randperm(len(y)).split(batch_size):
+                optimizer.zero_grad()
+                F.cross_entropy(module(x[chosen]), y[chosen]).backward()
+                optimizer.step()
+
+
+def _at_once(
+    fn: fb.FunctionalModule,
+    members: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    optimizer: MakeOptimizer,
+    batch_size: int,
+    num_epochs: int = 1,
+) -> dict[str, Tensor]:
+    options = {"optimizer": optimizer, "num_epochs": num_epochs, "batch_size": batch_size, "seed": 0}
+    return fb.ensemble.fit(fn, members, (x, y), fb.likelihoods.Categorical(), **options).members
+
+
+def _modules(name: str, members: dict[str, Tensor]) -> list[nn.Module]:
+    modules = [MODELS[name]().train() for _ in range(NUM_MEMBERS)]
+    for k, module in enumerate(modules):
+        module.load_state_dict({key: value[k] for key, value in members.items()}, strict=False)
+    return modules
+
+
+def _assert_they_agree(
+    name: str, fn: fb.FunctionalModule, members: dict[str, Tensor], x: Tensor, y: Tensor
+) -> None:
+    # Not Adam, which makes a step of a gradient that is nothing but rounding.
+    sgd = functools.partial(torch.optim.SGD, lr=0.01)
+    modules = _modules(name, members)
+    _one_by_one(modules, x, y, sgd, len(y), num_epochs=3)
+    got = _at_once(fn, members, x, y, sgd, len(y), num_epochs=3)
+    for k, module in enumerate(modules):
+        for key, value in module.named_parameters():
+            torch.testing.assert_close(got[key][k], value.detach(), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,157 @@
+"""A private copy of a module that can be evaluated with any values, and is as before afterwards."""
+
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._functorch import storage_version
+from ._intercept import Call
+
+
+class Skeleton:
+    """A private copy of the module, without values of its own, set up for one kind of call."""
+
+    def __init__(self, master: nn.Module, kind: str) -> None:
+        # Placeholders have no storage, so a copy costs no memory.
+        self.module = copy.deepcopy(master)
+        self.kind = kind
+        self.path: list[str] = []
+        names = {id(v): k for k, v in (*self.module.named_parameters(), *self.module.named_buffers())}
+        # Where each value goes: (dict of a submodule, key in it, name of the value). A tied
+        # parameter has one name and several places.
+        stores: list[dict[str, Any]] = [s for m in self.module.modules() for s in (m._parameters, m._buffers)]
+        self.slots = [(s, key, names[id(v)]) for s in stores for key, v in s.items() if v is not None]
+        self.recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
+        self.writable = _names_of_writable_buffers(self.module, kind)
+        # What a module keeps of a call, it would give to the next: buffers set, attributes, caches.
+        self.stores = [(store, dict(store)) for store in stores]
+        self.own = [vars(part) for part in self.module.modules() if _is_the_users(part)]
+        _set_modes(self.module, kind)
+        if kind != "eval":
+            for path, part in self.module.named_modules():
+                part.register_forward_pre_hook(functools.partial(_enter, self.path, path))
+                part.register_forward_hook(functools.partial(_leave, self.path), always_call=True)
+
+    def run(
+        self,
+        call_module: Callable[[nn.Module, Any], Any] | None,
+        values: Mapping[str, Tensor],
+        x: Any,
+        call: Call,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Evaluate with ``values`` in place; also, in training, the buffers that changed."""
+        used = {**values, **{name: values[name].clone() for name in self.writable}}
+        versions = {name: storage_version(used[name]) for name in self.writable}
+        remembered = [(attributes, _shallow_copy(attributes)) for attributes in self.own]
+        outer_path, call.path = call.path, None if self.kind == "eval" else self.path
+        try:
+            self._fill((store, key, used[name]) for store, key, name in self.slots)
+            outputs = self.module(x) if call_module is None else call_module(self.module, x)
+            if self.kind != "training":
+                return outputs, {}
+            after = {name: store[key] for store, key, name in self.slots if name in versions}
+            return outputs, {
+                name: value
+                for name, value in after.items()
+                if value is not used[name]
+                or storage_version(value) > versions[name]
+                or any(value is statistic for statistic in call.statistics)
+            }
+        finally:
+            for attributes, before in remembered:
+                attributes.clear()
+                attributes.update(before)
+            for store, before in self.stores:
+                store.clear()
+                store.update(before)
+            self._fill(())
+            self.path.clear()
+            call.path = outer_path
+
+    def _fill(self, slots: Iterable[tuple[dict[str, Any], str, Tensor]]) -> None:
+        for store, key, value in slots:
+            store[key] = value
+        for part in self.recurrent:  # these keep their weights in a list of their own too
+            part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+
+
+def _is_the_users(part: nn.Module) -> bool:
+    return not type(part).__module__.startswith("torch.nn.")
+
+
+_MANAGED = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
+def _shallow_copy(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of a module, with copies of the containers of its own."""
+    return {
+        name: copy.copy(value) if name not in _MANAGED and isinstance(value, list | dict | set) else value
+        for name, value in attributes.items()
+    }
+
+
+def _enter(path: list[str], name: str, *_: Any) -> None:
+    path.append(name)
+
+
+def _leave(path: list[str], *_: Any) -> None:
+    path.pop()
+
+
+def without_values(module: nn.Module) -> nn.Module:
+    """Copy a module, with placeholders on the meta device for its parameters and buffers."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in part._parameters.values():
+            if value is not None:
+                memo[id(value)] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
+        for value in part._buffers.values():
+            if value is not None:
+                memo[id(value)] = value.detach().to("meta")
+        for value in vars(part).values():
+            # Tensors computed from parameters (by `weight_norm`, say) cannot be copied by Python.
+            for entry in value if isinstance(value, list) else [value]:
+                if isinstance(entry, Tensor) and not entry.is_leaf:
+                    memo[id(entry)] = entry.detach()
+    return copy.deepcopy(module, memo)
+
+
+def _names_of_writable_buffers(module: nn.Module, kind: str) -> list[str]:
+    # torch's own modules write into buffers only in training; a module of the user's may do so always.
+    own = {
+        f"{path}.{key}".lstrip(".")
+        for path, part in module.named_modules()
+        if kind == "training" or _is_the_users(part)
+        for key in part._buffers
+    }
+    return [name for name, _ in module.named_buffers() if name in own]
+
+
+_OWNS_A_RATE = re.compile(r"(^|_)(p|p_drop|drop\w*|\w*dropout\w*|\w*_drop|\w*_pdrop)$")
+
+
+def _set_modes(module: nn.Module, kind: str) -> None:
+    module.train(kind == "training")
+    for part in module.modules():
+        if kind == "eval" and isinstance(part, nn.MultiheadAttention):
+            # In evaluation mode this would take a fused kernel that vmap cannot batch. Training mode
+            # takes the mathematics; with no dropout they are equal.
+            part.dropout = 0.0
+            part.train(True)
+        elif kind != "training" and isinstance(part, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            part.training = True  # for the same reason; their dropout is in modules of its own
+        elif kind == "stochastic" and _owns_a_rate(part):
+            # A model may hand its rate to a function only while `self.training`. Modules that own
+            # a rate are told so; BatchNorm is not.
+            part.training = True
+
+
+def _owns_a_rate(part: nn.Module) -> bool:
+    return any(
+        isinstance(value, float) and 0 <= value <= 1 and _OWNS_A_RATE.search(name)
+        for name, value in vars(part).items()
+    )

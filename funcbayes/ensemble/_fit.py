@@ -1,0 +1,158 @@
+"""Training of all members at once."""
+
+from torch import Tensor
+
+from .._functional import Model
+from .._random import resolve_seed
+from .._tree import Fixed, Params, Where, named_leaves
+from ..likelihoods import Likelihood
+from ..posteriors import Ensemble
+from ..training import (
+    Callback,
+    Data,
+    Interval,
+    MakeOptimizer,
+    MakeScheduler,
+    MapObjective,
+    Options,
+    check_model,
+    minimize,
+    open_data,
+)
+from ._members import member_seeds
+from ._movers import shared_movers
+from ._together import Together
+
+
+def fit(
+    fn: Model,
+    members: Params,
+    data: Data,
+    likelihood: Likelihood,
+    *,
+    optimizer: MakeOptimizer,
+    num_epochs: int,
+    batch_size: int | None = None,
+    prior_precision: float = 0.0,
+    num_data: int | None = None,
+    where: Where | None = None,
+    seed: int | None = None,
+    scheduler: MakeScheduler | None = None,
+    scheduler_interval: Interval = "epoch",
+    max_grad_norm: float | None = None,
+    chunk_size: int | None = None,
+    share_batches: bool = False,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> Ensemble:
+    """Train the members of an ensemble at once, by one vectorised pass a step.
+
+    Member ``k`` ends, to rounding, where it would with ``training.fit(fn, member_k, ...)`` and
+    ``seed=member_seeds(seed, K)[k]``: it has its own shuffling, dropout masks and BatchNorm statistics.
+    The loss of each member is, as there, the **mean** over the batch's rows of ``-log p(y|f)`` plus
+    ``prior_precision / (2 N) * sum(theta ** 2)``.
+
+    Args:
+        fn: Pure model, ``fn(params, x) -> outputs``. One that ``vmap`` cannot take is evaluated member by
+            member, with a warning.
+        members: Where training starts, every leaf with a leading axis ``K``; not changed. See :func:`init`.
+        data: As in :func:`funcbayes.training.fit`. Each member goes through a loader by itself, at the
+            same time as the others, with worker processes of its own; see ``share_batches``.
+        likelihood: ``p(y|f)``.
+        optimizer: ``leaves -> torch.optim.Optimizer``. torch's elementwise optimizers (SGD, the Adam family,
+            RMSprop, ...) move the stacked leaves; any other type is made once a member. It is called
+            for one member first, to see which.
+        num_epochs: Passes through the data, of each member.
+        batch_size: Rows a batch for data in tensors; ``None``: one batch of all rows, in order.
+        prior_precision: Precision (1 / variance) of a Gaussian prior of mean zero on every parameter.
+        num_data: The number ``N`` of rows, if it is not that of the data.
+        where: Which leaves to train; ``None`` for all. The others are held.
+        seed: See :func:`member_seeds`; ``None`` draws one.
+        scheduler: ``optimizer -> LRScheduler``.
+        scheduler_interval: Whether the scheduler steps every epoch or every step.
+        max_grad_norm: Longer gradients are shortened to this norm, each member's by itself.
+        chunk_size: How many members are evaluated at a time; ``None`` to choose by the size of the model's
+            intermediates.
+        share_batches: Whether all members see the same batches, shuffled by ``seed``: ``K`` times less
+            loading, and members that differ in their start and dropout only.
+        progress: Whether to show a bar over the epochs.
+        callback: ``(epoch, losses, members)`` after every epoch, with the mean loss of each member ``(K,)``;
+            training ends when it returns ``True``.
+
+    Returns:
+        The trained members, with equal weights: new, detached tensors.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range, data are empty, or leaves disagree on ``K``.
+        RuntimeError: If a loss or a parameter is no longer finite; checked after every epoch.
+
+    Example:
+        >>> import functools, torch, funcbayes as fb
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> fn, members = fb.ensemble.init(lambda: torch.nn.Linear(1, 1), num_members=3, seed=0)
+        >>> adam = functools.partial(torch.optim.Adam, lr=0.1)
+        >>> normal = fb.likelihoods.Normal(0.1)
+        >>> fitted = fb.ensemble.fit(
+        ...     fn, members, (x, 3 * x), normal, optimizer=adam, num_epochs=2, batch_size=5, seed=0
+        ... )
+        >>> fitted.members["weight"].shape
+        torch.Size([3, 1, 1])
+    """
+    options = Options(
+        call="ensemble.fit",
+        optimizer=optimizer,
+        num_epochs=num_epochs,
+        scheduler=scheduler,
+        scheduler_interval=scheduler_interval,
+        max_grad_norm=max_grad_norm,
+        progress=progress,
+        callback=callback,
+    )
+    check_model(fn, options.call)
+    num_members = _check_members(members)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"`ensemble.fit(chunk_size=...)` should be at least 1 or None, got {chunk_size}.")
+    source = open_data(
+        data, batch_size=batch_size, num_streams=1 if share_batches else num_members, call=options.call
+    )
+    seed = int(resolve_seed(seed))
+    seeds = member_seeds(seed, num_members)
+    objective = MapObjective.over(fn, likelihood, source, seed, prior_precision, num_data, options.call)
+    trained = minimize(
+        objective,
+        members,
+        source,
+        seeds,
+        (seed,) if share_batches else seeds,
+        options,
+        where=where,
+        gradients=Together(chunk_size),
+        make_movers=shared_movers,
+    )
+    return Ensemble(trained)
+
+
+def _check_members(members: Params) -> int:
+    """Number of members, on which all leaves agree."""
+    tensors = {
+        name: leaf.tensor if isinstance(leaf, Fixed) else leaf for name, leaf in named_leaves(members).items()
+    }
+    if not tensors:
+        raise ValueError(
+            "`ensemble.fit(fn, members, ...)` should be given at least one leaf, got an empty tree."
+        )
+    sizes = {
+        name: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None
+        for name, leaf in tensors.items()
+    }
+    first, expected = next(iter(sizes.items()))
+    for name, size in sizes.items():
+        if not size or size != expected:
+            raise ValueError(
+                "`ensemble.fit(fn, members, ...)` should be given leaves with one leading axis over the "
+                f"members; {first!r} has {expected or 'none'}, {name!r} has {size or 'none'}. "
+                "Write `fn, members = ensemble.init(make_module, num_members)`."
+            )
+    assert expected is not None
+    return expected

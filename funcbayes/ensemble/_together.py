@@ -1,0 +1,136 @@
+"""Losses and gradients of all members by vectorised passes."""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from .._intercept import Batching, LargestBatched
+from .._random import fold
+from .._tree import Params, index, merge, named_leaves, select
+from ..training import Batch, Networks, RaggedBatch, one_by_one
+
+# Bytes of the largest intermediate, over the members of one pass. Beyond it buffers fall out of the
+# cache, and fewer members at a time are faster; two still pay where one buffer is larger.
+_BUDGET = {"cpu": 8 << 20, "other": 256 << 20}
+
+
+class Together:
+    """Losses of members in one vmapped pass, and one backward pass for their sum.
+
+    One backward pass and not ``vmap(grad)``, which is slower, and in which batching rules would not see
+    the calls; the gradient of the sum in a member's leaves is that of its own loss.
+
+    A model that ``vmap`` cannot take is evaluated one by one, with a warning.
+
+    Args:
+        chunk_size: Members at a time; ``None`` to choose at the first batch. The choice depends on shapes
+            only, never on timings: rounding differs between sizes, and training magnifies it, so a timed
+            choice would give another result at every run.
+    """
+
+    def __init__(self, chunk_size: int | None) -> None:
+        self.chunk_size = chunk_size
+        self._size = 1 if chunk_size == 1 else None  # in use, once it is known
+
+    def __call__(
+        self, networks: Networks, leaves: list[Tensor], batch: Batch | RaggedBatch
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """Return losses ``(K,)`` and gradients in ``leaves``, ``(K, *s)`` each."""
+        # Under vmap a buffer that is written has to have an axis of members. Those that still are
+        # frozen in `fn` are given one by the first step.
+        adds_buffers = networks.adds_buffers and networks.num_steps == 0
+        if networks.num_members == 1 or self._size == 1 or adds_buffers or isinstance(batch, RaggedBatch):
+            return one_by_one(networks, leaves, batch)
+        if self._size is None:
+            self._size = self._choose(networks, leaves, batch)
+            return self(networks, leaves, batch)
+        parts = [slice(a, a + self._size) for a in range(0, networks.num_members, self._size)]
+        found = [_vmapped(networks, leaves, batch, part) for part in parts]
+        losses, grads, varying, commons = zip(*found, strict=True)
+        networks.fixed.put_stacked(optree.tree_map(_concatenated, *varying), commons[-1])
+        return _concatenated(*losses), [_concatenated(*of_leaf) for of_leaf in zip(*grads, strict=True)]
+
+    def _choose(self, networks: Networks, leaves: list[Tensor], batch: Batch) -> int:
+        """Members at a time, after mapping over a single one to see whether and how large that goes."""
+        seen = LargestBatched()
+        try:
+            if networks.draws_globally:
+                raise RuntimeError("it draws from torch's global random state")
+            _vmapped(networks, leaves, batch, slice(0, 1), seen)
+        except Exception as error:  # whatever it is, a loop that works is an answer
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(
+                "`ensemble.fit` trains the members one by one, because `vmap` cannot take the model: "
+                f"{reason}",
+                stacklevel=7,
+            )
+            return 1
+        if self.chunk_size is not None:
+            return min(self.chunk_size, networks.num_members)
+        return _members_at_a_time(networks.num_members, seen.nbytes, networks.device)
+
+
+def _members_at_a_time(num_members: int, largest: int, device: torch.device) -> int:
+    budget = _BUDGET["cpu" if device.type == "cpu" else "other"]
+    most = min(num_members, max(2, budget // max(1, largest)))
+    return -(-num_members // -(-num_members // most))  # passes of equal size
+
+
+def _vmapped(
+    networks: Networks,
+    leaves: list[Tensor],
+    batch: Batch,
+    part: slice,
+    seen: LargestBatched | None = None,
+) -> tuple[Tensor, Sequence[Any], Params, Params]:
+    """Losses and gradients of some members, and their fixed values afterwards."""
+    varying, common = networks.fixed.stacked()
+    held, keys = networks.held, torch.tensor(networks.keys)
+    if part != slice(0, networks.num_members):
+        batch, keys = batch.part(part), keys[part]
+        held, varying = index(held, part), index(varying, part)
+    own = [leaf[part].detach().requires_grad_() for leaf in leaves]
+    rules = Batching("channels_last" if batch.rows >= 4 else "rows_first", seen)
+    one = functools.partial(_loss_of_one, networks, rules, batch.spec, frozenset(named_leaves(common)))
+    dims: Any = (0, 0, None)  # torch's annotation leaves None out
+    with torch.enable_grad():
+        mapped = vmap(one, in_dims=(0, 0, 0, None, batch.dims, 0), out_dims=dims)
+        losses, varying, common = mapped(
+            own, held, varying, common, batch.leaves, fold(keys, networks.num_steps)
+        )
+        grads = torch.autograd.grad(losses.sum(), own, allow_unused=True)
+    return losses.detach(), grads, varying, common
+
+
+def _loss_of_one(
+    networks: Networks,
+    rules: Batching,
+    spec: Any,
+    names: frozenset[str],
+    leaves: list[Tensor],
+    held: Params,
+    varying: Params,
+    common: Params,
+    batch: list[Any],
+    key: Tensor,
+) -> tuple[Tensor, Params, Params]:
+    """Loss of one member, and its fixed values with and without an axis of members (those in ``names``)."""
+    with rules:
+        loss, fixed = networks.loss(leaves, held, merge(varying, common), spec.unflatten(batch), key)
+    if not names:
+        return loss, fixed, common
+    return (
+        loss,
+        select(fixed, lambda name, _: name not in names),
+        select(fixed, lambda name, _: name in names),
+    )
+
+
+def _concatenated(*parts: Any) -> Any:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
