@@ -27,9 +27,9 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-# Each script in benchmarks/ makes one claim; files whose names begin with _ are what the scripts share.
+# One file in benchmarks/ makes one claim; files whose names begin with _ are what they share.
 bench: $(VENV_BENCH)/bench.stamp
-	set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(VENV_BENCH)/bin/python $$script; done
+	$(VENV_BENCH)/bin/python -m benchmarks
 
 docs: $(VENV)/docs.stamp
 	$(VENV)/bin/pdoc --docformat google --output-directory site funcbayes

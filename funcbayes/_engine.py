@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from ._functional import Model
+from ._functorch import map_first_axis
 from ._intercept import Batching, LargestBatched, with_dropout
 from ._tree import Params, index, merge, num_rows, tensors, unbind
 from .posteriors import Draw
@@ -271,7 +272,9 @@ class _Run:
             with rules:
                 return self._one(draw)
 
-        return vmap(one)(draws)
+        if seen is not None:  # the first time; torch then loads decompositions that mapping may need
+            return vmap(one)(draws)
+        return map_first_axis(one, draws, tensors(draws)[0].shape[0])
 
     def _one(self, draw: Draw) -> Tensor:
         fn = self.fn

@@ -267,7 +267,10 @@ def _plan(posterior: Posterior, num_samples: int | None, seed: Seed | None) -> t
     atoms = posterior.atoms() if num_samples is None else None
     if atoms is not None:
         draw, weights = atoms
-        return weights, [(torch.arange(len(weights)), lambda part: _take(draw, part))]
+        count = len(weights)
+        return weights, [
+            (torch.arange(count), lambda part: draw if len(part) == count else _take(draw, part))
+        ]
     count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
     seed, indices = resolve_seed(seed), torch.arange(count)
 
