@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]  # made in C++, without stubs
 from torch._C._functorch import TransformType
 
-
 _T = TypeVar("_T")
 
 

@@ -10,20 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import is_concrete, unintercepted, unwrap, vmap_level, wrap
+from .._functorch import unintercepted, unwrap, vmap_level, wrap
 from .._random import fold, uniform
-from .._tree import Params, Where, matcher, num_rows, pytree_dataclass, static
+from .._tree import Params, Where, matcher, pytree_dataclass, static
 from ._call import Call, Handler, Interception, calling
+from ._rows import RowAxes, row_axis, two_rows
 
 # The negative saturation of SELU, Klambauer et al. (2017), section 2: -scale * alpha.
 _SELU_FLOOR = -1.7580993408473766
 _IN_PLACE = (torch.dropout_, torch.alpha_dropout_, torch.feature_dropout_, torch.feature_alpha_dropout_)
 
 Args = tuple[Any, ...]
-
-# For each place of dropout in order of the calls: the axis that holds the rows, how many entries of it
-# belong to one row, and whether these lie together; None where no axis holds the rows.
-RowAxes = tuple[tuple[int, int, bool] | None, ...]
 
 
 @pytree_dataclass
@@ -53,7 +50,7 @@ class DropoutMasks:
         """
         if not self.shared_mask:
             return None
-        first, second = _two_rows(x)
+        first, second = two_rows(x)
         both = optree.tree_map(
             lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, first, second
         )
@@ -62,7 +59,7 @@ class DropoutMasks:
             raise ValueError(
                 "`Dropout(shared_mask=True)` should find the same dropout whatever the rows are."
             )
-        return tuple(_row_axis(*values) for values in zip(*seen, strict=True))
+        return tuple(row_axis(*values) for values in zip(*seen, strict=True))
 
     def at_rows(self, first_row: int, row_axes: RowAxes | None) -> "DropoutMasks":
         """Masks for the block of rows from ``first_row`` on: those of another block differ."""
@@ -338,52 +335,9 @@ _HANDLERS: dict[Any, Handler] = {
 }
 
 
-def _two_rows(x: Any) -> tuple[Any, Any]:
-    """The first row of ``x``, and one that differs from it."""
-    if num_rows(x) is None:
-        raise ValueError(
-            "`Dropout(shared_mask=True)` should be given `x` whose tensors share their first axis, "
-            "one entry a row."
-        )
-
-    def other(t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.ndim:
-            return t
-        return 0.9 * t[:1] + 0.1 if t.is_floating_point() else t[1:2] if len(t) > 1 else t[:1]
-
-    return optree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, x), optree.tree_map(
-        other, x
-    )
-
-
 def _dropped_values(fn: Callable[[Params, Any], Any], params: Params, x: Any) -> list[Tensor]:
     with torch.no_grad(), calling(Call("stochastic")) as call:
         mode = _DropoutMode((), call, record=True)
         with mode:
             fn(params, x)
     return mode.values
-
-
-def _row_axis(first: Tensor, second: Tensor, both: Tensor) -> tuple[int, int, bool] | None:
-    """Where two rows are in ``both``, given each of them alone."""
-    if first.shape == both.shape:
-        return None
-    for axis, size in enumerate(first.shape):
-        if (
-            both.shape != (*first.shape[:axis], 2 * size, *first.shape[axis + 1 :])
-            or second.shape != first.shape
-        ):
-            continue
-        if size == 1:
-            return axis, size, True
-        together = torch.cat([first, second], axis)
-        apart = torch.stack([first, second], axis + 1).flatten(axis, axis + 1)
-        # Inside a transform numbers cannot be looked at; there rows are taken to lie together.
-        if not is_concrete(both) or torch.allclose(together, both, equal_nan=True, rtol=1e-3, atol=1e-5):
-            return axis, size, True
-        if torch.allclose(apart, both, equal_nan=True, rtol=1e-3, atol=1e-5):
-            return axis, size, False
-    raise ValueError(
-        "`Dropout(shared_mask=True)` should find one axis of the rows wherever the model drops; with one row "
-        f"the shape there is {tuple(first.shape)}, with two rows {tuple(both.shape)}."
-    )
