@@ -1,5 +1,6 @@
 """Modules as pure functions ``fn(params, x)``."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,7 +80,7 @@ class FunctionalModule:
         self._master = without_values(module)
         # One module per evaluation under way: a module that is being run holds that run's parameters.
         # `list.pop` and `list.append` are atomic, which makes these pools safe among threads.
-        self._idle: dict[str, list[Skeleton]] = {"eval": [], "stochastic": [], "training": []}
+        self._idle: defaultdict[tuple[str, bool], list[Skeleton]] = defaultdict(list)
         self._writes_inputs: dict[str, bool] = {}
         self._moved: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._names = frozenset(name for name, _ in module.named_parameters())
@@ -90,7 +91,7 @@ class FunctionalModule:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the pools behind: they can be made again."""
-        return {**self.__dict__, "_idle": {kind: [] for kind in self._idle}, "_moved": {}}
+        return {**self.__dict__, "_idle": defaultdict(list), "_moved": {}}
 
     def __call__(self, params: Mapping[str, Any], x: Any) -> Any:
         """Evaluate the module with ``params``, which may hold ``Fixed`` buffers too."""
@@ -101,11 +102,11 @@ class FunctionalModule:
                 values = {**values, **changed}
         x, is_watched = self._protected(x, call.kind)
         was_concrete = [is_concrete(t) for t in tensors(x)] if is_watched else []
-        pool = self._idle[call.kind]
+        pool = self._idle[call.kind, call.locate]
         try:
             skeleton = pool.pop()
         except IndexError:
-            skeleton = Skeleton(self._master, call.kind)
+            skeleton = Skeleton(self._master, call.kind, locate=call.locate)
         try:
             outputs, changed = skeleton.run(self._call, values, x, call)
         finally:

@@ -15,7 +15,7 @@ from ._intercept import Call
 class Skeleton:
     """A private copy of the module, without values of its own, set up for one kind of call."""
 
-    def __init__(self, master: nn.Module, kind: str) -> None:
+    def __init__(self, master: nn.Module, kind: str, *, locate: bool = False) -> None:
         # Placeholders have no storage, so a copy costs no memory.
         self.module = copy.deepcopy(master)
         self.kind = kind
@@ -31,7 +31,8 @@ class Skeleton:
         self.stores = [(store, dict(store)) for store in stores]
         self.own = [vars(part) for part in self.module.modules() if _is_the_users(part)]
         _set_modes(self.module, kind)
-        if kind != "eval":
+        self.locate = locate
+        if locate:
             for path, part in self.module.named_modules():
                 part.register_forward_pre_hook(functools.partial(_enter, self.path, path))
                 part.register_forward_hook(functools.partial(_leave, self.path), always_call=True)
@@ -47,7 +48,7 @@ class Skeleton:
         used = {**values, **{name: values[name].clone() for name in self.writable}}
         versions = {name: storage_version(used[name]) for name in self.writable}
         remembered = [(attributes, _shallow_copy(attributes)) for attributes in self.own]
-        outer_path, call.path = call.path, None if self.kind == "eval" else self.path
+        outer_path, call.path = call.path, self.path if self.locate else None
         try:
             self._fill((store, key, used[name]) for store, key, name in self.slots)
             outputs = self.module(x) if call_module is None else call_module(self.module, x)

@@ -24,13 +24,15 @@ class Call:
     Attributes:
         kind: ``"eval"`` as at prediction; ``"stochastic"`` the same with dropout visible;
             ``"training"`` as ``module.train()``.
-        path: Names of the modules being run, outermost first; ``None`` outside any module.
+        locate: Whether the names of the modules being run are wanted; following them takes time.
+        path: Names of the modules being run, outermost first; ``None`` if not followed.
         buffers: In training, what each functional module was given and the buffers it changed.
         statistics: In training, the running statistics that were handed to kernels of normalisation,
             which write into them without counting it as a new version.
     """
 
     kind: Literal["eval", "stochastic", "training"] = "eval"
+    locate: bool = False
     path: list[str] | None = None
     buffers: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     statistics: list[Any] = field(default_factory=list)

@@ -84,9 +84,12 @@ def with_dropout(
     """
 
     def dropped(params: Params, x: Any) -> Any:
-        with calling(Call("stochastic")) as call:
+        locate = any(m.where is not None for m in masks)
+        with calling(Call("stochastic", locate)) as call:
             outputs, mode = run_with_masks(fn, params, x, masks, call)
         if required and not mode.num_dropped:
+            with calling(Call("stochastic", locate=True)) as call:  # again, to name the places
+                _, mode = run_with_masks(fn, params, x, masks, call)
             raise ValueError(_nothing_dropped(fn, masks[0], mode))
         return outputs
 
@@ -178,10 +181,9 @@ def _uniform(key: Tensor, site: int, shape: Sequence[int], device: torch.device)
         level = vmap_level()
         physical, axis = (key, None) if level is None else unwrap(key, level)
         if level is None or axis is None:
-            return uniform(fold(fold(key, "dropout"), site), shape, device=device)
+            return uniform(fold(key, site), shape, device=device)
         # The keys of all draws at once: hashing them through vmap would cost more than the mask.
-        keys = fold(fold(physical.movedim(axis, 0), "dropout"), site)
-        return wrap(uniform(keys, shape, device=device), 0, level)
+        return wrap(uniform(fold(physical.movedim(axis, 0), site), shape, device=device), 0, level)
 
 
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:
