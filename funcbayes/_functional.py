@@ -4,16 +4,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
 
-from ._functorch import is_concrete, storage_version
+from ._functorch import is_inside_transform
+from ._guard import may_write_inputs
 from ._intercept import Call, DropoutMasks, calling, current_call
 from ._intercept._dropout import run_with_masks
 from ._random import Seed, fold
 from ._skeleton import Skeleton, without_values
-from ._tree import MISSING, Fixed, Params, is_missing, merge, tensors
+from ._tree import MISSING, Fixed, Params, is_missing, merge
 
 Model = Callable[[Params, Any], Any]
 
@@ -81,7 +81,7 @@ class FunctionalModule:
         # One module per evaluation under way: a module that is being run holds that run's parameters.
         # `list.pop` and `list.append` are atomic, which makes these pools safe among threads.
         self._idle: defaultdict[tuple[str, bool], list[Skeleton]] = defaultdict(list)
-        self._writes_inputs: dict[str, bool] = {}
+        self._may_write_inputs = call is not None or may_write_inputs(module)
         self._moved: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._names = frozenset(name for name, _ in module.named_parameters())
         self._dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
@@ -100,34 +100,19 @@ class FunctionalModule:
         for owner, changed in call.buffers:  # of an earlier call of the same model in one evaluation
             if owner is params:
                 values = {**values, **changed}
-        x, is_watched = self._protected(x, call.kind)
-        was_concrete = [is_concrete(t) for t in tensors(x)] if is_watched else []
         pool = self._idle[call.kind, call.locate]
         try:
             skeleton = pool.pop()
         except IndexError:
             skeleton = Skeleton(self._master, call.kind, locate=call.locate)
         try:
-            outputs, changed = skeleton.run(self._call, values, x, call)
+            own_x = skeleton.inputs.copied(x) if self._may_write_inputs else x
+            outputs, changed = skeleton.run(self._call or _call_module, values, own_x, call)
         finally:
             pool.append(skeleton)
-        if is_watched and not any(t.is_inference() for t in tensors(x)):
-            # Versions of copies start at 0; what was plain may have become mapped.
-            self._writes_inputs[call.kind] = any(
-                storage_version(t) > 0 or is_concrete(t) != before
-                for t, before in zip(tensors(x), was_concrete, strict=True)
-            )
         if call.kind == "training":
             call.buffers.append((params, changed))
         return outputs
-
-    def _protected(self, x: Any, kind: str) -> tuple[Any, bool]:
-        """Inputs that the module may work on in place: copies, if it does so or before that is known."""
-        writes = self._writes_inputs.get(kind)
-        if writes is False:
-            return x, False
-        copied = optree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, x)
-        return copied, writes is None
 
     def _values(self, params: Mapping[str, Any]) -> dict[str, Tensor]:
         """Parameters and buffers by name, buffers where and as the parameters are."""
@@ -159,13 +144,20 @@ class FunctionalModule:
         if lead is None:
             return self.buffers
         key = (lead.device, lead.dtype)
-        if key not in self._moved:
-            with torch.inference_mode(False):  # these outlive the call, and may be part of a graph later
-                self._moved[key] = {
-                    name: b.to(lead.device, lead.dtype if b.dtype == self._dtype else b.dtype)
-                    for name, b in self.buffers.items()
-                }
-        return self._moved[key]
+        if key in self._moved:
+            return self._moved[key]
+        with torch.inference_mode(False):  # these outlive the call, and may be part of a graph later
+            moved = {
+                name: b.to(lead.device, lead.dtype if b.dtype == self._dtype else b.dtype)
+                for name, b in self.buffers.items()
+            }
+        if not is_inside_transform():
+            self._moved[key] = moved
+        return moved
+
+
+def _call_module(module: nn.Module, x: Any) -> Any:
+    return module(x)
 
 
 def training_call(

@@ -9,6 +9,7 @@ order, or in which thread.
 import functools
 import hashlib
 import math
+import operator
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,10 +101,13 @@ def keys_by_name(key: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
 def resolve_seed(seed: Seed | None) -> Seed:
     """``seed`` itself, or one number drawn from torch's global state, so ``torch.manual_seed`` governs it."""
     if seed is None:
-        return int(torch.randint(0, 2**63 - 1, ()))
-    if isinstance(seed, bool) or not isinstance(seed, int | Tensor):
+        with _global_state:  # which another thread may have forked
+            return int(torch.randint(0, 2**63 - 1, ()))
+    if not isinstance(seed, Tensor) and not isinstance(seed, bool) and hasattr(seed, "__index__"):
+        return operator.index(seed)
+    if not isinstance(seed, Tensor):
         raise TypeError(f"`seed` should be an int, or an int64 scalar tensor, got {type(seed).__name__}.")
-    if isinstance(seed, Tensor) and (seed.is_floating_point() or seed.ndim):
+    if seed.is_floating_point() or seed.ndim:
         raise TypeError(
             f"`seed` should be an int or an int64 scalar tensor, got {seed.dtype}, shape {tuple(seed.shape)}."
         )

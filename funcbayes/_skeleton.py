@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._functorch import storage_version
+from ._guard import Attributes, Inputs, is_of_torch
 from ._intercept import Call
 
 
@@ -29,8 +30,9 @@ class Skeleton:
         self.writable = _names_of_writable_buffers(self.module, kind)
         # What a module keeps of a call, it would give to the next: buffers set, attributes, caches.
         self.stores = [(store, dict(store)) for store in stores]
-        self.own = [vars(part) for part in self.module.modules() if _is_the_users(part)]
+        self.inputs = Inputs()
         _set_modes(self.module, kind)
+        self.attributes = Attributes(self.module)
         self.locate = locate
         if locate:
             for path, part in self.module.named_modules():
@@ -39,7 +41,7 @@ class Skeleton:
 
     def run(
         self,
-        call_module: Callable[[nn.Module, Any], Any] | None,
+        call_module: Callable[[nn.Module, Any], Any],
         values: Mapping[str, Tensor],
         x: Any,
         call: Call,
@@ -47,11 +49,10 @@ class Skeleton:
         """Evaluate with ``values`` in place; also, in training, the buffers that changed."""
         used = {**values, **{name: values[name].clone() for name in self.writable}}
         versions = {name: storage_version(used[name]) for name in self.writable}
-        remembered = [(attributes, _shallow_copy(attributes)) for attributes in self.own]
         outer_path, call.path = call.path, self.path if self.locate else None
         try:
             self._fill((store, key, used[name]) for store, key, name in self.slots)
-            outputs = self.module(x) if call_module is None else call_module(self.module, x)
+            outputs = call_module(self.module, x)
             if self.kind != "training":
                 return outputs, {}
             after = {name: store[key] for store, key, name in self.slots if name in versions}
@@ -63,9 +64,7 @@ class Skeleton:
                 or any(value is statistic for statistic in call.statistics)
             }
         finally:
-            for attributes, before in remembered:
-                attributes.clear()
-                attributes.update(before)
+            self.attributes.restore()
             for store, before in self.stores:
                 store.clear()
                 store.update(before)
@@ -78,21 +77,6 @@ class Skeleton:
             store[key] = value
         for part in self.recurrent:  # these keep their weights in a list of their own too
             part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
-
-
-def _is_the_users(part: nn.Module) -> bool:
-    return not type(part).__module__.startswith("torch.nn.")
-
-
-_MANAGED = frozenset(vars(nn.Module()))  # attributes that every module has
-
-
-def _shallow_copy(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Attributes of a module, with copies of the containers of its own."""
-    return {
-        name: copy.copy(value) if name not in _MANAGED and isinstance(value, list | dict | set) else value
-        for name, value in attributes.items()
-    }
 
 
 def _enter(path: list[str], name: str, *_: Any) -> None:
@@ -126,7 +110,7 @@ def _names_of_writable_buffers(module: nn.Module, kind: str) -> list[str]:
     own = {
         f"{path}.{key}".lstrip(".")
         for path, part in module.named_modules()
-        if kind == "training" or _is_the_users(part)
+        if kind == "training" or not is_of_torch(part)
         for key in part._buffers
     }
     return [name for name, _ in module.named_buffers() if name in own]

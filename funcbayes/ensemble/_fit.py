@@ -1,10 +1,14 @@
 """Training of all members at once."""
 
+import functools
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from .._functional import Model
 from .._random import resolve_seed
-from .._tree import Fixed, Params, Where, named_leaves
+from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of
 from ..likelihoods import Likelihood
 from ..posteriors import Ensemble
 from ..training import (
@@ -22,6 +26,9 @@ from ..training import (
 from ._members import member_seeds
 from ._movers import shared_movers
 from ._together import Together
+
+# Bytes of the parameters of one member from which on members are better trained one after another.
+_LARGE = 1 << 20
 
 
 def fit(
@@ -45,7 +52,7 @@ def fit(
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Ensemble:
-    """Train the members of an ensemble at once, by one vectorised pass a step.
+    """Train the members of an ensemble, at once where that is faster.
 
     Member ``k`` ends, to rounding, where it would with ``training.fit(fn, member_k, ...)`` and
     ``seed=member_seeds(seed, K)[k]``: it has its own shuffling, dropout masks and BatchNorm statistics.
@@ -71,8 +78,9 @@ def fit(
         scheduler: ``optimizer -> LRScheduler``.
         scheduler_interval: Whether the scheduler steps every epoch or every step.
         max_grad_norm: Longer gradients are shortened to this norm, each member's by itself.
-        chunk_size: How many members are evaluated at a time; ``None`` to choose by the size of the model's
-            intermediates.
+        chunk_size: How many members are evaluated at a time. ``None`` to choose by the sizes of the model's
+            parameters and intermediates. Members evaluated one at a time are trained one after another,
+            unless there is a callback or batches are shared: then a step of each follows one of the others.
         share_batches: Whether all members see the same batches, shuffled by ``seed``: ``K`` times less
             loading, and members that differ in their start and dropout only.
         progress: Whether to show a bar over the epochs.
@@ -119,18 +127,43 @@ def fit(
     seed = int(resolve_seed(seed))
     seeds = member_seeds(seed, num_members)
     objective = MapObjective.over(fn, likelihood, source, seed, prior_precision, num_data, options.call)
-    trained = minimize(
-        objective,
+    streams = (seed,) if share_batches else seeds
+    minimized = functools.partial(minimize, objective, source=source, where=where)
+    if (
+        callback is None
+        and not share_batches
+        and (chunk_size == 1 or (chunk_size is None and _is_large(members)))
+    ):
+        alone = [
+            minimized(
+                index(members, slice(k, k + 1)),
+                seeds=seeds[k : k + 1],
+                streams=streams[k : k + 1],
+                options=replace(options, member=k),
+            )
+            for k in range(num_members)
+        ]
+        with torch.inference_mode(False):
+            return Ensemble(map_leaves(lambda *parts: torch.cat(parts), *alone))
+    trained = minimized(
         members,
-        source,
-        seeds,
-        (seed,) if share_batches else seeds,
-        options,
-        where=where,
+        seeds=seeds,
+        streams=streams,
+        options=options,
         gradients=Together(chunk_size),
         make_movers=shared_movers,
     )
     return Ensemble(trained)
+
+
+def _is_large(members: Params) -> bool:
+    """Whether the parameters of several members do not stay in the cache of a CPU.
+
+    Steps of all members in turn would then fetch the parameters, and the state of the optimizer, from memory
+    every time; one member trained to the end leaves them where they are.
+    """
+    parameters = parameters_of(index(members, 0)).values()
+    return all(p.device.type == "cpu" for p in parameters) and sum(p.nbytes for p in parameters) > _LARGE
 
 
 def _check_members(members: Params) -> int:

@@ -29,12 +29,12 @@ _ELEMENTWISE: tuple[type[Optimizer], ...] = (
 
 def shared_movers(leaves: Sequence[Tensor], options: Options) -> Movers:
     """One optimizer for all members if that is certain to be the same, else one a member."""
-    alone = Mover.of([leaf[0] for leaf in leaves], options)
+    alone = Mover.of([leaf[0].clone() for leaf in leaves], options)
     if type(alone.optimizer) in _ELEMENTWISE and not isinstance(alone.scheduler, ReduceLROnPlateau):
-        together = Mover.of(leaves, options)
+        together = Movers(leaves, options, stacked=True)
         # A factory may look at shapes (no weight decay for vectors, say), which stacking changes.
-        if _same_groups(alone, together):
-            return Movers([together], True, options.max_grad_norm)
+        if _same_groups(alone, together.movers[0]):
+            return together
     return Movers.separate(leaves, options)
 
 

@@ -1,6 +1,7 @@
 """Losses and gradients of all members by vectorised passes."""
 
 import functools
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,8 @@ class Together:
 
     def __init__(self, chunk_size: int | None) -> None:
         self.chunk_size = chunk_size
-        self._size = 1 if chunk_size == 1 else None  # in use, once it is known
+        self._parts: list[slice] | None = None  # which members together, once it is known
+        self._loops = chunk_size == 1
 
     def __call__(
         self, networks: Networks, leaves: list[Tensor], batch: Batch | RaggedBatch
@@ -45,19 +47,18 @@ class Together:
         # Under vmap a buffer that is written has to have an axis of members. Those that still are
         # frozen in `fn` are given one by the first step.
         adds_buffers = networks.adds_buffers and networks.num_steps == 0
-        if networks.num_members == 1 or self._size == 1 or adds_buffers or isinstance(batch, RaggedBatch):
+        if networks.num_members == 1 or self._loops or adds_buffers or isinstance(batch, RaggedBatch):
             return one_by_one(networks, leaves, batch)
-        if self._size is None:
-            self._size = self._choose(networks, leaves, batch)
+        if self._parts is None:
+            self._choose(networks, leaves, batch)
             return self(networks, leaves, batch)
-        parts = [slice(a, a + self._size) for a in range(0, networks.num_members, self._size)]
-        found = [_vmapped(networks, leaves, batch, part) for part in parts]
+        found = [_vmapped(networks, leaves, batch, part) for part in self._parts]
         losses, grads, varying, commons = zip(*found, strict=True)
         networks.fixed.put_stacked(optree.tree_map(_concatenated, *varying), commons[-1])
         return _concatenated(*losses), [_concatenated(*of_leaf) for of_leaf in zip(*grads, strict=True)]
 
-    def _choose(self, networks: Networks, leaves: list[Tensor], batch: Batch) -> int:
-        """Members at a time, after mapping over a single one to see whether and how large that goes."""
+    def _choose(self, networks: Networks, leaves: list[Tensor], batch: Batch) -> None:
+        """Map over a single member, to see whether that goes and how large it gets."""
         seen = LargestBatched()
         try:
             if networks.draws_globally:
@@ -70,16 +71,21 @@ class Together:
                 f"{reason}",
                 stacklevel=7,
             )
-            return 1
-        if self.chunk_size is not None:
-            return min(self.chunk_size, networks.num_members)
-        return _members_at_a_time(networks.num_members, seen.nbytes, networks.device)
+            self._loops = True
+        num, size = networks.num_members, self.chunk_size
+        self._parts = (
+            _equal_parts(num, seen.nbytes, networks.device)
+            if size is None
+            else [slice(a, min(a + size, num)) for a in range(0, num, size)]
+        )
 
 
-def _members_at_a_time(num_members: int, largest: int, device: torch.device) -> int:
+def _equal_parts(num_members: int, largest: int, device: torch.device) -> list[slice]:
+    """As few parts as keep to the budget, with an intermediate of ``largest`` bytes a member."""
     budget = _BUDGET["cpu" if device.type == "cpu" else "other"]
-    most = min(num_members, max(2, budget // max(1, largest)))
-    return -(-num_members // -(-num_members // most))  # passes of equal size
+    num = -(-num_members // max(2, budget // max(1, largest)))
+    bounds = [num_members * i // num for i in range(num + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def _vmapped(

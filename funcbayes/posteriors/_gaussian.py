@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from .._functorch import is_concrete
 from .._random import Seed
 from .._tree import (
     Fixed,
@@ -88,6 +89,12 @@ class Gaussian(Posterior):
         differing = difference({name: leaf for name, leaf in given.items() if name in covered}, covered)
         if differing:
             raise ValueError(f"`log_prob(params)` should have leaves like the mean; {differing}.")
+        for name, variance in named_leaves(self.covariance.diagonal()).items():
+            if is_concrete(variance) and bool((variance == 0).any()):
+                raise ValueError(
+                    f"`log_prob(params)` has no density to give: the variance of {name!r} is zero somewhere. "
+                    "Leave certain parameters out of the posterior, or give them a positive variance."
+                )
         location = select(self.mean, lambda name, leaf: name in covered)
         deviation = map_named(lambda name, leaf: given[name] - leaf, location)
         num_params = sum(leaf.numel() for leaf in covered.values())

@@ -51,11 +51,11 @@ def minimize(
             for epoch in range(options.num_epochs):
                 batches = source.epoch(streams, epoch, networks.device)
                 table, weights = _run_epoch(batches, networks, movers, gradients, options)
-                _check_losses(table, networks, epoch)
+                _check_losses(table, options, epoch)
                 losses = (weights * table).sum(0) / weights.sum(0)
                 if options.scheduler_interval == "epoch":
                     movers.schedule(losses)
-                _check_leaves(movers.leaves(), networks, epoch)
+                _check_leaves(movers.leaves(), options, epoch)
                 show(losses)
                 if options.callback and options.callback(epoch, losses, networks.assemble(movers.leaves())):
                     break
@@ -84,29 +84,31 @@ def _run_epoch(
     return table, torch.stack([r.expand(table.shape[1]) for r in rows]).to(table.dtype)
 
 
-def _check_losses(table: Tensor, networks: Networks, epoch: int) -> None:
+def _check_losses(table: Tensor, options: Options, epoch: int) -> None:
     bad = (~table.isfinite()).nonzero()
     if len(bad):
         step, k = bad[0].tolist()
+        member, loss = _of_member(k, options, table.shape[1]), table[step, k].item()
         raise RuntimeError(
-            f"The loss{_of_member(k, networks)} in `{networks.call}` is {table[step, k].item()} in step "
-            f"{step} of epoch {epoch}. A lower learning rate, or `max_grad_norm=1.0`, usually helps."
+            f"The loss{member} in `{options.call}` is {loss} in step {step} of epoch {epoch}."
+            " A lower learning rate, or `max_grad_norm=1.0`, usually helps."
         )
 
 
-def _check_leaves(leaves: Sequence[Tensor], networks: Networks, epoch: int) -> None:
+def _check_leaves(leaves: Sequence[Tensor], options: Options, epoch: int) -> None:
     """Refuse parameters that the last step has made infinite, which no loss has shown yet."""
     fine = torch.stack([leaf.isfinite().reshape(len(leaf), -1).all(1) for leaf in leaves]).all(0)
     if not bool(fine.all()):
-        k = int((~fine).nonzero()[0])
+        member = _of_member(int((~fine).nonzero()[0]), options, len(fine))
         raise RuntimeError(
-            f"The parameters{_of_member(k, networks)} in `{networks.call}` are not finite after epoch "
-            f"{epoch}. A lower learning rate, or `max_grad_norm=1.0`, usually helps."
+            f"The parameters{member} in `{options.call}` are not finite after epoch {epoch}."
+            " A lower learning rate, or `max_grad_norm=1.0`, usually helps."
         )
 
 
-def _of_member(k: int, networks: Networks) -> str:
-    return f" of member {k}" if networks.num_members > 1 else ""
+def _of_member(k: int, options: Options, num_networks: int) -> str:
+    number = k if num_networks > 1 else options.member
+    return "" if number is None else f" of member {number}"
 
 
 @contextmanager

@@ -24,8 +24,8 @@ class Mover:
 
     @classmethod
     def of(cls, leaves: Sequence[Tensor], options: Options) -> "Mover":
-        """Make the optimizer and scheduler of ``options`` for copies of ``leaves``."""
-        own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        """Make the optimizer and scheduler of ``options`` for ``leaves``, which they write into."""
+        own = [leaf.detach().requires_grad_() for leaf in leaves]
         optimizer = _made_optimizer(own, options)
         scheduler = options.scheduler and options.scheduler(optimizer)
         if scheduler is not None and not isinstance(scheduler, LRScheduler):
@@ -38,6 +38,10 @@ class Mover:
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """Put gradients where the optimizer looks for them."""
         for leaf, grad in zip(self.leaves, grads, strict=True):
+            if grad is not None and grad.stride() != leaf.stride():
+                # Gradients of a batched product come transposed, which every operation of the
+                # optimizer would pay for.
+                grad = torch.empty_like(leaf).copy_(grad)
             leaf.grad = grad
 
     def schedule(self, losses: Tensor, k: int) -> None:
@@ -65,25 +69,35 @@ def _made_optimizer(leaves: list[Tensor], options: Options) -> Optimizer:
 
 
 class Movers:
-    """The optimizers of all networks: one for the stacked leaves, or one a network."""
+    """The optimizers of all networks: one for the stacked leaves, or one a network for its slices of them.
 
-    def __init__(self, movers: list[Mover], stacked: bool, max_grad_norm: float | None) -> None:
-        self.movers = movers
+    Attributes:
+        movers: One, or one a network.
+        is_stacked: Whether it is one.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], options: Options, *, stacked: bool) -> None:
+        """Make them for copies of ``leaves``, ``(K, *s)`` each."""
+        self._leaves = [leaf.detach().clone() for leaf in leaves]
+        slices = [self._leaves] if stacked else [[x[k] for x in self._leaves] for k in range(len(leaves[0]))]
+        self.movers = [Mover.of(own, options) for own in slices]
         self.is_stacked = stacked
-        self.max_grad_norm = max_grad_norm
-        self._needs_closure = _needs_closure(movers[0].optimizer)
+        self.max_grad_norm = options.max_grad_norm
+        self._needs_closure = _needs_closure(self.movers[0].optimizer)
 
     @classmethod
     def separate(cls, leaves: Sequence[Tensor], options: Options) -> "Movers":
-        """Make one optimizer a network, from leaves ``(K, *s)``."""
-        movers = [Mover.of([leaf[k] for leaf in leaves], options) for k in range(len(leaves[0]))]
-        return cls(movers, False, options.max_grad_norm)
+        """Make one optimizer a network."""
+        return cls(leaves, options, stacked=False)
 
     def leaves(self) -> list[Tensor]:
         """The present values, ``(K, *s)`` each."""
-        if self.is_stacked:
-            return [leaf.detach() for leaf in self.movers[0].leaves]
-        return [joined(parts).detach() for parts in zip(*(m.leaves for m in self.movers), strict=True)]
+        for k, mover in enumerate(self.movers):
+            for whole, own in zip(self._leaves, mover.leaves, strict=True):
+                place = whole if self.is_stacked else whole[k]
+                if own.data_ptr() != place.data_ptr():  # an optimizer may give `.data` another tensor
+                    place.copy_(own.detach())
+        return self._leaves
 
     def step(self, gradients: Gradients, networks: Networks, batch: Batch | RaggedBatch) -> Tensor:
         """Move all networks by one step; their losses ``(K,)`` before it."""

@@ -20,8 +20,8 @@ Interval = Literal["epoch", "step"]
 class Options:
     """What every fit is told about descending; checked when it is made.
 
-    ``call`` is the name of the public function, for messages. ``callback`` is given losses ``(K,)`` and
-    members.
+    ``call`` is the name of the public function and ``member`` the number of a network that is trained
+    alone but belongs to an ensemble, for messages. ``callback`` is given losses ``(K,)`` and members.
     """
 
     call: str
@@ -32,6 +32,7 @@ class Options:
     max_grad_norm: float | None = None
     progress: bool = False
     callback: Callback | None = None
+    member: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
