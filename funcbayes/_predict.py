@@ -217,7 +217,7 @@ def _predict(
         params, x = _cast(params, dtype), _cast(x, dtype)
     weights, groups = _plan(posterior, num_samples, seed)
     collect = _Collector(weights, likelihood, targets, keep_samples)
-    with nullcontext() if _wants_grad((params, posterior, x)) else torch.no_grad():
+    with nullcontext() if _wants_grad((params, posterior, x, likelihood)) else torch.no_grad():
         for number, (positions, make_draws) in enumerate(groups):
             checked = _fitting(make_draws, params, dtype)
             key = (number, *signature(posterior), dtype)
@@ -367,7 +367,8 @@ class _Collector:
     def add(self, positions: Tensor, outputs: Tensor) -> None:
         if self.is_first:
             self.is_first, self.dtype = False, outputs.dtype
-            self.weights = self.weights.to(device=outputs.device)
+            if outputs.device.type != "mps":  # which has no float64
+                self.weights = self.weights.to(device=outputs.device)
             if self.likelihood is not None:
                 self.likelihood.check(outputs[0], self.targets, call="predict(..., likelihood=...)")
         if self.streamed is not None:
@@ -384,9 +385,8 @@ class _Collector:
             positions = torch.cat([positions for positions, _ in self.parts])
             if not torch.equal(positions, torch.arange(len(positions))):
                 samples = samples[positions.argsort()]
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return Prediction(
-            weights=self.weights.to(wide),
+            weights=self.weights,
             likelihood=self.likelihood,
             targets=self.targets,
             samples=samples,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ._functorch import is_concrete
 from .likelihoods import Likelihood
 
 
@@ -25,32 +26,32 @@ class _Moments(_Accumulator):
 
     def __init__(self) -> None:
         self.mean: Tensor | None = None
-        self.squares = self.total = self.total_squared = torch.zeros(())
+        self.squares = self.total = self.spread = torch.zeros(())
 
     def update(self, values: Tensor, weights: Tensor) -> None:
         total = weights.sum()
         tiny = torch.finfo(weights.dtype).tiny  # a chunk may weigh nothing
-        mean = torch.tensordot(weights / total.clamp_min(tiny), values, 1)
-        squares = torch.tensordot(weights, (values - mean) ** 2, 1)
+        mean = torch.tensordot((weights / total.clamp_min(tiny)).to(values), values, 1)
+        squares = torch.tensordot(weights.to(values), (values - mean) ** 2, 1)
+        # 1 - sum w^2 = sum w (1 - w), which does not cancel when one weight is almost 1.
+        spread = (weights * (1 - weights)).sum()
         if self.mean is None:
-            self.mean, self.squares, self.total = mean, squares, total
+            self.mean, self.squares, self.total, self.spread = mean, squares, total, spread
         else:
             # The parallel form of Welford's update (Chan, Golub & LeVeque 1979), which does not cancel.
             shift, before = mean - self.mean, self.total
-            self.total = before + total
-            share = total / self.total.clamp_min(tiny)
+            self.total, self.spread = before + total, self.spread + spread
+            share = (total / self.total.clamp_min(tiny)).to(values)
             self.mean = self.mean + shift * share
-            self.squares = self.squares + squares + shift**2 * (before * share)
-        self.total_squared = self.total_squared + (weights**2).sum()
+            self.squares = self.squares + squares + shift**2 * (before.to(values) * share)
 
     def result(self) -> Tensor:
         """Mean and variance, stacked."""
         assert self.mean is not None
-        spread = 1 - self.total_squared / self.total**2
-        # One atom, or all weight on one: no spread to speak of.
-        several = spread > 1e-12
-        variance = torch.where(several, self.squares / self.total / spread.where(several, 1.0), 0.0)
-        return torch.stack([self.mean, variance])
+        several = self.spread > 0  # not one atom, nor all weight on one
+        # The spread can be as small as a weight: in float32 only its ratio to the squares is safe.
+        variance = self.squares / self.spread.where(several, 1.0).to(self.squares)
+        return torch.stack([self.mean, torch.where(several.to(variance.device), variance, 0.0)])
 
 
 class _Mean(_Accumulator):
@@ -61,6 +62,7 @@ class _Mean(_Accumulator):
         self.total: Tensor | float = 0.0
 
     def update(self, values: Tensor, weights: Tensor) -> None:
+        weights = weights.to(values)
         self.sum = self.sum + torch.tensordot(weights, values, 1)
         self.total = self.total + weights.sum()
 
@@ -76,6 +78,7 @@ class _LogMeanExp(_Accumulator):
         self.total: Tensor | float = 0.0
 
     def update(self, values: Tensor, weights: Tensor) -> None:
+        weights = weights.to(values)
         log_weights = weights.log().reshape(-1, *(1 for _ in values.shape[1:]))
         log_sum = torch.logsumexp(values + log_weights, 0)
         self.log_sum = log_sum if self.log_sum is None else torch.logaddexp(self.log_sum, log_sum)
@@ -146,7 +149,7 @@ class Streamed:
         self.dtype = outputs.dtype
         for name, accumulator in self.accumulators.items():
             values = self.summary.values(name, outputs)
-            accumulator.update(values, weights.to(values))
+            accumulator.update(values, weights)
 
     def results(self) -> dict[str, Tensor]:
         """All statistics."""
@@ -278,15 +281,15 @@ class Prediction:
             RuntimeError: If samples were not kept and ``y`` is not what ``predict`` was given.
         """
         likelihood = self._needs_likelihood("log_prob")
-        if y is None or y is self.targets:
-            if self.targets is None:
-                raise ValueError("`log_prob()` should be given `y`; `predict` was called without `targets`.")
+        if y is None and self.targets is None:
+            raise ValueError("`log_prob()` should be given `y`; `predict` was called without `targets`.")
+        if y is None or _is_same(y, self.targets):
             return self._get("log_prob").to(self._dtype, copy=True)
         samples = self._kept("log_prob(y)", ", or give `predict` the `targets`")
         likelihood.check(samples[0], y, call="log_prob(y)")
         accumulator = _LogMeanExp()
         values = Summary(likelihood, y).values("log_prob", samples)
-        accumulator.update(values, self.weights.to(values))
+        accumulator.update(values, self.weights)
         return accumulator.result().to(self._dtype, copy=True)
 
     def quantile(self, q: float) -> Tensor:
@@ -305,6 +308,11 @@ class Prediction:
         """
         if not 0 < q < 1:
             raise ValueError(f"`quantile(q)` should be given a number inside (0, 1), got {q}.")
+        if self.likelihood is not None and self.likelihood.is_discrete:
+            raise NotImplementedError(
+                f"`quantile(q)` is not there for {type(self.likelihood).__name__}: classes have no order. "
+                "`mean` has their probabilities."
+            )
         samples = _wide(self._kept("quantile"))
         weights = self.weights.to(samples)
         if self.likelihood is None:
@@ -331,11 +339,14 @@ class Prediction:
         return torch.distributions.MixtureSameFamily(mixing, components, validate_args=False)
 
     def _get(self, name: str) -> Tensor:
-        if name not in self._statistics:
+        known = self._statistics.get(name)
+        # What was found without a graph will not do where gradients are wanted now.
+        is_cut = torch.is_grad_enabled() and self._samples is not None and self._samples.requires_grad
+        if known is None or (is_cut and not known.requires_grad):
             summary = Summary(self.likelihood, self.targets)
             accumulator = summary.accumulator(name)
             values = summary.values(name, self._kept(name))
-            accumulator.update(values, self.weights.to(values))
+            accumulator.update(values, self.weights)
             self._statistics[name] = accumulator.result()
         return self._statistics[name]
 
@@ -363,6 +374,12 @@ class Prediction:
                 "`variance`, `interval` and `log_prob` have one."
             )
         return likelihood
+
+
+def _is_same(y: Tensor, targets: Tensor | None) -> bool:
+    if y is targets or targets is None:
+        return y is targets
+    return is_concrete(y) and is_concrete(targets) and y.shape == targets.shape and bool((y == targets).all())
 
 
 def concatenate(predictions: Sequence[Prediction]) -> Prediction:

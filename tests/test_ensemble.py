@@ -12,9 +12,9 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 import funcbayes as fb
 from funcbayes import training
 from funcbayes._intercept import Batching
-from funcbayes.ensemble import _together, member_seeds
+from funcbayes.ensemble import _fit, _together, member_seeds
 from funcbayes.ensemble._movers import _ELEMENTWISE, shared_movers
-from funcbayes.ensemble._together import _members_at_a_time
+from funcbayes.ensemble._together import _equal_parts
 
 F64 = torch.float64
 K = 3
@@ -287,17 +287,47 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("num_members", "largest", "expected"),
-    [(10, 0, 10), (10, MIB // 2, 10), (10, MIB, 5), (10, 2 * MIB, 4), (5, 3 * MIB, 2), (10, 99 * MIB, 2)],
+    ("num_members", "largest", "sizes"),
+    [
+        (10, 0, [10]),
+        (10, MIB // 2, [10]),
+        (10, MIB, [5, 5]),
+        (10, 3 * MIB, [2] * 5),
+        (5, 2 * MIB, [2, 3]),
+        (6, 99 * MIB, [2] * 3),
+    ],
 )
-def test_members_at_a_time_are_as_many_as_fit_in_parts_of_equal_size(num_members, largest, expected):
-    assert _members_at_a_time(num_members, largest, torch.device("cpu")) == expected
+def test_members_are_parted_equally_by_what_fits(num_members, largest, sizes):
+    parts = _equal_parts(num_members, largest, torch.device("cpu"))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [k for part in parts for k in range(num_members)[part]] == list(range(num_members))
 
 
-def test_large_models_are_trained_in_chunks(monkeypatch):
+@pytest.mark.parametrize("model", MODELS)
+def test_models_with_large_intermediates_are_trained_in_chunks(model, monkeypatch):
     monkeypatch.setattr(_together, "_BUDGET", {"cpu": 1})
-    fn, members = start(ConvNet, 5)
-    assert_each_is_as_if_alone(fn, members, classification((1, 5, 5)), batch_size=5)
+    make, shape = MODELS[model]
+    fn, members = start(make, 5)
+    assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5)
+
+
+@pytest.mark.parametrize("model", [*MODELS, *LOOPED])
+def test_large_models_are_trained_one_after_another(model, monkeypatch):
+    monkeypatch.setattr(_fit, "_LARGE", 0)
+    make, shape = {**MODELS, **LOOPED}[model]
+    fn, members = start(make)
+    assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5, prior_precision=1.0)
+    members[next(iter(members))][1] = torch.inf
+    with pytest.raises(RuntimeError, match="loss of member 1 in `ensemble.fit` is nan"):
+        fit(fn, members, classification(shape))
+
+
+def test_a_callback_sees_all_members_of_a_large_model(monkeypatch):
+    monkeypatch.setattr(_fit, "_LARGE", 0)
+    fn, members = start(mlp)
+    seen = []
+    fit(fn, members, classification((4,)), callback=lambda epoch, losses, _: seen.append(losses.shape))
+    assert seen == [(K,)] * 2
 
 
 @pytest.mark.parametrize("kind", ["rows_first", "channels_last"])
@@ -488,20 +518,22 @@ def test_members_do_not_depend_on_how_many():
     assert all(torch.equal(start(dropped, 2)[1][name], few[name]) for name in few)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_arguments_and_modes_are_left_as_they_were(mode):
+def test_arguments_and_modes_are_left_as_they_were(mode, chunk_size):
     fn, members = start(ConvNet)
     data = classification((1, 5, 5))
-    expected = fit(fn, members, data, batch_size=5)
+    expected = fit(fn, members, data, batch_size=5, chunk_size=chunk_size)
     before = {name: leaf.clone() for name, leaf in members.items()}
     state = torch.get_rng_state()
     with mode():
         copies = {name: leaf.clone() for name, leaf in members.items()}
-        got = fit(fn, copies, tuple(t.clone() for t in data), batch_size=5)
+        got = fit(fn, copies, tuple(t.clone() for t in data), batch_size=5, chunk_size=chunk_size)
     assert torch.equal(torch.get_rng_state(), state)
     for name, leaf in expected.items():
         assert torch.equal(tensor_of(got[name]), tensor_of(leaf))
         assert not tensor_of(got[name]).requires_grad
+        assert not tensor_of(got[name]).is_inference()
     assert all(torch.equal(members[name], before[name]) for name in before)
 
 

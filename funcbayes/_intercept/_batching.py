@@ -51,15 +51,66 @@ class Batching(Interception):
             if kind != "vmap"
             else {F.scaled_dot_product_attention: _RULES[F.scaled_dot_product_attention]}
         )
+        self.copies: list[Tensor] = []
         super().__init__({func: _handler(rule, kind == "channels_last") for func, rule in rules.items()})
         self.seen = seen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Apply a rule if there is one."""
+        if self.copies and args and _works_in_place(func) and isinstance(args[0], Tensor):
+            self.refuse_lost_writes(args[0])
         result = super().__torch_function__(func, types, args, kwargs)
+        if func in _RESHAPES and isinstance(args[0], Tensor) and isinstance(result, Tensor):
+            self.note_copy(args[0], result)
         if self.seen is not None and (level := vmap_level()) is not None:
             self.seen.see(result, level)
         return result
+
+    def note_copy(self, base: Tensor, result: Tensor) -> None:
+        """Remember a result that the model knows as a view of ``base`` and that is a copy here."""
+        level = vmap_level()
+        if level is None:
+            return
+        (whole, axis), (part, _) = unwrap(base, level), unwrap(result, level)
+        if axis is not None and is_concrete(whole) and _storage(whole) != _storage(part):
+            self.copies.append(part)
+
+    def refuse_lost_writes(self, target: Tensor) -> None:
+        """Raise if writing into ``target`` would write into a copy; plain ``vmap`` is right then."""
+        level = vmap_level()
+        physical = target if level is None else unwrap(target, level)[0]
+        if is_concrete(physical) and any(_storage(physical) == _storage(copy) for copy in self.copies):
+            raise RuntimeError("A value in another layout cannot be written into through its view.")
+
+
+_RESHAPES = frozenset(
+    (
+        *(torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten, torch.Tensor.contiguous),
+        *(torch.Tensor.unflatten, torch.Tensor.ravel, torch.Tensor.view_as, torch.Tensor.reshape_as),
+        *(
+            torch.reshape,
+            torch.flatten,
+            torch.unflatten,
+            torch.ravel,
+            torch.Tensor.as_strided,
+            torch.as_strided,
+        ),
+    )
+)
+
+
+def _works_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", *_IN_PLACE_OPERATORS)
+
+
+_IN_PLACE_OPERATORS = tuple(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
+)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _handler(rule: Rule, channels_last: bool) -> Handler:
