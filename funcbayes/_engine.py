@@ -6,9 +6,8 @@ intermediate within a fixed budget, and the loop is one of the mechanisms. Which
 model and shape is learned from the time that the chunks of real predictions take.
 """
 
+import dataclasses
 import functools
-import os
-import sys
 import threading
 import time
 import types
@@ -26,7 +25,9 @@ from torch.func import vmap
 from ._functional import Model
 from ._functorch import map_first_axis
 from ._intercept import Batching, LargestBatched, with_dropout
+from ._random import Seed, fold, forked
 from ._tree import Params, index, merge, num_rows, tensors, unbind
+from ._warning import levels_to_the_user
 from .posteriors import Draw
 
 # Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
@@ -61,6 +62,8 @@ class _Tuner:
     seconds: dict[Mechanism, list[float]] = field(default_factory=dict)
     settled: Mechanism | None = None
     failed: set[Kind] = field(default_factory=set)
+    row_axes: list[Any] | None = None  # of the effects, where masks are shared
+    draws_globally: bool | None = None  # from torch's random state; unknown at first
 
     def next_to_time(self) -> Mechanism | None:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
@@ -90,6 +93,8 @@ class _Tuner:
 
 
 _tuners: "weakref.WeakKeyDictionary[Any, dict[Any, _Tuner]]" = weakref.WeakKeyDictionary()
+_MAX_CELLS = 32  # remembered for one model; the oldest are forgotten
+_warned: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _tuners_lock = threading.Lock()
 
 
@@ -102,6 +107,7 @@ def evaluate(
     chunk_size: int | None,
     *,
     key: Hashable,
+    noise: Seed = 0,
     first_row: int = 0,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Evaluate draws of one structure.
@@ -114,12 +120,13 @@ def evaluate(
         num_draws: Number of draws ``S``.
         chunk_size: Draws at a time; ``None`` to choose.
         key: What the structure of the draws depends on; equal keys share what was learned.
+        noise: Seed of what the model draws from torch's random state, if it does so.
         first_row: Number of the first row of ``x`` in a larger data set.
 
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
     """
-    run = _Run(fn, params, x, make_draws, num_draws, key, first_row)
+    run = _Run(fn, params, x, make_draws, num_draws, key, noise, first_row)
     if chunk_size is not None:
         yield from run.fixed(chunk_size)
     elif num_draws == 1:
@@ -139,13 +146,14 @@ class _Run:
         make_draws: Callable[[Tensor], Draw],
         num_draws: int,
         key: Hashable,
+        noise: Seed,
         first_row: int,
     ) -> None:
         self.fn, self.params, self.x = fn, params, x
         self.make_draws, self.num_draws, self.first_row = make_draws, num_draws, first_row
+        self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
         self.cell = (key, num_draws, signature(x), torch.get_num_threads(), torch.is_grad_enabled())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
-        self.row_axes: list[Any] | None = None
         self.tuner = self._tuner()
 
     def draws(self, part: slice) -> Draw:
@@ -158,7 +166,7 @@ class _Run:
             chunk_size = 1
         mechanism = Mechanism(self.default if chunk_size > 1 else "loop", chunk_size)
         for part in _parts(0, self.num_draws, chunk_size):
-            yield part, self._attempt(self.draws(part), mechanism)
+            yield part, self._attempt(part, mechanism)
 
     def chosen(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks by the best mechanism known; while that is being learned, by those to be timed."""
@@ -168,43 +176,39 @@ class _Run:
         start = 0
         while start < self.num_draws and (mechanism := tuner.next_to_time()):
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
-            draws = self.draws(part)
             began = time.perf_counter()
-            outputs = self._attempt(draws, mechanism)
+            outputs = self._attempt(part, mechanism)
             size = part.stop - part.start
-            if (
-                size == mechanism.chunk and mechanism.kind not in tuner.failed
-            ):  # a short tail would be judged unfairly
+            # A short tail would be judged unfairly, as would a mechanism that another stood in for.
+            if size == mechanism.chunk and mechanism.kind not in tuner.failed:
                 tuner.record(mechanism, (time.perf_counter() - began) / size)
             yield part, outputs
             start = part.stop
         mechanism = tuner.fastest()
         for part in _parts(start, self.num_draws, mechanism.chunk):
-            yield part, self._attempt(self.draws(part), mechanism)
+            yield part, self._attempt(part, mechanism)
 
-    def _attempt(self, draws: Draw, mechanism: Mechanism) -> Tensor:
+    def _attempt(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or by plain ``vmap`` where a batching rule stands in the model's way."""
         if mechanism.kind in self.tuner.failed:
             mechanism = Mechanism("vmap", mechanism.chunk)
         try:
-            return self._outputs(draws, mechanism)
+            return self._outputs(self.draws(part), mechanism, part.start)
         except Exception:  # whatever the model raises; if it is its own error, it comes again below
             if mechanism.kind not in ("rows_first", "channels_last"):
                 raise
-        outputs = self._outputs(draws, Mechanism("vmap", mechanism.chunk))
+        outputs = self._outputs(self.draws(part), Mechanism("vmap", mechanism.chunk), part.start)
         self.tuner.failed.add(mechanism.kind)
         return outputs
 
     def _tuner(self) -> _Tuner:
-        # A bound method is made anew at every access; its object lives as long as it matters.
-        owner, cell = (
-            (self.fn.__self__, (self.fn.__func__, self.cell))
-            if isinstance(self.fn, types.MethodType)
-            else (self.fn, self.cell)
-        )
+        owner, cell = _owner(self.fn), (getattr(self.fn, "__func__", None), self.cell)
         try:
             with _tuners_lock:
-                return _tuners.setdefault(owner, {}).setdefault(cell, _Tuner())
+                cells = _tuners.setdefault(owner, {})
+                if cell not in cells and len(cells) >= _MAX_CELLS:
+                    del cells[next(iter(cells))]
+                return cells.setdefault(cell, _Tuner())
         except TypeError:  # a callable that has no hash or takes no weak references
             return _Tuner()
 
@@ -212,7 +216,7 @@ class _Run:
         draw = self.draws(slice(0, 1))
         device = "cpu" if _device_of(self.params, draw, self.x).type == "cpu" else "other"
         held = _DRAWS_BUDGET[device] // max(1, sum(t.nbytes for t in tensors(draw)))
-        largest = self._largest_intermediate()
+        largest = self._largest_intermediate(draw)
         loop = Mechanism("loop", max(1, min(self.num_draws, held, 8)))
         if largest is None:
             return [loop]
@@ -230,14 +234,14 @@ class _Run:
             *([Mechanism(other, top)] if _has_images(self.x) else []),
         ]
 
-    def _largest_intermediate(self) -> int | None:
+    def _largest_intermediate(self, draw: Draw) -> int | None:
         """Bytes of the largest intermediate that has a draw axis, for one draw; ``None`` without vmap."""
         seen = LargestBatched()
         try:
             with torch.no_grad():
-                self._outputs(self.draws(slice(0, 1)), Mechanism("vmap", 1), seen)
+                self._outputs(draw, Mechanism("vmap", 1), 0, seen)
         except Exception as error:  # whatever the model raises: see `_explain`
-            self._explain(error)
+            self._explain(error, draw)
             return None
         return seen.nbytes
 
@@ -247,24 +251,40 @@ class _Run:
             tuner.candidates = self._candidates()
         return tuner.candidates[0].kind != "loop"
 
-    def _explain(self, error: Exception) -> None:
+    def _explain(self, error: Exception, draw: Draw) -> None:
         """Raise what the model raises without ``vmap`` too; otherwise warn that a loop is used."""
         with torch.no_grad():
-            self._outputs(self.draws(slice(0, 1)), Mechanism("loop", 1))
+            self._outputs(draw, Mechanism("loop", 1), 0)
+        if self._was_warned():
+            return
         reason = str(error).strip().splitlines()
+        if self.tuner.draws_globally:
+            reason = ["it draws random numbers of its own, which are now a function of the draw"]
         warnings.warn(
             f"`vmap` cannot take {self.fn!r}, so its draws are evaluated in a loop: "
             f"{reason[0] if reason else type(error).__name__}",
             UserWarning,
-            stacklevel=_levels_to_the_user(),
+            stacklevel=levels_to_the_user(),
         )
 
-    def _outputs(self, draws: Draw, mechanism: Mechanism, seen: LargestBatched | None = None) -> Tensor:
-        if self.row_axes is None:
+    def _was_warned(self) -> bool:
+        owner = _owner(self.fn)
+        try:
+            with _tuners_lock:
+                is_known = owner in _warned
+                _warned.add(owner)
+        except TypeError:
+            return False
+        return is_known
+
+    def _outputs(
+        self, draws: Draw, mechanism: Mechanism, start: int, seen: LargestBatched | None = None
+    ) -> Tensor:
+        if self.tuner.row_axes is None:
             whole = merge(self.params, index(draws.leaves, 0)) if draws.effects else None
-            self.row_axes = [masks.find_rows(self.fn, whole, self.x) for masks in draws.effects]
+            self.tuner.row_axes = [masks.find_rows(self.fn, whole, self.x) for masks in draws.effects]
         if mechanism.kind == "loop":
-            outputs = [self._one(draw) for draw in unbind(draws)]
+            outputs = [self._alone(draw, start + i) for i, draw in enumerate(unbind(draws))]
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
         rules = Batching(mechanism.kind, seen)
 
@@ -276,10 +296,24 @@ class _Run:
             return vmap(one)(draws)
         return map_first_axis(one, draws, tensors(draws)[0].shape[0])
 
+    def _alone(self, draw: Draw, number: int) -> Tensor:
+        """One draw outside ``vmap``; what the model draws for itself is a function of the draw, too."""
+        tuner = self.tuner
+        if tuner.draws_globally is False:
+            return self._one(draw)
+        with forked(fold(fold(self.noise, "global"), number)):
+            before = torch.get_rng_state()
+            outputs = self._one(draw)
+            if not torch.equal(before, torch.get_rng_state()):
+                tuner.draws_globally = True
+            elif tuner.draws_globally is None:
+                tuner.draws_globally = False
+        return outputs
+
     def _one(self, draw: Draw) -> Tensor:
         fn = self.fn
         if draw.effects:
-            located = zip(draw.effects, self.row_axes or (), strict=True)
+            located = zip(draw.effects, self.tuner.row_axes or (), strict=True)
             fn = with_dropout(fn, [masks.at_rows(self.first_row, axes) for masks, axes in located])
         outputs = fn(merge(self.params, draw.leaves), self.x)
         if not isinstance(outputs, Tensor):
@@ -299,13 +333,9 @@ def _raise_mapping_threshold() -> None:
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8).fill_(0)
 
 
-def _levels_to_the_user() -> int:
-    """The ``stacklevel`` at which a warning names the line that called the package."""
-    package = os.path.dirname(__file__) + os.sep
-    frame, levels = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
-        frame, levels = frame.f_back, levels + 1
-    return levels
+def _owner(fn: Model) -> Any:
+    # A bound method is made anew at every access; its object lives as long as it matters.
+    return fn.__self__ if isinstance(fn, types.MethodType) else fn
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -325,5 +355,18 @@ def _has_images(x: Any) -> bool:
 
 
 def signature(tree: Any) -> tuple[Hashable, ...]:
-    """Structure, shapes, dtypes and devices of a tree."""
+    """Structure, shapes, dtypes and devices of a tree.
+
+    A function among the fields of a node counts as any other: it would keep what it refers to alive.
+    """
+    if dataclasses.is_dataclass(tree):
+        return type(tree), *(
+            _of_field(field, getattr(tree, field.name)) for field in dataclasses.fields(tree)
+        )
     return optree.tree_structure(tree), tuple((t.shape, t.dtype, t.device) for t in tensors(tree))
+
+
+def _of_field(field: dataclasses.Field[Any], value: Any) -> Hashable:
+    if not field.metadata.get("static", False):
+        return signature(value)
+    return "function" if callable(value) else value

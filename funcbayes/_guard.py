@@ -7,6 +7,7 @@ import optree
 from torch import Tensor, nn
 
 from ._functorch import is_concrete
+from ._tree import as_tree
 
 _MANAGED = frozenset(vars(nn.Module()))  # attributes that every module has
 
@@ -18,7 +19,13 @@ def is_of_torch(part: nn.Module) -> bool:
 
 def may_write_inputs(module: nn.Module) -> bool:
     """Whether a module could work in place on what it is given."""
-    return any(not is_of_torch(part) or getattr(part, "inplace", False) for part in module.modules())
+    return any(
+        not is_of_torch(part)
+        or getattr(part, "inplace", False)
+        or part._forward_pre_hooks
+        or part._forward_hooks
+        for part in module.modules()
+    )
 
 
 class Inputs:
@@ -29,7 +36,7 @@ class Inputs:
 
     def copied(self, x: Any) -> Any:
         """``x`` in containers of its own, with tensors of its own."""
-        leaves, structure = optree.tree_flatten(x)
+        leaves, structure = optree.tree_flatten(as_tree(x))
         return structure.unflatten([self._copy(i, leaf) for i, leaf in enumerate(leaves)])
 
     def _copy(self, i: int, leaf: Any) -> Any:
@@ -87,6 +94,7 @@ def _copied(value: Any, name: str = "") -> Any:
         return copy
     if type(value) is dict:
         return {key: _copied(entry) for key, entry in value.items()}
-    if type(value) in (list, tuple, set):
-        return type(value)(_copied(entry) for entry in value)
+    for container in (list, tuple, set):
+        if type(value) is container:
+            return container(_copied(entry) for entry in value)
     return value

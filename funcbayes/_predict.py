@@ -7,17 +7,17 @@ from typing import Any
 
 import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ._checks import check_model, positive_int
 from ._engine import evaluate, signature
 from ._functional import Model
 from ._functorch import is_inside_transform
 from ._prediction import Prediction, Streamed, Summary, concatenate
 from ._random import Seed, resolve_seed
-from ._tree import Fixed, Params, map_leaves, merge, missing_path, named_leaves, tensors
+from ._tree import Fixed, Params, as_tree, map_leaves, merge, missing_path, named_leaves, tensors
 from .likelihoods import Likelihood
-from .posteriors import Draw, Posterior
-from .posteriors._interface import check_num_samples
+from .posteriors import Draw, Posterior, to
 
 DEFAULT_NUM_SAMPLES = 32
 
@@ -157,13 +157,15 @@ def predict_batches(
     """
     _check_arguments(fn, posterior, likelihood, num_samples, chunk_size)
     seed, first_row, predictions = resolve_seed(seed), 0, []
+    device = next((t.device for t in tensors((params, posterior)) if t.is_floating_point()), None)
     for batch in _with_progress(batches, progress):
         if labelled and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise ValueError(
                 "`predict_batches(batches=...)` should yield pairs (x, y), got "
                 f"{type(batch).__name__}. For batches without labels: `labelled=False`."
             )
-        x, y = batch if labelled else (batch, None)
+        x, y = batch if labelled else (_only(batch), None)
+        x = to(x, device=device) if device is not None else x
         prediction = _predict(
             fn,
             params,
@@ -183,6 +185,11 @@ def predict_batches(
     if not predictions:
         raise ValueError("`predict_batches(batches=...)` should yield at least one batch, got none.")
     return concatenate(predictions)
+
+
+def _only(batch: Any) -> Any:
+    """What a loader of inputs alone wraps into a sequence of one."""
+    return batch[0] if isinstance(batch, list | tuple) and len(batch) == 1 else batch
 
 
 def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
@@ -209,12 +216,14 @@ def _predict(
     first_row: int = 0,
 ) -> Prediction:
     _check_arguments(fn, posterior, likelihood, num_samples, chunk_size)
+    params, x = as_tree(params), as_tree(x)
     if targets is not None and likelihood is None:
         raise ValueError("`predict(targets=...)` needs a likelihood: `predict(..., likelihood=...)`.")
     if dtype is not None:
         if not dtype.is_floating_point:
             raise ValueError(f"`predict(dtype=...)` should be a floating-point dtype, got {dtype}.")
         params, x = _cast(params, dtype), _cast(x, dtype)
+    seed = 0 if num_samples is None and posterior.atoms() is not None else resolve_seed(seed)
     weights, groups = _plan(posterior, num_samples, seed)
     collect = _Collector(weights, likelihood, targets, keep_samples)
     with nullcontext() if _wants_grad((params, posterior, x, likelihood)) else torch.no_grad():
@@ -222,7 +231,7 @@ def _predict(
             checked = _fitting(make_draws, params, dtype)
             key = (number, *signature(posterior), dtype)
             for part, outputs in evaluate(
-                fn, params, x, checked, len(positions), chunk_size, key=key, first_row=first_row
+                fn, params, x, checked, len(positions), chunk_size, key=key, noise=seed, first_row=first_row
             ):
                 collect.add(positions[part], outputs)
         return collect.prediction()
@@ -231,15 +240,7 @@ def _predict(
 def _check_arguments(
     fn: Any, posterior: Any, likelihood: Any, num_samples: Any, chunk_size: int | None
 ) -> None:
-    if isinstance(fn, nn.Module):
-        raise TypeError(
-            "`predict(fn, ...)` should be given a function of (params, x), got an nn.Module, "
-            f"{type(fn).__name__}. Wrap it with `fn, params = make_functional(module)`."
-        )
-    if not callable(fn):
-        raise TypeError(
-            f"`predict(fn, ...)` should be given a function of (params, x), got {type(fn).__name__}."
-        )
+    check_model(fn, "predict")
     if not isinstance(posterior, Posterior):
         raise TypeError(
             "`predict(fn, params, posterior, x)` should be given a posterior, got "
@@ -252,17 +253,15 @@ def _check_arguments(
             f"`likelihoods.Categorical()`, got {likelihood!r}."
         )
     if num_samples is not None:
-        check_num_samples(num_samples, "predict")
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(f"`predict(chunk_size=...)` should be an int of at least 1, got {chunk_size!r}.")
+        positive_int(num_samples, "predict(num_samples=...)")
+    if chunk_size is not None:
+        positive_int(chunk_size, "predict(chunk_size=...)")
 
 
 Group = tuple[Tensor, Callable[[Tensor], Draw]]
 
 
-def _plan(posterior: Posterior, num_samples: int | None, seed: Seed | None) -> tuple[Tensor, list[Group]]:
+def _plan(posterior: Posterior, num_samples: int | None, seed: Seed) -> tuple[Tensor, list[Group]]:
     """Weights of the draws, and for each group of one structure its positions and how to make them."""
     atoms = posterior.atoms() if num_samples is None else None
     if atoms is not None:
@@ -272,7 +271,7 @@ def _plan(posterior: Posterior, num_samples: int | None, seed: Seed | None) -> t
             (torch.arange(count), lambda part: draw if len(part) == count else _take(draw, part))
         ]
     count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
-    seed, indices = resolve_seed(seed), torch.arange(count)
+    indices = torch.arange(count)
 
     def group(positions: Tensor) -> Group:
         return positions, lambda part: posterior.draws(indices[positions[part]], seed)

@@ -186,7 +186,12 @@ def _noise_op() -> torch.library.CustomOpDef:
 def _register_noise_op() -> torch.library.CustomOpDef:
     # An operator, because only an operator can have a rule for vmap without the cost that an
     # autograd.Function has inside every transform. Made at first use: importing does no work.
-    @torch.library.custom_op("funcbayes::noise", mutates_args=())
+    # The schema is written out because torch 2.6 does not read Sequence[int].
+    @torch.library.custom_op(
+        "funcbayes::noise",
+        mutates_args=(),
+        schema="(Tensor key, SymInt[] shape, ScalarType dtype, Device device, bool gaussian) -> Tensor",
+    )
     def noise(
         key: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaussian: bool
     ) -> Tensor:

@@ -7,7 +7,7 @@ each class is registered with both, and no code flattens with one and rebuilds w
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import optree
@@ -235,6 +235,13 @@ def merge(base: Any, overlay: Any) -> Any:
     under, _, _, _ = optree.tree_flatten_one_level(base)
     over, metadata, _, unflatten = optree.tree_flatten_one_level(overlay)
     return unflatten(metadata, [merge(b, o) for b, o in zip(under, over, strict=True)])
+
+
+def as_tree(x: Any) -> Any:
+    """``x`` with mappings that are no dicts (a Hugging Face batch, say) as dicts, which transforms know."""
+    if isinstance(x, Tensor):
+        return x
+    return optree.tree_map(lambda leaf: as_tree(dict(leaf)) if isinstance(leaf, Mapping) else leaf, x)
 
 
 def tensors(tree: Any) -> list[Tensor]:

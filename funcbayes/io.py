@@ -85,8 +85,7 @@ def save(posterior: Any, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Any:
     """Read what :func:`save` wrote: the same tree, bit for bit.
 
-    No code from the file is run. Classes of your own, made with ``pytree_dataclass``, have to be imported
-    before.
+    No code from the file is run.
 
     Args:
         path: File to read.
@@ -205,7 +204,7 @@ def _refusal(value: Any, path: tuple[str, ...]) -> str:
             "a function: code has no form in a file. Leave it out, and give it again after loading."
         )
     if dataclasses.is_dataclass(value):
-        return message + f"a {type(value).__name__}: only classes made with `pytree_dataclass` have a form."
+        return message + f"a {type(value).__name__}: only classes of this package have a form."
     return message + (
         f"of type {type(value).__name__}. Posteriors, dicts, lists, tuples, tensors, numbers, strings, "
         "booleans and None have a form in a file; convert it to one of them."

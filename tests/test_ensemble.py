@@ -15,6 +15,7 @@ from funcbayes._intercept import Batching
 from funcbayes.ensemble import _fit, _together, member_seeds
 from funcbayes.ensemble._movers import _ELEMENTWISE, shared_movers
 from funcbayes.ensemble._together import _equal_parts
+from funcbayes.training._options import Options
 
 F64 = torch.float64
 K = 3
@@ -73,6 +74,19 @@ def lenet():
     return nn.Sequential(nn.Conv2d(1, 4, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2))
 
 
+class Written(nn.Module):
+    """Writes into what a convolution gave through a view of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 3, 3), nn.Linear(27, 2)
+
+    def forward(self, x):
+        h = self.conv(x)
+        h.view(h.shape[0], -1).mul_(2.0)
+        return self.head(h.relu().flatten(1))
+
+
 def mlp():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
 
@@ -86,6 +100,7 @@ MODELS = {
     "dropout": (dropped, (4,)),
     "conv": (ConvNet, (1, 5, 5)),
     "lenet": (lenet, (1, 5, 5)),
+    "written_through_view": (Written, (1, 5, 5)),
     "transformer": (Attentive, (6,)),
     "conv_average": (functools.partial(ConvNet, momentum=None), (1, 5, 5)),
 }
@@ -408,7 +423,7 @@ def test_elementwise_optimizers_move_stacked_leaves_as_they_would_alone(kind):
         return params["gain"] * (x @ params["w"] + params["b"])
 
     optimizer = functools.partial(kind, lr=0.01)
-    options = training.Options("fit", optimizer, 1)
+    options = Options("fit", optimizer, 1)
     assert shared_movers([leaf for _, leaf in sorted(members.items())], options).is_stacked
     x, y = classification((4,))
     # Members of very different scales would show a number that they share.
@@ -441,7 +456,7 @@ SEPARATE = {
 @pytest.mark.parametrize(("optimizer", "scheduler"), SEPARATE.values(), ids=SEPARATE.keys())
 def test_one_optimizer_a_member_where_sharing_might_differ(optimizer, scheduler):
     fn, members = start(mlp)
-    options = training.Options("fit", optimizer, 1, scheduler)
+    options = Options("fit", optimizer, 1, scheduler)
     assert not shared_movers([leaf for _, leaf in sorted(members.items())], options).is_stacked
     data = classification((4,))
     assert_each_is_as_if_alone(
@@ -606,6 +621,7 @@ def test_modules_trained_elsewhere_are_what_the_ensemble_predicts():
 net = mlp()
 MODULE_ERRORS = {
     "module": (lambda: fb.ensemble.init(net, 3), TypeError, "a function that builds a new module, got Seq"),
+    "fraction": (lambda: fb.ensemble.init(mlp, 2.5), TypeError, "`ensemble.init(num_members=...)` should be"),
     "none": (lambda: fb.ensemble.init(mlp, 0), ValueError, "(num_members=...)` should be at least 1, got 0."),
     "no modules": (lambda: fb.ensemble.from_modules([]), ValueError, "at least one module, got none"),
     "no module": (lambda: fb.ensemble.from_modules([net, 3]), TypeError, "be given modules, got int"),
@@ -648,7 +664,7 @@ FIT_ERRORS = {
     ),
     "scalars": ({"members": {"w": torch.tensor(1.0)}}, ValueError, "'w' has none"),
     "no members": ({"members": {}}, ValueError, "at least one leaf, got an empty tree"),
-    "chunk_size": ({"chunk_size": 0}, ValueError, "(chunk_size=...)` should be at least 1 or None, got 0."),
+    "chunk_size": ({"chunk_size": 0}, ValueError, "(chunk_size=...)` should be at least 1, got 0."),
     "num_epochs": ({"num_epochs": 0}, ValueError, "`ensemble.fit(num_epochs=...)` should be at least 1"),
     "module": ({"fn": net}, TypeError, "`ensemble.fit(fn, ...)` should be given a function of (params, x)"),
     "iterator": ({"data": iter([(x, y)])}, TypeError, "`ensemble.fit(data=...)` should be a re-iterable"),

@@ -191,6 +191,37 @@ class PlainCounter(nn.Module):
         return self.head(x) * self.calls + sum(self.seen)
 
 
+class PlainTensor(nn.Module):
+    """Writes into a tensor that is an attribute and no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+        self.total = torch.zeros(4, dtype=F64)
+        self.scales = [torch.ones(4, dtype=F64)]
+
+    def forward(self, x):
+        self.total += 1
+        self.scales[0].mul_(2)
+        return self.head(x) * self.scales[0] + self.total
+
+
+class PlainNest(nn.Module):
+    """Changes containers inside containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+        self.state: dict[str, Any] = {"seen": [], "inner": {"calls": 0}, "pair": ([1.0],)}
+
+    def forward(self, x):
+        self.state["seen"].append(1.0)
+        self.state["inner"]["calls"] += 1
+        self.state["pair"][0].append(2.0)
+        factor = self.state["inner"]["calls"] + sum(self.state["pair"][0])
+        return self.head(x) * factor + sum(self.state["seen"])
+
+
 class Hooked(nn.Module):
     def __init__(self):
         super().__init__()
@@ -610,7 +641,7 @@ def test_gradients_equal_those_of_the_module(case):
 
 
 # Without parameters there is nothing to follow.
-FOLLOWS = [k for k in MODULES if k not in ("batch_norm_no_affine", "batch_norm_untracked", "no_parameters")]
+FOLLOWS = [k for k in MODULES if k not in (*WITHOUT_PARAMETERS, "batch_norm_untracked")]
 
 
 @pytest.mark.parametrize("name", FOLLOWS)
@@ -903,7 +934,7 @@ def test_a_module_that_counts_in_a_buffer_begins_from_the_same_number_at_every_c
     assert (given["last"].tensor == 1).all()
 
 
-@pytest.mark.parametrize("make", [LazyCache, PlainCache, PlainCounter])
+@pytest.mark.parametrize("make", [LazyCache, PlainCache, PlainCounter, PlainTensor, PlainNest])
 def test_what_a_module_remembers_of_a_call_is_forgotten(make):
     torch.manual_seed(0)
     module = make().double()
@@ -916,6 +947,20 @@ def test_what_a_module_remembers_of_a_call_is_forgotten(make):
         torch.testing.assert_close(fn(other, x), expected[1])
         mapped = vmap(lambda p: fn(p, x))({k: torch.stack([v, other[k]]) for k, v in params.items()})
         torch.testing.assert_close(mapped, torch.stack(expected))
+
+
+@pytest.mark.parametrize("make", [PlainCounter, PlainTensor, PlainNest])
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+def test_what_a_module_remembers_of_a_draw_is_not_there_in_the_next(make, chunk_size):
+    torch.manual_seed(0)
+    module = make().double()
+    fn, params = fb.make_functional(module)
+    x = ROWS()
+    expected = torch.stack([reference(rescaled(module, 1 + k % 2), None, x) for k in range(6)])
+    ensemble = fb.Ensemble({k: torch.cat([v] * 3) for k, v in stacked(params, 2).items()})
+    for _ in range(3):
+        got = fb.predict(fn, None, ensemble, x, chunk_size=chunk_size)
+        torch.testing.assert_close(got.samples, expected)
 
 
 def test_a_table_that_grows_with_the_length_does_not_outlive_the_call():

@@ -675,6 +675,7 @@ REFUSALS = {
     "noise_negative": (lambda: Normal(tensor(1.0, -1.0)), ValueError, r"positive and finite, got a tensor"),
     "noise_nan": (lambda: Normal(math.nan), ValueError, "positive"),
     "noise_type": (lambda: Normal("0.1"), TypeError, "number or a tensor, got str"),
+    "noise_bool": (lambda: Normal(True), TypeError, r"`Normal\(noise_std=\.\.\.\)`.*got bool"),
     "noise_shape": (
         lambda: Normal(torch.ones(3)).log_prob(f2, f2),
         ValueError,

@@ -132,9 +132,9 @@ def test_each_label_of_a_bernoulli_is_a_choice_between_two_classes(name, shape, 
     assert_close(OF_CLASSES[name](prediction, y.to(dtype)), scalar(expected))
 
 
-def test_brier_equals_scikit_learns_unhalved_score():
+def test_brier_equals_the_sum_of_scikit_learns_scores_of_one_class_against_the_rest():
     probs, y = randn(50, 4).softmax(-1), labels(4, 50)
-    expected = brier_score_loss(y.numpy(), probs.numpy(), scale_by_half=False, labels=[0, 1, 2, 3])
+    expected = sum(brier_score_loss((y == k).numpy(), probs[:, k].numpy()) for k in range(4))
     assert_close(metrics.brier(probs, y), scalar(expected))
 
 
@@ -250,6 +250,32 @@ def test_nll_of_a_streamed_prediction_takes_the_targets_it_was_made_with():
     draws, y = randn(3, 6, 4), labels(4, 6)
     streamed = outputs_at_draws(draws, Categorical(), keep_samples=False, targets=y)
     assert_close(metrics.nll(streamed, y), metrics.nll(outputs_at_draws(draws, Categorical()), y))
+
+
+def test_nll_of_streamed_batches_takes_targets_equal_to_those_of_the_batches():
+    draws, y = randn(3, 6, 4), labels(4, 6)
+    posterior = fb.Ensemble({"f": draws})
+
+    def streamed(keep_samples):
+        batches = [(rows, y[rows]) for rows in torch.arange(6).split(4)]
+        return fb.predict_batches(
+            lambda p, rows: p["f"][rows],
+            None,
+            posterior,
+            batches,
+            likelihood=Categorical(),
+            keep_samples=keep_samples,
+        )
+
+    expected = metrics.nll(outputs_at_draws(draws, Categorical()), y)
+    for keep_samples in (True, False):
+        assert_close(metrics.nll(streamed(keep_samples), y.clone()), expected)
+    other = y.clone()
+    other[2] = (other[2] + 1) % 4
+    with pytest.raises(RuntimeError, match="keep_samples=False"):
+        metrics.nll(streamed(False), other)
+    with pytest.raises((RuntimeError, ValueError)):
+        metrics.nll(streamed(False), y[:5])
 
 
 @pytest.mark.parametrize("shape", [(30,), (10, 3)])

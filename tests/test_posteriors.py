@@ -384,7 +384,17 @@ ERRORS = {
         ValueError,
         r"'w' has shape \(4, 3\), not \(3,\)",
     ),
+    "density_where_a_variance_is_zero": (
+        lambda: Gaussian(
+            {"w": randn(3), "b": randn(2)},
+            Diagonal({"w": torch.tensor([1.0, 0.0, 1.0], dtype=F64), "b": torch.ones(2, dtype=F64)}),
+        ).log_prob({"w": randn(3), "b": randn(2)}),
+        ValueError,
+        "`log_prob.*'w'",
+    ),
     "no_members": (lambda: Ensemble({}), ValueError, "at least one leaf"),
+    "members_are_numbers": (lambda: Ensemble({"w": 1.0}), TypeError, r"`Ensemble\(members\)`.*'w'.*float"),
+    "point_is_numbers": (lambda: Point({"w": 1.0}), TypeError, r"`Point\(.*\)`.*'w'.*float"),
     "members_disagree": (
         lambda: Ensemble({"a": randn(3, 2), "b": randn(4)}),
         ValueError,
@@ -418,6 +428,8 @@ ERRORS = {
     "dropout_rate_1": (lambda: Dropout(rate=1.0), ValueError, r"inside \(0, 1\), got 1"),
     "dropout_rate_nan": (lambda: Dropout(rate=math.nan), ValueError, r"inside \(0, 1\), got nan"),
     "dropout_rate_negative": (lambda: Dropout(rate=-0.1), ValueError, r"inside \(0, 1\), got -0\.1"),
+    "dropout_rate_text": (lambda: Dropout(rate="0.1"), TypeError, r"`Dropout\(rate=\.\.\.\)`.*got str"),
+    "dropout_where_number": (lambda: Dropout(where=3), TypeError, r"`Dropout\(where=\.\.\.\)`.*got int"),
     "dropout_leaves": (lambda: Dropout().sample(3), TypeError, "hold no parameters.*predict"),
     "no_samples": (lambda: Point({"w": randn(1)}).sample(0), ValueError, "at least 1, got 0"),
     "negative_number_of_samples": (

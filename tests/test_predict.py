@@ -1,15 +1,20 @@
 """``predict``: every posterior through every model, against a loop over the draws."""
 
+import collections
 import copy
+import gc
 import threading
 import warnings
+import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
 from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +32,7 @@ from zoo import (
 )
 
 import funcbayes as fb
+from funcbayes import _engine
 from funcbayes.covariances import Diagonal
 from funcbayes.likelihoods import Categorical, Normal
 
@@ -67,6 +73,20 @@ def test_results_stay_right_while_the_engine_learns_which_mechanism_is_fastest(n
     for call in range(25):
         got = fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=3)
         assert_close(got.samples, expected, msg=saying(f"call {call}"))
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 6])
+@pytest.mark.parametrize("name", zoo.WRITTEN)
+def test_outputs_of_a_convolution_written_into_through_a_view_are_those_of_the_loop(name, num_rows):
+    model = MODELS[name]()
+    x = model.inputs(num_rows)
+    for posterior in (zoo.head_only(model), gaussian(model.params)):
+        expected = expected_samples(model, posterior, x, S, 3)
+        for chunk_size in (None, 1, 2, 3):
+            got = fb.predict(
+                model.fn, model.params, posterior, x, num_samples=S, seed=3, chunk_size=chunk_size
+            )
+            assert_close(got.samples, expected, msg=saying(f"chunk_size={chunk_size}"))
 
 
 @pytest.mark.parametrize("name", [*POSTERIORS, *zoo.WITH_FIXED, *zoo.DROPOUTS])
@@ -207,6 +227,15 @@ def test_a_tensor_seed_is_the_int_seed(name):
     assert_close(by_tensor, by_int)
 
 
+def test_seeds_and_numbers_of_numpy_are_taken_as_ints():
+    params, x = linear_params(), randn(5, 3)
+    posterior = gaussian(params)
+    expected = fb.predict(linear, params, posterior, x, num_samples=S, seed=3, chunk_size=2).samples
+    numbers = {"num_samples": np.int64(S), "seed": np.int64(3), "chunk_size": np.int64(2)}
+    assert torch.equal(fb.predict(linear, params, posterior, x, **numbers).samples, expected)
+    assert torch.equal(posterior.sample(S, seed=np.int64(3))["w"], posterior.sample(S, seed=3)["w"])
+
+
 @pytest.mark.parametrize("name", [*POSTERIORS, *zoo.DROPOUTS])
 def test_predictions_mapped_over_seeds_equal_a_loop_over_seeds(name):
     model = MODELS["mlp_dropout"]()
@@ -241,6 +270,72 @@ def test_an_ensemble_without_a_number_of_draws_uses_each_member_once_with_its_we
     assert_close(got.samples, each)
     assert_close(got.weights, zoo.WEIGHTS)
     assert_close(got.mean, torch.einsum("s,snc->nc", zoo.WEIGHTS, each))
+
+
+# Numbers that a model draws by itself.
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as common libraries of vision models write it."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.drop_prob = rate
+
+    def forward(self, x):
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
+        return x * kept
+
+
+class WithDropPath(nn.Module):
+    """Dropout in the first three columns, stochastic depth in the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.drop, self.path = nn.Linear(3, 3), nn.Dropout(0.5), DropPath(0.5)
+
+    def forward(self, x):
+        return torch.cat([self.drop(self.head(x)), self.path(torch.ones_like(x[:, :1]))], 1)
+
+
+class Noisy(nn.Module):
+    """Dropout in the first three columns, noise in evaluation mode in the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.drop = nn.Linear(3, 3), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return torch.cat([self.drop(self.head(x)), torch.rand(len(x), 1, dtype=x.dtype)], 1)
+
+
+DRAWING = {
+    "drop_path_with_dropout": (WithDropPath, lambda model: fb.Dropout()),
+    "noise_with_dropout": (Noisy, lambda model: fb.Dropout()),
+    "noise_with_weights": (Noisy, lambda model: gaussian(model.params)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize(("make", "of_model"), DRAWING.values(), ids=DRAWING.keys())
+def test_what_a_model_draws_by_itself_is_governed_by_the_seed_too(make, of_model, chunk_size):
+    model = zoo.from_module(make, zoo.rows(3), "head", drops=True)
+    posterior, x = of_model(model), model.inputs(30)
+
+    def samples(seed):
+        options = {"num_samples": 6, "seed": seed, "chunk_size": chunk_size}
+        return fb.predict(model.fn, model.params, posterior, x, **options).samples
+
+    state = torch.get_rng_state()
+    first, second, other = samples(0), samples(0), samples(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_close(second, first)
+    assert not torch.allclose(other[..., :3], first[..., :3])
+    own = first[..., 3]  # 30 numbers a draw
+    assert len({tuple(draw.tolist()) for draw in own}) == 6
 
 
 # Coverage.
@@ -353,6 +448,17 @@ def test_a_model_that_vmap_cannot_take_is_right_and_warned_of_at_most_once(name,
             )
             assert_close(got.samples, expected, msg=saying(f"chunk_size={chunk_size}"))
     assert len(caught) <= 1
+
+
+@pytest.mark.parametrize("name", LOOPED_MODELS)
+def test_a_loop_is_warned_of_once_a_model_and_not_once_a_shape(name):
+    model = LOOPED_MODELS[name][1]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for num_rows, num_samples in ((2, 3), (3, 3), (4, 5)):
+            x = model.inputs(num_rows)
+            fb.predict(model.fn, model.params, gaussian(model.params), x, num_samples=num_samples)
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -633,6 +739,46 @@ def test_predictions_mapped_over_a_stacked_posterior_equal_a_loop(name):
     assert_close(vmap(samples)(several), torch.stack([samples(first), samples(second)]))
 
 
+def test_a_streamed_log_density_can_be_differentiated_in_the_noise():
+    params, x, y = linear_params(), randn(5, 3), randn(5, 2, seed=4)
+    posterior, noise_std = gaussian(params), torch.tensor(0.3, dtype=F64, requires_grad=True)
+    draws = expected_samples(zoo.from_function(linear, params, None, "b"), posterior, x, S, 0)
+    by_hand = torch.distributions.Normal(draws, noise_std).log_prob(y).sum(-1).logsumexp(0).sum()
+    expected = torch.autograd.grad(by_hand, noise_std)
+    for keep_samples in (True, False):
+        options = {"num_samples": S, "seed": 0, "targets": y, "keep_samples": keep_samples}
+        prediction = fb.predict(linear, params, posterior, x, likelihood=Normal(noise_std), **options)
+        assert_close(torch.autograd.grad(prediction.log_prob().sum(), noise_std), expected)
+
+
+@pytest.mark.parametrize("keep_samples", [True, False])
+def test_a_statistic_looked_at_without_gradients_can_be_differentiated_afterwards(keep_samples):
+    x, mean, variance = closed_form_inputs()
+    leaf, y = mean.clone().requires_grad_(), randn(5, seed=4)
+
+    def statistics():
+        prediction = fb.predict(
+            inner_product,
+            None,
+            make_linear_posterior(leaf, variance),
+            x,
+            likelihood=Normal(0.3),
+            num_samples=S,
+            seed=0,
+            targets=y,
+            keep_samples=keep_samples,
+        )
+        return lambda: (prediction.variance.sum(), prediction.mean.sum(), prediction.log_prob().sum())
+
+    fresh, looked_at = statistics(), statistics()
+    with torch.no_grad():
+        before = looked_at()
+    for value, expected, seen in zip(looked_at(), fresh(), before, strict=True):
+        assert_close(seen, expected.detach())
+        got, gradient = (torch.autograd.grad(v, leaf, retain_graph=True) for v in (value, expected))
+        assert_close(got, gradient)
+
+
 # Batches and partial application.
 
 
@@ -670,6 +816,41 @@ def test_batches_without_a_likelihood_or_without_labels():
     assert_close(unlabelled.samples, whole)
     assert labelled.targets is None
     assert unlabelled.targets is None
+
+
+def test_batches_of_a_loader_without_labels_are_the_rows():
+    params, x = linear_params(), randn(11, 3)
+    posterior, options = gaussian(params), {"seed": 0, "num_samples": S}
+    got = fb.predict_batches(
+        linear, params, posterior, DataLoader(TensorDataset(x), batch_size=4), labelled=False, **options
+    )
+    assert_close(got.samples, fb.predict(linear, params, posterior, x, **options).samples)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "dropout", "dropout_shared_mask"])
+def test_inputs_in_a_mapping_that_is_no_dict_are_those_in_a_dict(name):
+    class Dropping(zoo.TextNet):
+        def forward(self, tokens, mask):
+            return F.dropout(super().forward(tokens, mask), 0.5, self.training or name != "gaussian")
+
+    model = zoo.from_module(Dropping, zoo.words, "head", drops=True, keywords=True)
+    posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(5)
+    for chunk_size in (None, 1, 3):
+        options = {"num_samples": S, "seed": 0, "chunk_size": chunk_size}
+        expected = fb.predict(model.fn, model.params, posterior, x, **options)
+        mapping = collections.UserDict(x)
+        got = fb.predict(model.fn, model.params, posterior, mapping, **options)
+        assert_close(got.samples, expected.samples)
+        assert mapping.data.keys() == x.keys()
+        narrow = {**options, "dtype": torch.float32}
+        got = fb.predict(model.fn, model.params, posterior, mapping, **narrow).samples
+        assert_close(got, fb.predict(model.fn, model.params, posterior, x, **narrow).samples)
+    batches = [collections.UserDict({k: v[rows] for k, v in x.items()}) for rows in (slice(3), slice(3, 5))]
+    got, expected = (
+        fb.predict_batches(model.fn, model.params, posterior, each, labelled=False, **options).samples
+        for each in (batches, [dict(batch) for batch in batches])
+    )
+    assert_close(got, expected)
 
 
 def test_batches_without_a_seed_have_the_same_draws():
@@ -747,6 +928,90 @@ def test_a_predictor_without_a_seed_uses_the_same_draws_every_time():
     assert_close(predict(x).samples, predict(x).samples)
 
 
+# Memory.
+
+
+class Watching(fb.Posterior):
+    """Draws of a weight; it counts those that are alive whenever more are asked for, with the new ones."""
+
+    def __init__(self):
+        self.made, self.alive = [], []
+
+    def draws(self, indices, seed):
+        leaf = torch.stack([randn(64, 64, seed=int(i)) for i in indices])
+        self.made.append((len(indices), StorageWeakRef(leaf.untyped_storage())))
+        self.alive.append(sum(number for number, storage in self.made if not storage.expired()))
+        return fb.Draw({"w": leaf})
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+def test_draws_of_one_chunk_are_gone_when_those_of_the_next_are_made(chunk_size):
+    def fn(params, x):
+        return torch.tanh(x @ params["w"])[:, :1]
+
+    num_rows = 5 if chunk_size else 4096  # 2 MB a draw: not all of them fit in one chunk
+    for _ in range(3):  # the first call learns
+        posterior = Watching()
+        fb.predict(
+            fn,
+            None,
+            posterior,
+            randn(num_rows, 64),
+            num_samples=20,
+            seed=0,
+            chunk_size=chunk_size,
+            keep_samples=False,
+        )
+        numbers = [number for number, _ in posterior.made]
+        assert sum(numbers) >= 20
+        assert max(posterior.alive) == max(numbers) < 20
+
+
+# What the engine remembers.
+
+
+def num_cells(fn):
+    return len(_engine._tuners.get(fn, ()))
+
+
+def dropping_model():
+    return fb.make_functional(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)))
+
+
+MANY = 150
+
+
+def test_a_new_predicate_at_every_call_does_not_make_the_memory_of_the_engine_grow():
+    fn, params = dropping_model()
+    for i in range(MANY):
+        posterior = fb.Dropout(where=lambda path, _, i=i: path == "1")
+        fb.predict(fn, params, posterior, torch.ones(2, 3), num_samples=2, seed=0)
+    assert num_cells(fn) <= MANY // 2
+
+
+def test_another_number_of_rows_at_every_call_does_not_make_the_memory_of_the_engine_grow():
+    fn, params = dropping_model()
+    for num_rows in range(1, MANY + 1):
+        fb.predict(fn, params, fb.Dropout(), torch.ones(num_rows, 3), num_samples=2, seed=0)
+    assert num_cells(fn) <= MANY // 2
+
+
+@pytest.mark.parametrize("refers", [False, True])
+def test_a_model_is_freed_even_if_a_predicate_refers_to_it(refers):
+    def predicted():
+        fn, params = dropping_model()
+        refer = (lambda path, _: fn is not None) if refers else (lambda path, _: True)
+        posterior = fb.Dropout(where=refer)
+        for chunk_size in (None, 2):
+            fb.predict(fn, params, posterior, torch.ones(2, 3), num_samples=4, chunk_size=chunk_size)
+        return weakref.ref(fn), weakref.ref(refer)
+
+    model, predicate = predicted()
+    gc.collect()
+    assert model() is None
+    assert predicate() is None
+
+
 # Copies and threads.
 
 
@@ -807,7 +1072,7 @@ ERRORS = [
     failing("int, got float", TypeError, "fraction of a draw", num_samples=2.5),
     failing("int, got bool", TypeError, "bool for a number of draws", num_samples=True),
     failing("chunk_size=.* at least 1, got 0", ValueError, "empty chunks", chunk_size=0),
-    failing("chunk_size=.* at least 1, got 1.5", ValueError, "fraction of a chunk", chunk_size=1.5),
+    failing("chunk_size=.* int, got float", TypeError, "fraction of a chunk", chunk_size=1.5),
     failing("funcbayes.likelihoods", TypeError, "likelihood is a name", likelihood="normal"),
     failing("funcbayes.likelihoods", TypeError, "likelihood is a class", likelihood=Categorical),
     failing("one tensor, got dict", TypeError, "model returns a dict", fn=lambda p, x: {"f": linear(p, x)}),

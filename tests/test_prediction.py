@@ -198,6 +198,19 @@ def test_streaming_in_chunks_gives_every_statistic_that_kept_samples_have(make, 
     assert_close(streamed.log_prob(y), kept.log_prob(y))
 
 
+@pytest.mark.parametrize(("keep_samples", "chunk_size"), [(True, None), (False, None), (False, 1)])
+@pytest.mark.parametrize("tiny", [1e-4, 1e-8, 1e-12])
+def test_the_spread_of_a_draw_of_tiny_weight_is_not_lost_in_single_precision(tiny, keep_samples, chunk_size):
+    samples = torch.stack([randn(5, 2), 3 + randn(5, 2, seed=1)]).float()
+    weights = torch.tensor([1 - tiny, tiny], dtype=F64)
+    prediction = predicted(samples, weights=weights, keep_samples=keep_samples, chunk_size=chunk_size)
+    exact, (w, v) = samples.double(), (weights[0], weights[1])
+    mean = w * exact[0] + v * exact[1]
+    spread = w * (exact[0] - mean) ** 2 + v * (exact[1] - mean) ** 2
+    expected = spread / (2 * w * v)  # 1 - w^2 - v^2, which would cancel
+    assert_close(prediction.epistemic_variance.double(), expected, rtol=1e-3, atol=0)
+
+
 def test_streamed_moments_do_not_cancel():
     samples = 1e8 + randn(S, 5)
     got = predicted(samples, keep_samples=False, chunk_size=2).variance

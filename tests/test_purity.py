@@ -1,5 +1,6 @@
 """No public call changes what it is given, nor anything else, whether it returns or raises."""
 
+import collections
 import contextlib
 import copy
 import functools
@@ -12,12 +13,14 @@ import optree
 import pytest
 import torch
 import zoo
+from matplotlib.figure import Figure
 from torch import nn
 from torch.testing import assert_close
 from zoo import MODELS, expected_samples, gaussian, randn
 
 import funcbayes as fb
-from funcbayes.likelihoods import Categorical
+from funcbayes import metrics, plots
+from funcbayes.likelihoods import Bernoulli, Categorical, HeteroscedasticNormal, Normal, Poisson
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
@@ -36,6 +39,11 @@ class World(NamedTuple):
     members: Any
     x: Any
     y: Any
+    outputs: Any
+    targets: Any
+    probs: Any
+    line: Any
+    noise_std: Any
     path: Any
 
 
@@ -64,8 +72,12 @@ def make_world(tmp_path) -> World:
     fn, params = fb.make_functional(module)
     members = zoo.members(params, 3)
     x, y = randn(NUM_ROWS, 2, 6, 6), torch.arange(NUM_ROWS) % 3
+    outputs, targets = randn(NUM_ROWS, 3, seed=3), randn(NUM_ROWS, 3, seed=4)
+    noise_std = torch.tensor(0.5, dtype=zoo.F64)
     return World(
-        module, fn, params, gaussian(params), fb.Ensemble(members), members, x, y, tmp_path / "p.safetensors"
+        *(module, fn, params, gaussian(params), fb.Ensemble(members), members, x, y),
+        *(outputs, targets, outputs.softmax(-1), randn(NUM_ROWS, 1, seed=5), noise_std),
+        tmp_path / "p.safetensors",
     )
 
 
@@ -181,64 +193,150 @@ CALLS: dict[str, Callable[[World, int | None], Any]] = {
     "sample_an_ensemble": lambda w, seed: w.ensemble.sample(4, seed=seed),
     "draws": lambda w, seed: w.posterior.draws(torch.arange(4), 0 if seed is None else seed),
     "moments": lambda w, seed: (w.ensemble.mean, w.ensemble.variance, w.posterior.variance),
+    "members": lambda w, seed: (w.ensemble.member(1), w.ensemble.num_members, w.ensemble.atoms()),
     "log_prob": lambda w, seed: w.posterior.log_prob(w.params),
+    "point": lambda w, seed: point(fb.Point(w.params)),
+    "covariance": lambda w, seed: covariance(w.posterior.covariance, w.params),
     "to": lambda w, seed: fb.to(w.posterior, dtype=torch.float32),
-}
-HAS_NO_SEED = {
-    *(
-        "make_functional",
-        "fn",
-        "predict_with_an_ensemble",
-        "draws",
-        "moments",
-        "log_prob",
-        "to",
-        "from_modules",
+    "quantiles": lambda w, seed: quantiles(numbers(w, seed)),
+    "quantiles_of_outputs": lambda w, seed: quantiles(
+        fb.predict(w.fn, w.params, w.posterior, w.x, num_samples=5, seed=seed)
     ),
-    *("save", "load", "refresh_batch_norm"),
+    "metrics_of_classes": lambda w, seed: metrics_of_classes(classes(w, seed), w.y),
+    "metrics_of_numbers": lambda w, seed: metrics_of_numbers(numbers(w, seed), w.targets),
+    "metrics_of_tensors": lambda w, seed: [
+        *(score(w.probs, w.y) for score in (metrics.accuracy, metrics.brier, metrics.ece)),
+        metrics.rmse(w.probs, w.targets),
+        metrics.ood_auroc(w.probs[:, 0], w.probs[:, 1]),
+    ],
+    "reliability_diagram": lambda w, seed: drawn(
+        lambda ax: plots.reliability_diagram(classes(w, seed), w.y, ax=ax)
+    ),
+    "entropy_histograms": lambda w, seed: drawn(
+        lambda ax: plots.entropy_histograms(classes(w, seed).entropy, w.probs[:, 0], ax=ax)
+    ),
+    "predictive_bands": lambda w, seed: drawn(
+        lambda ax: plots.predictive_bands(w.line, curve(w, seed), (w.line, w.targets[:, 0]), ax=ax)
+    ),
+    "training_fit": lambda w, seed: fb.training.fit(
+        w.fn, w.params, (w.x, w.y), Categorical(), optimizer=SGD, num_epochs=2, batch_size=3, seed=seed
+    ),
+    "training_fit_on_batches": lambda w, seed: fb.training.fit(
+        w.fn, w.params, batches(w), Categorical(), optimizer=SGD, num_epochs=2, seed=seed
+    ),
+    "ensemble_init": lambda w, seed: fb.ensemble.init(make_module, 2, seed=seed)[1],
+    "ensemble_fit": lambda w, seed: fb.ensemble.fit(
+        w.fn, w.members, (w.x, w.y), Categorical(), optimizer=SGD, num_epochs=2, batch_size=3, seed=seed
+    ),
+    "member_seeds": lambda w, seed: torch.tensor(fb.ensemble.member_seeds(0 if seed is None else seed, 3)),
+    "from_modules": lambda w, seed: fb.ensemble.from_modules([w.module, copy.deepcopy(w.module)])[1],
+    "save": lambda w, seed: fb.save(w.posterior, w.path),
+    "load": lambda w, seed: (fb.save(w.posterior, w.path), fb.load(w.path))[1],
+}
+CALLS |= {
+    f"likelihood_{name}": lambda w, seed, make=make: methods_of(make(w), seed)
+    for name, make in {
+        "categorical": lambda w: (Categorical(), w.outputs, w.y),
+        "bernoulli": lambda w: (Bernoulli(), w.outputs, (w.targets > 0).long()),
+        "normal": lambda w: (Normal(w.noise_std), w.outputs, w.targets),
+        "heteroscedastic": lambda w: (
+            HeteroscedasticNormal(), torch.cat([w.outputs, w.targets], -1), w.targets
+        ),
+        "poisson": lambda w: (Poisson(), w.outputs, w.targets.abs().round()),
+    }.items()
+}  # fmt: skip
+HAS_NO_SEED = {
+    *("make_functional", "fn", "predict_with_an_ensemble", "draws", "moments", "members", "log_prob"),
+    *("point", "covariance", "to", "metrics_of_tensors", "member_seeds", "from_modules", "save", "load"),
+    *(name for name in CALLS if name.startswith("likelihood_")),
 }
 
 
 def statistics(prediction, y):
-    names = ("mean", "variance", "epistemic_variance", "entropy", "mutual_information")
+    names = ("mean", "variance", "std", "epistemic_variance", "aleatoric_variance", "entropy")
     return [
-        *(getattr(prediction, name) for name in names),
+        *(getattr(prediction, name) for name in (*names, "expected_entropy", "mutual_information")),
         prediction.log_prob(y),
         prediction.distribution().log_prob(y),
     ]
 
 
-def add_calls_of_other_rooms():
-    """Calls of modules that build on the core, where they are there."""
-    with contextlib.suppress(ImportError):
-        from funcbayes import training
-
-        CALLS["training_fit"] = lambda w, seed: training.fit(
-            w.fn, w.params, (w.x, w.y), Categorical(), optimizer=SGD, num_epochs=2, batch_size=3, seed=seed
-        )
-        CALLS["training_fit_on_batches"] = lambda w, seed: training.fit(
-            w.fn, w.params, batches(w), Categorical(), optimizer=SGD, num_epochs=2, seed=seed
-        )
-    with contextlib.suppress(ImportError):
-        from funcbayes import ensemble
-
-        CALLS["ensemble_init"] = lambda w, seed: ensemble.init(make_module, 2, seed=seed)[1]
-        CALLS["ensemble_fit"] = lambda w, seed: ensemble.fit(
-            w.fn, w.members, (w.x, w.y), Categorical(), optimizer=SGD, num_epochs=2, batch_size=3, seed=seed
-        )
-        CALLS["from_modules"] = lambda w, seed: ensemble.from_modules([w.module, copy.deepcopy(w.module)])[1]
-    with contextlib.suppress(ImportError):
-        from funcbayes import io
-
-        def load(w, seed):
-            io.save(w.posterior, w.path)
-            return io.load(w.path)
-
-        CALLS["save"] = lambda w, seed: io.save(w.posterior, w.path)
-        CALLS["load"] = load
+def classes(w, seed):
+    return fb.predict(
+        w.fn, w.params, w.posterior, w.x, likelihood=Categorical(), num_samples=5, seed=seed, targets=w.y
+    )
 
 
-add_calls_of_other_rooms()
+def numbers(w, seed):
+    normal = Normal(w.noise_std)
+    return fb.predict(w.fn, w.params, w.posterior, w.x, likelihood=normal, num_samples=5, seed=seed)
+
+
+def quantiles(prediction):
+    found = [prediction.quantile(0.3), *prediction.interval(0.9)]
+    if prediction.likelihood is None:
+        return found
+    distribution = prediction.distribution()
+    return [*found, prediction.aleatoric_variance, distribution.mean, distribution.variance]
+
+
+def curve(w, seed):
+    return fb.predict(
+        lambda params, x: w.fn(params, x)[:, 0],
+        *(w.params, w.posterior, w.x),
+        likelihood=Normal(w.noise_std),
+        num_samples=5,
+        seed=seed,
+    )
+
+
+def metrics_of_classes(prediction, y):
+    scores = metrics.nll, metrics.accuracy, metrics.brier, metrics.ece
+    auroc = metrics.ood_auroc(prediction.entropy, prediction.mutual_information)
+    return [*(score(prediction, y) for score in scores), auroc]
+
+
+def metrics_of_numbers(prediction, y):
+    return metrics.nll(prediction, y), metrics.rmse(prediction, y)
+
+
+def drawn(draw):
+    """The numbers of the lines and bars that are drawn on an Axes."""
+    ax = draw(Figure().add_subplot())
+    lines = [torch.as_tensor(line.get_xydata()) for line in ax.get_lines()]
+    return [*lines, *(torch.tensor(patch.get_path().vertices) for patch in ax.patches)]
+
+
+def methods_of(case, seed):
+    """Everything that a likelihood can do."""
+    likelihood, outputs, y = case
+    generator = torch.Generator().manual_seed(0 if seed is None else seed)
+    likelihood.check(outputs, y)
+    found = [likelihood.log_prob(outputs, y), likelihood.log_likelihood(outputs, y)]
+    found += [likelihood.num_terms(outputs, y), likelihood.mean(outputs), likelihood.variance(outputs)]
+    found += [likelihood.sample(outputs, generator=generator, num_samples=2)]
+    found += [likelihood.fisher(outputs), likelihood.fisher(outputs, y=y), likelihood.fisher_sqrt(outputs)]
+    found += [likelihood.hessian(outputs, y), likelihood.distribution(outputs).log_prob(y.to(outputs.dtype))]
+    if likelihood.has_entropy:
+        found.append(likelihood.entropy(outputs))
+    if likelihood.is_discrete:
+        log_probs = likelihood.log_class_probs(outputs)
+        of_log_probs = (likelihood.mean_of_log_probs, likelihood.entropy_of_log_probs)
+        return [*found, log_probs, *(method(log_probs) for method in of_log_probs)]
+    return [*found, likelihood.cdf(outputs, y)]
+
+
+def point(posterior):
+    return posterior.mean, posterior.variance, posterior.atoms(), posterior.sample(3, seed=0)
+
+
+def covariance(covariance, vector):
+    return [
+        *(covariance.matvec(vector), covariance.solve(vector), covariance.diagonal(), covariance.logdet()),
+        *(covariance.quadratic_form(vector), covariance.deviations(torch.arange(3), 0)),
+    ]
+
+
 all_calls = pytest.mark.parametrize("name", CALLS)
 
 
@@ -342,6 +440,119 @@ def test_a_model_that_works_in_place_does_not_change_its_inputs(first, chunk_siz
     assert torch.equal(x, before)
     fn(params, x)
     assert torch.equal(x, before)
+
+
+class FillsGaps(nn.Module):
+    """Writes into its inputs where they have gaps."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        if x.isnan().any():
+            x[x.isnan()] = 0
+        return self.head(x)
+
+
+class DoublesSeveral(FillsGaps):
+    """Writes into inputs of more than one row."""
+
+    def forward(self, x):
+        if x.shape[0] > 1:
+            x.mul_(2)
+        return self.head(x)
+
+
+class DoublesAView(FillsGaps):
+    """Writes through a view, and by a function of torch, into inputs whose sum is positive."""
+
+    def forward(self, x):
+        if x.sum() > 0:
+            nn.functional.relu(x.view(-1), inplace=True)
+            x[1:].mul_(2)
+        return self.head(x)
+
+
+def hooked():
+    """No module of the user's, and still it writes: a hook does."""
+    module = nn.Linear(3, 2)
+    module.register_forward_pre_hook(lambda module, args: args[0].mul_(2) if len(args[0]) > 1 else None)
+    return module
+
+
+NAN = float("nan")
+# A module, inputs that it leaves alone, and inputs that it writes into.
+SOMETIMES_WRITING = {
+    "gaps": (FillsGaps, lambda: randn(5, 3), lambda: randn(5, 3).index_fill(1, torch.tensor(1), NAN)),
+    "several_rows": (DoublesSeveral, lambda: randn(1, 3), lambda: randn(4, 3)),
+    "view": (DoublesAView, lambda: -randn(4, 3).abs(), lambda: randn(4, 3).abs() - 0.1),
+    "hook": (hooked, lambda: randn(1, 3), lambda: randn(4, 3)),
+}
+sometimes_writing = pytest.mark.parametrize(
+    ("make", "left_alone", "written"), SOMETIMES_WRITING.values(), ids=SOMETIMES_WRITING.keys()
+)
+
+
+def same(x, before):
+    return x._version == 0 and torch.equal(x.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("first", ["left_alone", "written"])
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@sometimes_writing
+def test_inputs_that_a_module_writes_into_only_sometimes_never_change(
+    make, left_alone, written, chunk_size, first
+):
+    module = make().double()
+    fn, params = fb.make_functional(module)
+    inputs = [left_alone(), written()] if first == "left_alone" else [written(), left_alone()]
+    for _ in range(3):
+        for x in inputs:
+            before, expected = x.clone(), module(x.clone()).detach()
+            assert_close(fn(params, x), expected)
+            assert same(x, before)
+            members = fb.Ensemble({k: torch.stack([v] * 4) for k, v in params.items()})
+            got = fb.predict(fn, None, members, x, chunk_size=chunk_size)
+            assert same(x, before)
+            assert_close(got.samples, expected.expand(4, *expected.shape))
+
+
+def popping(module, x):
+    h = x.pop("x") * x.pop("mask")
+    x["new"] = 1
+    x["rest"]["list"].append(h)
+    return module(h + x["rest"]["list"][0])
+
+
+class Popping(FillsGaps):
+    def forward(self, x):
+        return popping(self.head, x)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+@pytest.mark.parametrize("wrap", [dict, collections.OrderedDict, collections.UserDict])
+@pytest.mark.parametrize("by_call", [False, True])
+def test_a_module_that_takes_keys_out_of_its_inputs_leaves_those_of_the_user(by_call, wrap, chunk_size):
+    module = FillsGaps().double() if by_call else Popping().double()
+    fn, params = fb.make_functional(module, call=popping if by_call else None)
+    tensors = {"x": randn(5, 3), "mask": randn(5, 3, seed=1), "shift": randn(5, 3, seed=2)}
+    rest = wrap({"list": [tensors["shift"]]})
+    x = wrap({"x": tensors["x"], "mask": tensors["mask"], "rest": rest})
+    expected = module.head(tensors["x"] * tensors["mask"] + tensors["shift"]).detach()
+    posterior = fb.Ensemble({k: torch.stack([v] * 4) for k, v in params.items()})
+    for _ in range(3):
+        assert_close(fn(params, x), expected)
+        got = fb.predict(fn, None, posterior, x, chunk_size=chunk_size).samples
+        assert_close(got, expected.expand(4, 5, 2))
+        assert type(x) is type(rest) is wrap
+        assert list(x) == ["x", "mask", "rest"]
+        assert x["rest"] is rest
+        assert len(rest["list"]) == 1
+        assert all(one is other for one, other in zip(
+            (x["x"], x["mask"], rest["list"][0]), tensors.values(), strict=True
+        ))  # fmt: skip
+        assert all(t._version == 0 for t in tensors.values())
 
 
 def test_a_module_that_writes_into_its_buffers_leaves_no_trace():
@@ -462,6 +673,17 @@ def at_once(call, num_threads=8, times=3):
     return found
 
 
+def labelled(model, i):
+    x = model.inputs(4 + i % 2)
+    labels = model.run(model.params, x).detach()[..., 0] > 0
+    return x, labels.long()
+
+
+def descent(i):
+    return {"optimizer": SGD, "num_epochs": 1, "batch_size": 3, "seed": i}
+
+
+MIXED = ("fn", "weights", "training_fit", "dropout", "ensemble_fit", "ensemble_init")
 THREADED = {
     "fn": lambda m, i: m.fn(zoo.shifted(m.params, zoo.randn_like(m.params, i)), m.inputs(1 + i)),
     "weights": lambda m, i: (
@@ -472,7 +694,12 @@ THREADED = {
     "dropout": lambda m, i: (
         fb.predict(m.fn, m.params, fb.Dropout(), m.inputs(1 + i), num_samples=5, seed=i).samples
     ),
-    "mixed": lambda m, i: THREADED[("fn", "weights", "dropout")[i % 3]](m, i),
+    "training_fit": lambda m, i: fb.training.fit(m.fn, m.params, labelled(m, i), Categorical(), **descent(i)),
+    "ensemble_fit": lambda m, i: (
+        fb.ensemble.fit(m.fn, zoo.members(m.params, 2), labelled(m, i), Categorical(), **descent(i)).members
+    ),
+    "ensemble_init": lambda m, i: fb.ensemble.init(make_module, 1 + i % 3, seed=i)[1],
+    "mixed": lambda m, i: THREADED[MIXED[i % len(MIXED)]](m, i),
     "with_gradients": lambda m, i: torch.autograd.grad(
         fb.predict(
             m.fn,
@@ -495,7 +722,7 @@ def test_eight_threads_on_one_function_find_what_one_finds(name, call):
     for found, value in zip(at_once(functools.partial(call, model)), expected, strict=True):
         assert not isinstance(found, Exception), found
         for one in found:
-            assert_close(one, value)
+            assert_close_trees(one, value)
 
 
 def test_a_mode_of_one_thread_does_not_reach_another():
@@ -513,3 +740,51 @@ def test_a_mode_of_one_thread_does_not_reach_another():
         assert not isinstance(found, Exception), found
         for one in found:
             assert_close(one, expected)
+
+
+@sometimes_writing
+def test_inputs_that_a_module_writes_into_only_sometimes_never_change_in_any_thread(
+    make, left_alone, written
+):
+    fn, params = fb.make_functional(make().double())
+    members = fb.Ensemble({k: torch.stack([v] * 4) for k, v in params.items()})
+    inputs = [left_alone(), written()]  # shared by the threads
+    before, expected = [x.clone() for x in inputs], [fn(params, x.clone()) for x in inputs]
+    fn, _ = fb.make_functional(make().double())
+
+    def call(i):
+        x = inputs[i % 2]
+        return fn(params, x) if i < 4 else fb.predict(fn, None, members, x).samples[-1]
+
+    for i, found in enumerate(at_once(call, times=5)):
+        assert not isinstance(found, Exception), found
+        for one in found:
+            assert_close(one, expected[i % 2])
+    assert all(same(x, b) for x, b in zip(inputs, before, strict=True))
+
+
+def test_members_do_not_depend_on_seeds_that_another_thread_draws_meanwhile():
+    fn, params = fb.make_functional(nn.Linear(3, 2))
+    started, drawn = threading.Event(), threading.Event()
+
+    def make():
+        first = nn.Linear(3, 4)
+        started.set()
+        drawn.wait(0.2)  # the other thread either draws now or is made to wait
+        return nn.Sequential(first, nn.Linear(4, 2))
+
+    def predict():
+        started.wait()
+        fb.predict(fn, params, gaussian(params), torch.ones(2, 3), num_samples=3)
+        drawn.set()
+
+    drawn.set()
+    _, expected = fb.ensemble.init(make, 3, seed=0)
+    started.clear()
+    drawn.clear()
+    thread = threading.Thread(target=predict)
+    thread.start()
+    _, members = fb.ensemble.init(make, 3, seed=0)
+    thread.join()
+    for name, value in expected.items():
+        assert torch.equal(members[name], value)

@@ -1,6 +1,8 @@
+import collections
 import functools
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -73,6 +75,31 @@ def test_a_loader_counts_the_rows_of_its_sampler(drop_last):
     loader = DataLoader(TensorDataset(x, y), batch_size=12, drop_last=drop_last)
     got = fit(data=loader, prior_precision=2.0)
     torch.testing.assert_close(got["w"], fit(data=(x, y), prior_precision=2.0)["w"])
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_inputs_in_a_mapping_that_is_no_dict_are_those_in_a_dict(batch_size):
+    x, y = regression()
+    inputs = {"left": x[:, :1], "right": x[:, 1:]}
+
+    def joined(params, x):
+        return linear(params, torch.cat([x["left"], x["right"]], -1))
+
+    options = {"num_epochs": 3, "batch_size": batch_size}
+    expected = fit(data=(x, y), **options)["w"]
+    got = fit(joined, data=(collections.UserDict(inputs), y), **options)["w"]
+    torch.testing.assert_close(got, expected)
+    batches = [
+        (collections.UserDict({k: v[rows] for k, v in inputs.items()}), y[rows])
+        for rows in torch.arange(len(x)).split(5)
+    ]
+    plain = [(x[rows], y[rows]) for rows in torch.arange(len(x)).split(5)]
+    torch.testing.assert_close(fit(joined, data=batches)["w"], fit(data=plain)["w"])
+
+
+def test_numbers_of_numpy_are_taken_as_ints():
+    got = fit(seed=np.int64(3), batch_size=np.int64(5), num_epochs=np.int64(2))
+    torch.testing.assert_close(got, fit(seed=3, batch_size=5, num_epochs=2), rtol=0, atol=0)
 
 
 def test_batches_cover_every_row_once_an_epoch_and_keep_the_last_one():
@@ -394,13 +421,21 @@ class Once:
 x, y = regression()
 ERRORS = {
     "num_epochs": ({"num_epochs": 0}, ValueError, "(num_epochs=...)` should be at least 1, got 0."),
+    "fraction of an epoch": ({"num_epochs": 1.5}, TypeError, "`training.fit(num_epochs=...)` should be"),
+    "loss": (
+        {"likelihood": nn.CrossEntropyLoss()}, TypeError, "`training.fit(likelihood)` should be one of"
+    ),
+    "likelihood class": (
+        {"likelihood": fb.likelihoods.Categorical}, TypeError, "`training.fit(likelihood)` should be one of"
+    ),
+    "text for a number": ({"batch_size": "4"}, TypeError, "`training.fit(batch_size=...)` should be"),
     "batch_size": ({"batch_size": 0}, ValueError, "(batch_size=...)` should be at least 1, got 0."),
     "loader with batch_size": ({"data": [(x, y)], "batch_size": 4}, ValueError, "should be left out"),
     "prior": ({"prior_precision": -1.0}, ValueError, "at least 0 and finite, got -1.0."),
     "num_data": ({"num_data": 0}, ValueError, "(num_data=...)` should be at least 1"),
     "grad norm": ({"max_grad_norm": 0.0}, ValueError, "positive or None, got 0.0."),
     "interval": ({"scheduler_interval": "batch"}, ValueError, "'epoch' or 'step', got 'batch'"),
-    "module": ({"fn": nn.Linear(3, 1)}, TypeError, "got an nn.Module. Wrap it with `fn, params ="),
+    "module": ({"fn": nn.Linear(3, 1)}, TypeError, "got an nn.Module, Linear. Wrap it with `fn, params ="),
     "no function": ({"fn": 3}, TypeError, "function of (params, x), got int"),
     "iterator": ({"data": iter([(x, y)])}, TypeError, "got list_iterator, which can be gone through once"),
     "generator": ({"data": (b for b in [(x, y)])}, TypeError, "Write `list(data)`"),

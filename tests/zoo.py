@@ -242,6 +242,29 @@ class Viewing(nn.Module):
         return self.head(h.view(h.size(0), -1))
 
 
+class Written(nn.Module):
+    """Writes into the outputs of a convolution through what ``flat`` makes of them."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 2)
+        self.flat = flat
+
+    def forward(self, x):
+        h = self.first(x)
+        self.flat(h).mul_(2.0)
+        h = self.head(F.relu(h))
+        self.flat(h).add_(1.0)
+        return h
+
+
+WRITTEN = {
+    "conv_written_through_view": lambda h: h.view(h.shape[0], -1),
+    "conv_written_through_flatten": lambda h: h.flatten(1),
+    "conv_written_through_reshape": lambda h: h.reshape(h.shape[0], -1),
+}
+
+
 def grouped_conv_net():
     first = nn.Conv2d(4, 8, 3, groups=2, padding="same")
     return nn.Sequential(
@@ -266,6 +289,10 @@ MODELS: dict[str, Callable[[], Model]] = {
     "mlp": lambda: from_module(mlp, rows(3), "4"),
     "conv": lambda: from_module(conv_net, rows(2, 9, 8), "6"),
     "conv_view": lambda: from_module(Viewing, rows(2, 6, 6), "head"),
+    **{
+        name: lambda flat=flat: from_module(lambda: Written(flat), rows(2, 6, 5), "head")
+        for name, flat in WRITTEN.items()
+    },
     "conv_grouped": lambda: from_module(grouped_conv_net, rows(4, 6, 6), "4"),
     "conv_1d": lambda: from_module(signal_net, rows(2, 6), "4"),
     "residual": lambda: from_module(residual_net, rows(2, 8, 8), "7"),

@@ -6,23 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._checks import check_model, positive_int
 from .._functional import Model
 from .._random import resolve_seed
 from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of
 from ..likelihoods import Likelihood
 from ..posteriors import Ensemble
-from ..training import (
-    Callback,
-    Data,
-    Interval,
-    MakeOptimizer,
-    MakeScheduler,
-    MapObjective,
-    Options,
-    check_model,
-    minimize,
-    open_data,
-)
+from ..training._data import Data, open_data
+from ..training._loop import minimize
+from ..training._objective import MapObjective
+from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
 from ._members import member_seeds
 from ._movers import shared_movers
 from ._together import Together
@@ -119,8 +112,8 @@ def fit(
     )
     check_model(fn, options.call)
     num_members = _check_members(members)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"`ensemble.fit(chunk_size=...)` should be at least 1 or None, got {chunk_size}.")
+    if chunk_size is not None:
+        chunk_size = positive_int(chunk_size, "ensemble.fit(chunk_size=...)")
     source = open_data(
         data, batch_size=batch_size, num_streams=1 if share_batches else num_members, call=options.call
     )

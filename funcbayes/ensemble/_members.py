@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .._checks import positive_int
 from .._functional import FunctionalModule, make_functional
 from .._random import fold, forked, resolve_seed
 from .._tree import Fixed, Params, difference, stack
@@ -63,8 +64,7 @@ def init(
             "`ensemble.init(make_module, ...)` should be given a function that builds a new module, got "
             f"{type(make_module).__name__}. Write `lambda: Net(...)`."
         )
-    if num_members < 1:
-        raise ValueError(f"`ensemble.init(num_members=...)` should be at least 1, got {num_members}.")
+    num_members = positive_int(num_members, "ensemble.init(num_members=...)")
     modules = []
     for member_seed in member_seeds(int(resolve_seed(seed)), num_members):
         with forked(member_seed):

@@ -14,7 +14,9 @@ from torch.func import vmap
 from .._intercept import Batching, LargestBatched
 from .._random import fold
 from .._tree import Params, index, merge, named_leaves, select
-from ..training import Batch, Networks, RaggedBatch, one_by_one
+from .._warning import levels_to_the_user
+from ..training._batch import Batch, RaggedBatch
+from ..training._networks import Networks, one_by_one
 
 # Bytes of the largest intermediate, over the members of one pass. Beyond it buffers fall out of the
 # cache, and fewer members at a time are faster; two still pay where one buffer is larger.
@@ -39,6 +41,7 @@ class Together:
         self.chunk_size = chunk_size
         self._parts: list[slice] | None = None  # which members together, once it is known
         self._loops = chunk_size == 1
+        self._plain = False  # without batching rules
 
     def __call__(
         self, networks: Networks, leaves: list[Tensor], batch: Batch | RaggedBatch
@@ -52,7 +55,7 @@ class Together:
         if self._parts is None:
             self._choose(networks, leaves, batch)
             return self(networks, leaves, batch)
-        found = [_vmapped(networks, leaves, batch, part) for part in self._parts]
+        found = [_vmapped(networks, leaves, batch, part, self._plain) for part in self._parts]
         losses, grads, varying, commons = zip(*found, strict=True)
         networks.fixed.put_stacked(optree.tree_map(_concatenated, *varying), commons[-1])
         return _concatenated(*losses), [_concatenated(*of_leaf) for of_leaf in zip(*grads, strict=True)]
@@ -63,13 +66,17 @@ class Together:
         try:
             if networks.draws_globally:
                 raise RuntimeError("it draws from torch's global random state")
-            _vmapped(networks, leaves, batch, slice(0, 1), seen)
+            try:
+                _vmapped(networks, leaves, batch, slice(0, 1), self._plain, seen)
+            except Exception:  # a batching rule may stand in the model's way
+                self._plain = True
+                _vmapped(networks, leaves, batch, slice(0, 1), self._plain, seen)
         except Exception as error:  # whatever it is, a loop that works is an answer
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(
                 "`ensemble.fit` trains the members one by one, because `vmap` cannot take the model: "
                 f"{reason}",
-                stacklevel=7,
+                stacklevel=levels_to_the_user(),
             )
             self._loops = True
         num, size = networks.num_members, self.chunk_size
@@ -93,6 +100,7 @@ def _vmapped(
     leaves: list[Tensor],
     batch: Batch,
     part: slice,
+    plain: bool,
     seen: LargestBatched | None = None,
 ) -> tuple[Tensor, Sequence[Any], Params, Params]:
     """Losses and gradients of some members, and their fixed values afterwards."""
@@ -102,7 +110,7 @@ def _vmapped(
         batch, keys = batch.part(part), keys[part]
         held, varying = index(held, part), index(varying, part)
     own = [leaf[part].detach().requires_grad_() for leaf in leaves]
-    rules = Batching("channels_last" if batch.rows >= 4 else "rows_first", seen)
+    rules = Batching("vmap" if plain else "channels_last" if batch.rows >= 4 else "rows_first", seen)
     one = functools.partial(_loss_of_one, networks, rules, batch.spec, frozenset(named_leaves(common)))
     dims: Any = (0, 0, None)  # torch's annotation leaves None out
     with torch.enable_grad():

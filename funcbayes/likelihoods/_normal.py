@@ -35,7 +35,7 @@ class Normal(Likelihood):
     def __post_init__(self) -> None:
         """Refuse a scale that is not positive."""
         noise_std = self.noise_std
-        if not isinstance(noise_std, Tensor | float | int):
+        if isinstance(noise_std, bool) or not isinstance(noise_std, Tensor | float | int):
             raise TypeError(
                 f"`Normal(noise_std=...)` should be a number or a tensor, got {type(noise_std).__name__}."
             )

@@ -33,7 +33,8 @@ def allocate(indices: Tensor, weights: Tensor | None, num_choices: int, site: Se
         return order.gather(1, (indices % num_choices)[:, None])[:, 0]
     hashed = fold(torch.as_tensor(site), torch.arange(2))
     shift = (hashed[0] & ((1 << 52) - 1)).double() / (1 << 52)
-    step = torch.tensor(_STEPS, dtype=torch.float64)[hashed[1] % len(_STEPS)]
+    # Indexed by a tensor of one entry, because torch 2.9 asks an index without axes for its value.
+    step = torch.tensor(_STEPS, dtype=torch.float64)[hashed[1:] % len(_STEPS)]
     position = (shift + step * indices) % 1.0
     ends = weights.detach().double().cpu().cumsum(0)
     return (position[:, None] >= ends / ends[-1]).sum(1).clamp_max(num_choices - 1)

@@ -1,6 +1,7 @@
 """MC dropout: the model's own dropout as a posterior."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -44,6 +45,13 @@ class Dropout(Posterior):
     shared_mask: bool = static(default=False)
 
     def __post_init__(self) -> None:
+        if self.rate is not None and (isinstance(self.rate, bool) or not isinstance(self.rate, float | int)):
+            raise TypeError(f"`Dropout(rate=...)` should be a number, got {type(self.rate).__name__}.")
+        if self.where is not None and not callable(self.where) and not isinstance(self.where, Sequence):
+            raise TypeError(
+                "`Dropout(where=...)` should be a glob, a sequence of globs or a predicate, got "
+                f"{type(self.where).__name__}."
+            )
         if self.rate is not None and not (math.isfinite(self.rate) and 0 < self.rate < 1):
             raise ValueError(
                 f"`Dropout(rate=...)` should be inside (0, 1), got {self.rate}. "

@@ -18,7 +18,7 @@ from .._tree import (
     tensors,
 )
 from ._allocation import allocate
-from ._interface import Draw, Posterior
+from ._interface import Draw, Posterior, check_tensors
 
 
 @pytree_dataclass
@@ -48,6 +48,7 @@ class Ensemble(Posterior):
     has_equal_weights: bool = static(default=False, init=False)
 
     def __post_init__(self) -> None:
+        check_tensors(self.members, "Ensemble(members)")
         sizes = {name: t.shape[0] if t.ndim else None for name, t in _tensors(self.members).items()}
         if not sizes:
             raise ValueError("`Ensemble(members)` should have at least one leaf, got an empty tree.")

@@ -1,14 +1,14 @@
 """What a posterior is: something that can be sampled, one numbered draw at a time."""
 
-import operator
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._checks import positive_int
 from .._random import Seed, resolve_seed
-from .._tree import Params, named_leaves, pytree_dataclass
+from .._tree import Fixed, Params, named_leaves, pytree_dataclass
 
 
 @pytree_dataclass
@@ -78,7 +78,7 @@ class Posterior(ABC):
             ValueError: If ``num_samples`` is below 1.
             TypeError: If leaves alone do not say what a draw is, as for dropout.
         """
-        num_samples = check_num_samples(num_samples, "sample")
+        num_samples = positive_int(num_samples, "sample(num_samples=...)")
         draw = self.draws(torch.arange(num_samples), resolve_seed(seed))
         if draw.effects and not named_leaves(draw.leaves):
             raise TypeError(
@@ -88,10 +88,11 @@ class Posterior(ABC):
         return draw.leaves
 
 
-def check_num_samples(num_samples: Any, call: str) -> int:
-    """A number of draws as an int; refused if it is not a positive integer."""
-    if isinstance(num_samples, bool) or not hasattr(num_samples, "__index__"):
-        raise TypeError(f"`{call}(num_samples=...)` should be an int, got {type(num_samples).__name__}.")
-    if num_samples < 1:
-        raise ValueError(f"`{call}(num_samples=...)` should be at least 1, got {num_samples}.")
-    return operator.index(num_samples)
+def check_tensors(tree: Params, call: str) -> None:
+    """Refuse leaves that are no tensors."""
+    for name, leaf in named_leaves(tree).items():
+        if not isinstance(leaf, Tensor | Fixed):
+            raise TypeError(
+                f"`{call}` should have tensors as leaves; {name!r} is {type(leaf).__name__}. "
+                "Write `torch.as_tensor(value)`."
+            )

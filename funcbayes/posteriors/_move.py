@@ -1,6 +1,6 @@
 """Moving posteriors between devices and dtypes."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ def to(posterior: _T, *, device: torch.device | str | None = None, dtype: torch.
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"`to(dtype=...)` should be a floating-point dtype, got {dtype}.")
 
-    def move(leaf: Tensor) -> Tensor:
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
         return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
 
     return map_leaves(move, posterior)

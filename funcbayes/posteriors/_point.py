@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._random import Seed
 from .._tree import Params, map_leaves, named_leaves, parameters_of, pytree_dataclass, select
-from ._interface import Draw, Posterior
+from ._interface import Draw, Posterior, check_tensors
 
 
 @pytree_dataclass
@@ -26,6 +26,7 @@ class Point(Posterior):
     def __post_init__(self) -> None:
         if not named_leaves(self.params):
             raise ValueError("`Point(params)` should have at least one leaf, got an empty tree.")
+        check_tensors(self.params, "Point(params)")
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
         """The value, repeated without copying."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from .._checks import positive_int
 from .._random import fold, permutation
-from .._tree import num_rows
+from .._tree import as_tree, num_rows
 from ._batch import Batch, RaggedBatch, ready
 from ._loader import Loader
 
@@ -89,8 +90,9 @@ class _Tensors:
                 f"`{call}(data=(x, y))` should hold tensors, got {type(y).__name__} for y. "
                 "Write `torch.as_tensor(y)`."
             )
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"`{call}(batch_size=...)` should be at least 1, got {batch_size}.")
+        if batch_size is not None:
+            batch_size = positive_int(batch_size, f"{call}(batch_size=...)")
+        x = as_tree(x)
         self.n = _common_rows(x, y, call)
         self.batch_size = self.n if batch_size is None else min(batch_size, self.n)
         pair: Any = (x, y)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._checks import check_model
 from .._functional import Model
 from .._random import resolve_seed
 from .._tree import Params, Where, index, map_leaves
@@ -111,16 +112,3 @@ def _with_member_axis(leaf: Any) -> Any:
 
 def _for_one(callback: Callback) -> Callback:
     return lambda epoch, losses, members: callback(epoch, losses.item(), index(members, 0))
-
-
-def check_model(fn: Any, call: str) -> None:
-    """Refuse what is not a pure function."""
-    if isinstance(fn, nn.Module):
-        raise TypeError(
-            f"`{call}(fn, ...)` should be given a function of (params, x), got an nn.Module. "
-            "Wrap it with `fn, params = make_functional(module)`."
-        )
-    if not callable(fn):
-        raise TypeError(
-            f"`{call}(fn, ...)` should be given a function of (params, x), got {type(fn).__name__}."
-        )

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from .. import _random
 from .._random import fold
-from .._tree import num_rows
+from .._tree import as_tree, num_rows
 from ._batch import Batch, Pair, RaggedBatch, flat, stacked
 
 
@@ -120,7 +120,7 @@ def _as_pair(batch: Any, call: str) -> Pair:
             f"`{call}(data=...)` should give batches (x, y) with a tensor y, got {shown}. "
             "Two tensors that hold all rows are written as a tuple, `data=(x, y)`."
         )
-    x, y = batch
+    x, y = as_tree(batch[0]), batch[1]
     rows = num_rows(x)
     if y.ndim == 0 or (rows is not None and rows != y.shape[0]):
         raise ValueError(

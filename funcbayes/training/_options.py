@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .._checks import positive_int
 from .._tree import Params
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
@@ -36,8 +37,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
-        if self.num_epochs < 1:
-            raise ValueError(f"`{self.call}(num_epochs=...)` should be at least 1, got {self.num_epochs}.")
+        positive_int(self.num_epochs, f"{self.call}(num_epochs=...)")
         if self.scheduler_interval not in ("epoch", "step"):
             raise ValueError(
                 f"`{self.call}(scheduler_interval=...)` should be 'epoch' or 'step', "

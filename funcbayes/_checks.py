@@ -1,0 +1,33 @@
+"""Checks of arguments that many public functions take."""
+
+import operator
+from typing import Any
+
+from torch import nn
+
+
+def positive_int(value: Any, call: str) -> int:
+    """A count as an int; refused if it is none, or below 1.
+
+    Args:
+        value: An int, or anything that stands for one, as NumPy's integers do.
+        call: How the user called us: ``"predict(num_samples=...)"``.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"`{call}` should be an int, got {type(value).__name__}.")
+    if value < 1:
+        raise ValueError(f"`{call}` should be at least 1, got {value}.")
+    return operator.index(value)
+
+
+def check_model(fn: Any, call: str) -> None:
+    """Refuse what is not a pure function."""
+    if isinstance(fn, nn.Module):
+        raise TypeError(
+            f"`{call}(fn, ...)` should be given a function of (params, x), got an nn.Module, "
+            f"{type(fn).__name__}. Wrap it with `fn, params = make_functional(module)`."
+        )
+    if not callable(fn):
+        raise TypeError(
+            f"`{call}(fn, ...)` should be given a function of (params, x), got {type(fn).__name__}."
+        )
