@@ -14,7 +14,7 @@ def main() -> int:
     """Measure, print tables, and write JSON if asked."""
     claims = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("[!_]*.py"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("claims", nargs="*", metavar="claim", help=f"any of: {', '.join(claims)}; default all")
+    parser.add_argument("claims", nargs="*", metavar="claim", help=f"default all: {', '.join(claims)}")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each pair (default 9)")
     parser.add_argument("--json", type=pathlib.Path, help="write results and environment to this file")
     args = parser.parse_args()

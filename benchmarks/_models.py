@@ -67,7 +67,13 @@ class Transformer(nn.Module):
 
 
 MODELS = {"mlp-small": mlp_small, "mlp": mlp, "lenet": lenet, "resnet": resnet, "transformer": Transformer}
-ROWS = {"mlp-small": (1, 1024), "mlp": (1, 1024), "lenet": (1, 128), "resnet": (1, 32), "transformer": (1, 64)}
+ROWS = {
+    "mlp-small": (1, 1024),
+    "mlp": (1, 1024),
+    "lenet": (1, 128),
+    "resnet": (1, 32),
+    "transformer": (1, 64),
+}
 
 
 def inputs(model: str, rows: int) -> Tensor:

@@ -55,7 +55,13 @@ class Together:
         if self._parts is None:
             self._choose(networks, leaves, batch)
             return self(networks, leaves, batch)
-        found = [_vmapped(networks, leaves, batch, part, self._plain) for part in self._parts]
+        try:
+            found = [_vmapped(networks, leaves, batch, part, self._plain) for part in self._parts]
+        except Exception:  # a batching rule may stand in the model's way, where plain `vmap` is right
+            if self._plain:
+                raise
+            self._plain = True
+            return self(networks, leaves, batch)
         losses, grads, varying, commons = zip(*found, strict=True)
         networks.fixed.put_stacked(optree.tree_map(_concatenated, *varying), commons[-1])
         return _concatenated(*losses), [_concatenated(*of_leaf) for of_leaf in zip(*grads, strict=True)]
@@ -66,11 +72,7 @@ class Together:
         try:
             if networks.draws_globally:
                 raise RuntimeError("it draws from torch's global random state")
-            try:
-                _vmapped(networks, leaves, batch, slice(0, 1), self._plain, seen)
-            except Exception:  # a batching rule may stand in the model's way
-                self._plain = True
-                _vmapped(networks, leaves, batch, slice(0, 1), self._plain, seen)
+            _vmapped(networks, leaves, batch, slice(0, 1), True, seen)
         except Exception as error:  # whatever it is, a loop that works is an answer
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(

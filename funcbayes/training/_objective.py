@@ -45,7 +45,7 @@ class MapObjective:
         """Make the objective for the data of ``source``; rows are counted only if a prior asks for it."""
         if not isinstance(likelihood, Likelihood):
             raise TypeError(
-                f"`{call}(likelihood)` should be one of `funcbayes.likelihoods`, such as "
+                f"`{call}(likelihood=...)` should be one of `funcbayes.likelihoods`, such as "
                 f"`likelihoods.Categorical()`, got {likelihood!r}."
             )
         if not (0 <= prior_precision < math.inf):
