@@ -423,10 +423,10 @@ ERRORS = {
     "num_epochs": ({"num_epochs": 0}, ValueError, "(num_epochs=...)` should be at least 1, got 0."),
     "fraction of an epoch": ({"num_epochs": 1.5}, TypeError, "`training.fit(num_epochs=...)` should be"),
     "loss": (
-        {"likelihood": nn.CrossEntropyLoss()}, TypeError, "`training.fit(likelihood)` should be one of"
+        {"likelihood": nn.CrossEntropyLoss()}, TypeError, "`training.fit(likelihood=...)` should be one of"
     ),
     "likelihood class": (
-        {"likelihood": fb.likelihoods.Categorical}, TypeError, "`training.fit(likelihood)` should be one of"
+        {"likelihood": fb.likelihoods.Categorical}, TypeError, "`training.fit(likelihood=...)` should be one of"
     ),
     "text for a number": ({"batch_size": "4"}, TypeError, "`training.fit(batch_size=...)` should be"),
     "batch_size": ({"batch_size": 0}, ValueError, "(batch_size=...)` should be at least 1, got 0."),
