@@ -1,7 +1,6 @@
 # Needs Python 3.11 or newer, make, and a package index. Another Python: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
-VENV_BENCH ?= .venv-bench
 PYTEST_ARGS ?= -n 2
 
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -12,8 +11,8 @@ PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.
 
 help:
 	@echo "make demo    run the demonstration"
-	@echo "make test    check format, lint and types, run the tests; PYTEST_ARGS='-n 2 -k laplace' for some"
-	@echo "make bench   compare with other libraries, in an environment of its own"
+	@echo "make test    check format, lint and types, run the tests; PYTEST_ARGS='-n 2 -k dropout' for some"
+	@echo "make bench   measure what is claimed of speed; results also go to benchmark_results.json"
 	@echo "make docs    write the API pages to site/"
 	@echo "make format  format the code and repair what ruff can repair"
 	@echo "make clean   remove everything that these commands made"
@@ -28,8 +27,8 @@ test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 # One file in benchmarks/ makes one claim; files whose names begin with _ are what they share.
-bench: $(VENV_BENCH)/bench.stamp
-	$(VENV_BENCH)/bin/python -m benchmarks
+bench: $(VENV)/test.stamp
+	$(VENV)/bin/python -m benchmarks
 
 docs: $(VENV)/docs.stamp
 	$(VENV)/bin/pdoc --docformat google --output-directory site funcbayes
@@ -39,7 +38,7 @@ format: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_BENCH) build dist site demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo_output benchmark_results.json .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: what is installed is installed again only after its list has changed.
@@ -51,11 +50,4 @@ clean:
 
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/venv.made
 	$(VENV)/bin/python $(PIP_INSTALL) -e '.[$*]'
-	@touch $@
-
-# laplace-torch brings torchvision, which does not import beside a torch of another build, and which it
-# does not need: what does not import is taken out again.
-$(VENV_BENCH)/bench.stamp: pyproject.toml constraints.txt | $(VENV_BENCH)/venv.made
-	$(VENV_BENCH)/bin/python $(PIP_INSTALL) -e '.[bench]'
-	@$(VENV_BENCH)/bin/python -c 'import torchvision' 2>/dev/null || $(VENV_BENCH)/bin/python -m pip uninstall -qy torchvision
 	@touch $@

@@ -1,4 +1,7 @@
-"""Measure the claims: `python -m benchmarks [claim ...] [--repeats N] [--json FILE]`."""
+"""Measure the claims: `python -m benchmarks [claim ...] [--repeats N] [--json FILE]`.
+
+The exit status is 1 if a claim does not hold.
+"""
 
 import argparse
 import dataclasses
@@ -10,18 +13,24 @@ import sys
 from . import _measure
 
 
-def main() -> int:
-    """Measure, print tables, and write JSON if asked."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print tables, and write JSON."""
     claims = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("[!_]*.py"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("claims", nargs="*", metavar="claim", help=f"default all: {', '.join(claims)}")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each pair (default 9)")
-    parser.add_argument("--json", type=pathlib.Path, help="write results and environment to this file")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--json",
+        type=pathlib.Path,
+        default=pathlib.Path("benchmark_results.json"),
+        help="file for results and environment (default %(default)s)",
+    )
+    args = parser.parse_args(arguments)
     unknown = set(args.claims) - set(claims)
     if unknown or args.repeats < 2:
         parser.error(f"no claim {sorted(unknown)[0]!r}" if unknown else "--repeats should be at least 2")
     report: dict[str, object] = {"environment": _measure.environment()}
+    broken = 0
     for name in args.claims or claims:
         module = importlib.import_module(f"{__package__}.{name}")
         print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
@@ -30,10 +39,13 @@ def main() -> int:
             results.append(result)
             print(".", end="", flush=True)
         print("\n" + _measure.table(results), flush=True)
-        report[name] = [dataclasses.asdict(result) for result in results]
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+        report[name] = [dataclasses.asdict(result) | {"holds": result.holds} for result in results]
+        broken += sum(not result.holds for result in results)
+    args.json.write_text(json.dumps(report, indent=2) + "\n")
+    found = f"{broken} of the ratios are below what is claimed" if broken else "Every claim holds"
+    print(f"\n{found}; results are in {args.json}.")
+    return int(broken > 0)
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

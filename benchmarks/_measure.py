@@ -13,7 +13,10 @@ import funcbayes
 
 @dataclass(frozen=True)
 class Result:
-    """How many times faster ``ours`` is than ``theirs``: the median over repeats, and the quartiles."""
+    """How many times faster ``ours`` is than ``theirs``: the median over repeats, and the quartiles.
+
+    ``at_least`` is what the claim says of the median; ``None`` where it says nothing.
+    """
 
     case: str
     ratio: float
@@ -21,6 +24,11 @@ class Result:
     high: float
     theirs_ms: float
     ours_ms: float
+    at_least: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self.at_least is None or self.ratio >= self.at_least
 
 
 def compare(
@@ -29,6 +37,7 @@ def compare(
     ours: Callable[[], object],
     *,
     repeats: int,
+    at_least: float | None = None,
     warm_up: int = 25,
     seconds: float = 0.1,
 ) -> Result:
@@ -49,7 +58,7 @@ def compare(
     ratios = sorted(a / b for a, b in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
     theirs_ms, ours_ms = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
-    return Result(case, middle, low, high, theirs_ms, ours_ms)
+    return Result(case, middle, low, high, theirs_ms, ours_ms, at_least)
 
 
 def environment() -> dict[str, str | int]:
@@ -74,9 +83,10 @@ def _processor() -> str:
 
 def table(results: list[Result]) -> str:
     width = max(len(r.case) for r in results)
-    lines = [f"{'case':{width}}  faster by   quartiles    theirs ms    ours ms"]
-    lines += [
-        f"{r.case:{width}}  {r.ratio:9.2f}  {r.low:5.2f} {r.high:5.2f}  {r.theirs_ms:10.3f} {r.ours_ms:10.3f}"
-        for r in results
-    ]
+    lines = [f"{'case':{width}}  faster by   quartiles    theirs ms    ours ms  claimed  holds"]
+    for r in results:
+        claimed, holds = ("", "") if r.at_least is None else (f"{r.at_least:.2f}", "yes" if r.holds else "NO")
+        times = f"{r.theirs_ms:10.3f} {r.ours_ms:10.3f}"
+        spread = f"{r.ratio:9.2f}  {r.low:5.2f} {r.high:5.2f}"
+        lines.append(f"{r.case:{width}}  {spread}  {times}  {claimed:>7}  {holds:>5}".rstrip())
     return "\n".join(lines)

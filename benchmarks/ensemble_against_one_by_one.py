@@ -44,7 +44,8 @@ def _training(name: str, rows: int, repeats: int) -> Result:
         _at_once(fn, members, x, y, adam, batch_size=rows)
 
     _assert_they_agree(name, fn, members, x[:rows], y[:rows])
-    return compare(f"{name}, {rows} rows", theirs, ours, repeats=repeats, warm_up=1)
+    at_least = 1.0 if name == "mlp-small" else None  # of the larger ones "about" claims no number
+    return compare(f"{name}, {rows} rows", theirs, ours, repeats=repeats, at_least=at_least, warm_up=1)
 
 
 def _one_by_one(

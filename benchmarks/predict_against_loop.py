@@ -17,6 +17,7 @@ from ._measure import Result, compare
 from ._models import MODELS, ROWS, inputs
 
 NUM_SAMPLES = 32
+AT_ONE_ROW, AT_MANY_ROWS = 1.0, 0.9  # "no slower" leaves room for what a median of a few repeats is off
 
 
 def run(repeats: int) -> Iterator[Result]:
@@ -46,7 +47,7 @@ def _weights(name: str, rows: int, repeats: int) -> Result:
         return fb.predict(fn, None, draws, x).samples
 
     torch.testing.assert_close(ours(), loop(), rtol=1e-3, atol=1e-4)
-    return compare(f"weights, {name}, {rows} rows", loop, ours, repeats=repeats)
+    return compare(f"weights, {name}, {rows} rows", loop, ours, repeats=repeats, at_least=_at_least(rows))
 
 
 def _dropout(name: str, rows: int, repeats: int) -> Result:
@@ -68,7 +69,11 @@ def _dropout(name: str, rows: int, repeats: int) -> Result:
 
     one_by_one = fb.predict(fn, params, posterior, x, num_samples=NUM_SAMPLES, seed=0, chunk_size=1).samples
     torch.testing.assert_close(ours(), one_by_one, rtol=1e-3, atol=1e-4)
-    return compare(f"dropout, {name}, {rows} rows", loop, ours, repeats=repeats)
+    return compare(f"dropout, {name}, {rows} rows", loop, ours, repeats=repeats, at_least=_at_least(rows))
+
+
+def _at_least(rows: int) -> float:
+    return AT_ONE_ROW if rows == 1 else AT_MANY_ROWS
 
 
 def _with_params(module: nn.Module, params: dict[str, Tensor]) -> nn.Module:

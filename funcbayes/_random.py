@@ -42,7 +42,7 @@ def fold(key: Tensor, data: int | str | Tensor) -> Tensor: ...
 @overload
 def fold(key: int, data: Tensor) -> Tensor: ...
 def fold(key: Seed, data: int | str | Tensor) -> Seed:
-    """Hash ``data`` into ``key``.
+    """Hash ``data`` into ``key``: number ``data`` of the SplitMix64 sequence that starts at ``key``.
 
     Args:
         key: A seed or a key, int or int64 tensor of any shape.
@@ -53,10 +53,10 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
     """
     value = _hash_string(data) if isinstance(data, str) else data
     if isinstance(key, Tensor) or isinstance(value, Tensor):
-        mixed = _mix_tensor(key.long()) if isinstance(key, Tensor) else _signed(_mix(key))
+        start = key.long() if isinstance(key, Tensor) else _signed(key)
         step = value.long() * _signed(_GOLDEN) if isinstance(value, Tensor) else _signed(value * _GOLDEN)
-        return _mix_tensor(mixed + step)  # type: ignore[arg-type]  # one of the two is a tensor
-    return _signed(_mix(_mix(key) + value * _GOLDEN))
+        return _mix_tensor(start + step)  # type: ignore[arg-type]  # one of the two is a tensor
+    return _signed(_mix(key + value * _GOLDEN))
 
 
 def _mix(state: int) -> int:
@@ -160,9 +160,10 @@ def _noise(
 
 
 def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: bool) -> Tensor:
-    """Noise by hashing a counter with the key: SplitMix64 started at each key."""
+    """Noise by hashing a counter with the key: SplitMix64 started beside each key."""
     counter = torch.arange(math.prod(shape), device=key.device).reshape(shape) * _signed(_GOLDEN)
-    state = _mix_tensor(key).reshape((*key.shape, *(1 for _ in shape)))
+    # Beside it, for from the key itself it would give the keys that are folded out of it.
+    state = (key ^ _signed(_MIX_1)).reshape((*key.shape, *(1 for _ in shape)))
     first = _unit(_mix_tensor(state + counter), dtype)
     if not gaussian:
         return first

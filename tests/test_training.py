@@ -426,7 +426,9 @@ ERRORS = {
         {"likelihood": nn.CrossEntropyLoss()}, TypeError, "`training.fit(likelihood=...)` should be one of"
     ),
     "likelihood class": (
-        {"likelihood": fb.likelihoods.Categorical}, TypeError, "`training.fit(likelihood=...)` should be one of"
+        {"likelihood": fb.likelihoods.Categorical},
+        TypeError,
+        "`training.fit(likelihood=...)` should be one of",
     ),
     "text for a number": ({"batch_size": "4"}, TypeError, "`training.fit(batch_size=...)` should be"),
     "batch_size": ({"batch_size": 0}, ValueError, "(batch_size=...)` should be at least 1, got 0."),

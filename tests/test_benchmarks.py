@@ -1,0 +1,82 @@
+"""The benchmarks run, and say whether what they claim holds. How fast anything is, is not tested here."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command, _measure, _models, predict_against_loop
+
+CLAIMS = sorted(p.stem for p in pathlib.Path(_measure.__file__).parent.glob("[!_]*.py"))
+
+
+def result(ratio, at_least=None):
+    return _measure.Result("a case", ratio, ratio - 0.1, ratio + 0.1, 2 * ratio, 2.0, at_least)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_file_makes_one_claim_in_its_first_line_and_can_be_run(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert module.__doc__.splitlines()[0].endswith((".", ","))
+    assert callable(module.run)
+
+
+@pytest.mark.parametrize("name", _models.MODELS)
+def test_a_model_takes_its_inputs(name):
+    model = _models.MODELS[name]().eval()
+    with torch.no_grad():
+        assert model(_models.inputs(name, 2)).shape == (2, 10)
+
+
+def test_what_takes_longer_is_slower():
+    x = torch.ones(300, 300)
+    got = _measure.compare(
+        "case", lambda: [x @ x for _ in range(50)], lambda: x[0, 0] + 1, repeats=2, seconds=0.01
+    )
+    assert got.ratio > 1
+    assert got.low <= got.ratio <= got.high
+    assert got.at_least is None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "at_least", "holds"),
+    [(0.5, None, True), (1.01, 1.0, True), (0.99, 1.0, False), (0.95, 0.9, True), (0.89, 0.9, False)],
+)
+def test_a_claim_holds_if_the_median_is_at_least_what_is_claimed(ratio, at_least, holds):
+    one = result(ratio, at_least)
+    assert one.holds == holds
+    shown = _measure.table([one]).splitlines()[1].split()[-1]
+    assert shown == {True: "yes", False: "NO"}[holds] if at_least else shown not in ("yes", "NO")
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_a_small_claim_is_measured(monkeypatch):
+    monkeypatch.setattr(predict_against_loop, "MODELS", {"mlp-small": _models.mlp_small})
+    monkeypatch.setattr(predict_against_loop, "ROWS", {"mlp-small": (1, 2)})
+    found = {one.case: one for one in predict_against_loop.run(repeats=2)}
+    claimed = {"weights, mlp-small, 1 rows": 1.0, "weights, mlp-small, 2 rows": 0.9}
+    claimed |= {case.replace("weights", "dropout"): at_least for case, at_least in claimed.items()}
+    assert {case: one.at_least for case, one in found.items()} == claimed
+    assert all(one.ours_ms > 0 and one.theirs_ms > 0 for one in found.values())
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(2.0, 0), (0.5, 1)])
+def test_the_exit_status_and_the_written_results_tell_whether_claims_hold(
+    ratio, status, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict_against_loop, "run", lambda repeats: iter([result(3.0), result(ratio, 1.0)]))
+    assert command.main(["predict_against_loop", "--repeats", "2"]) == status
+    written = json.loads((tmp_path / "benchmark_results.json").read_text())
+    assert [one["holds"] for one in written["predict_against_loop"]] == [True, not status]
+    assert written["predict_against_loop"][1]["at_least"] == 1.0
+    assert written["environment"]["torch"] == torch.__version__
+    assert ("NO" in capsys.readouterr().out) == bool(status)
+
+
+def test_a_claim_that_does_not_exist_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["no_such_claim"])
+    assert "no claim 'no_such_claim'" in capsys.readouterr().err
