@@ -122,6 +122,9 @@ class FunctionalModule:
                 f"got {type(params).__name__}."
             )
         given: dict[str, Tensor] = {}
+        if params.keys() == self._names and not any(isinstance(value, Fixed) for value in params.values()):
+            given = dict(params)  # as almost always
+            return {**self._buffers_for(given), **given} if self.buffers else given
         for name, value in params.items():
             if isinstance(value, Fixed):
                 value = value.tensor

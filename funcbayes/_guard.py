@@ -62,21 +62,35 @@ class Attributes:
     """What the modules of a user's making remember besides parameters and buffers, as it was at first."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._parts = [
-            (vars(part), {name: _copied(value, name) for name, value in vars(part).items()})
-            for part in module.modules()
-            if not is_of_torch(part)
-        ]
+        self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        for part in module.modules():
+            if not is_of_torch(part):
+                attributes = vars(part)
+                copied = {
+                    name: _copied(value)
+                    for name, value in attributes.items()
+                    if name not in _MANAGED and _is_mutable(value)
+                }
+                passed_on = {name: value for name, value in attributes.items() if name not in copied}
+                self._parts.append((attributes, passed_on, copied))
         self.restore()
 
     def restore(self) -> None:
         """Forget attributes that are new, and put the others back."""
-        for attributes, first in self._parts:
-            for name in set(attributes) - set(first):
-                del attributes[name]
-            for name, value in first.items():
+        for attributes, passed_on, copied in self._parts:
+            if len(attributes) != len(passed_on) + len(copied):
+                for name in attributes.keys() - passed_on.keys() - copied.keys():
+                    del attributes[name]
+            for name, value in passed_on.items():
+                if attributes.get(name) is not value:
+                    attributes[name] = value
+            for name, value in copied.items():
                 if not (isinstance(value, Tensor) and _is_same(attributes.get(name), value)):
-                    attributes[name] = _copied(value, name)
+                    attributes[name] = _copied(value)
+
+
+def _is_mutable(value: Any) -> bool:
+    return isinstance(value, Tensor) or type(value) in (dict, list, tuple, set)
 
 
 def _is_same(now: Any, first: Tensor) -> bool:
@@ -84,10 +98,8 @@ def _is_same(now: Any, first: Tensor) -> bool:
     return isinstance(now, Tensor) and getattr(now, "_copy_of", None) is first and _is_unwritten(now)
 
 
-def _copied(value: Any, name: str = "") -> Any:
+def _copied(value: Any) -> Any:
     """Copy tensors and plain containers; anything else is passed on."""
-    if name in _MANAGED:
-        return value
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         copy: Any = value.detach().clone()
         copy._copy_of = value

@@ -28,8 +28,10 @@ class Skeleton:
         self.slots = [(s, key, names[id(v)]) for s in stores for key, v in s.items() if v is not None]
         self.recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
         self.writable = _names_of_writable_buffers(self.module, kind)
+        self.placeholders = [(store, key, store[key]) for store, key, _ in self.slots]
         # What a module keeps of a call, it would give to the next: buffers set, attributes, caches.
-        self.stores = [(store, dict(store)) for store in stores]
+        own = [part for part in self.module.modules() if not is_of_torch(part)]
+        self.stores = [(part._buffers, dict(part._buffers)) for part in own]
         self.inputs = Inputs()
         _set_modes(self.module, kind)
         self.attributes = Attributes(self.module)
@@ -47,7 +49,9 @@ class Skeleton:
         call: Call,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Evaluate with ``values`` in place; also, in training, the buffers that changed."""
-        used = {**values, **{name: values[name].clone() for name in self.writable}}
+        used = (
+            {**values, **{name: values[name].clone() for name in self.writable}} if self.writable else values
+        )
         versions = {name: storage_version(used[name]) for name in self.writable}
         outer_path, call.path = call.path, self.path if self.locate else None
         try:
@@ -68,7 +72,7 @@ class Skeleton:
             for store, before in self.stores:
                 store.clear()
                 store.update(before)
-            self._fill(())
+            self._fill(self.placeholders)
             self.path.clear()
             call.path = outer_path
 

@@ -8,6 +8,7 @@ has them in its batch. An operation without a rule, or called in a way that a ru
 left to ``vmap``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._functorch import is_concrete, unwrap, vmap_level, wrap
-from ._call import Handler, Interception
+from ._call import Handler, Interception, open_attention
 
 Args = tuple[Any, ...]
 Rule = Callable[[int, bool, Args, dict[str, Any]], Any]  # (level, channels_last, args, kwargs) -> result
@@ -46,13 +47,8 @@ class Batching(Interception):
     """
 
     def __init__(self, kind: str, seen: LargestBatched | None = None) -> None:
-        rules = (
-            _RULES
-            if kind != "vmap"
-            else {F.scaled_dot_product_attention: _RULES[F.scaled_dot_product_attention]}
-        )
+        super().__init__(_handlers(kind))
         self.copies: list[Tensor] = []
-        super().__init__({func: _handler(rule, kind == "channels_last") for func, rule in rules.items()})
         self.seen = seen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
@@ -111,6 +107,13 @@ _IN_PLACE_OPERATORS = tuple(
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+@functools.cache
+def _handlers(kind: str) -> dict[Any, Handler]:
+    names = (F.scaled_dot_product_attention,) if kind == "vmap" else _RULES
+    rules = {func: _handler(_RULES[func], kind == "channels_last") for func in names}
+    return {F.multi_head_attention_forward: open_attention, **rules}
 
 
 def _handler(rule: Rule, channels_last: bool) -> Handler:

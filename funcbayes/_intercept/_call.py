@@ -64,7 +64,7 @@ class Interception(TorchFunctionMode):
 
     def __init__(self, handlers: Mapping[Any, Handler]) -> None:
         super().__init__()
-        self.handlers: dict[Any, Handler] = {F.multi_head_attention_forward: _open_attention, **handlers}
+        self.handlers = dict(handlers)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Call the handler of ``func`` if there is one."""
@@ -85,7 +85,7 @@ _attention_body = types.FunctionType(
 )
 
 
-def _open_attention(
+def open_attention(
     mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     with mode:

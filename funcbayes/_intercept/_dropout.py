@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import unintercepted, unwrap, vmap_level, wrap
+from .._functorch import is_concrete, unintercepted, unwrap, vmap_level, wrap
 from .._random import fold, uniform
 from .._tree import Params, Where, matcher, pytree_dataclass, static
-from ._call import Call, Handler, Interception, calling
+from ._call import Call, Handler, Interception, calling, open_attention
 from ._rows import RowAxes, row_axis, two_rows
 
 # The negative saturation of SELU, Klambauer et al. (2017), section 2: -scale * alpha.
@@ -181,7 +181,11 @@ def _uniform(key: Tensor, site: int, shape: Sequence[int], device: torch.device)
         level = vmap_level()
         physical, axis = (key, None) if level is None else unwrap(key, level)
         if level is None or axis is None:
-            return uniform(fold(key, site), shape, device=device)
+            if is_concrete(key) and not key.ndim:  # hashing a number in Python is faster
+                key = torch.tensor(fold(int(key), site))
+            else:
+                key = fold(key, site)
+            return uniform(key, shape, device=device)
         # The keys of all draws at once: hashing them through vmap would cost more than the mask.
         return wrap(uniform(fold(physical.movedim(axis, 0), site), shape, device=device), 0, level)
 
@@ -322,6 +326,7 @@ def _note_statistics(mode, func, args, kwargs):  # noqa: ANN001, ANN202
 
 
 _HANDLERS: dict[Any, Handler] = {
+    F.multi_head_attention_forward: open_attention,
     **dict.fromkeys((F.batch_norm, F.instance_norm), _note_statistics),
     **dict.fromkeys((F.dropout, torch.dropout, torch.dropout_), _elementwise),
     **dict.fromkeys((F.alpha_dropout, torch.alpha_dropout, torch.alpha_dropout_), _alpha(False)),
