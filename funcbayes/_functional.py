@@ -100,11 +100,13 @@ class FunctionalModule:
         for owner, changed in call.buffers:  # of an earlier call of the same model in one evaluation
             if owner is params:
                 values = {**values, **changed}
-        pool = self._idle[call.kind, call.locate]
+        # Fused kernels of attention are for plain evaluation: no transform can see inside.
+        kind = "plain" if call.kind == "eval" and not is_inside_transform() else call.kind
+        pool = self._idle[kind, call.locate]
         try:
             skeleton = pool.pop()
         except IndexError:
-            skeleton = Skeleton(self._master, call.kind, locate=call.locate)
+            skeleton = Skeleton(self._master, kind, locate=call.locate)
         try:
             own_x = skeleton.inputs.copied(x) if self._may_write_inputs else x
             outputs, changed = skeleton.run(self._call or _call_module, values, own_x, call)

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import math
 import operator
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from typing import overload
 
 import torch
 from torch import Tensor
+
+from ._functorch import is_inside_transform
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -156,6 +157,8 @@ def _noise(
     # may round differently at the end of a tensor, and a draw should be the same in any company.
     if device.type != "cpu" or (math.prod(shape) <= _HASHED_NUMEL and not gaussian):
         return _hashed(key.to(device), tuple(shape), wide, gaussian).to(dtype)
+    if not is_inside_transform():
+        return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)
     return _noise_op()(key, list(shape), wide, device, gaussian).to(dtype)
 
 
@@ -231,7 +234,7 @@ def _fill(
             else:
                 row.uniform_(generator=generator)
 
-    workers = min(torch.get_num_threads(), os.cpu_count() or 1, len(rows))
+    workers = min(torch.get_num_threads(), len(rows))
     if out.numel() >= _THREADED_NUMEL and workers > 1:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(fill, [slice(i, None, workers) for i in range(workers)]))

@@ -126,13 +126,16 @@ _OWNS_A_RATE = re.compile(r"(^|_)(p|p_drop|drop\w*|\w*dropout\w*|\w*_drop|\w*_pd
 def _set_modes(module: nn.Module, kind: str) -> None:
     module.train(kind == "training")
     for part in module.modules():
+        if isinstance(part, nn.TransformerEncoder):
+            # Nested tensors leave zeros at padding, where the mathematics leave numbers.
+            part.enable_nested_tensor = part.use_nested_tensor = False
         if kind == "eval" and isinstance(part, nn.MultiheadAttention):
             # In evaluation mode this would take a fused kernel that vmap cannot batch. Training mode
             # takes the mathematics; with no dropout they are equal.
             part.dropout = 0.0
             part.train(True)
-        elif kind != "training" and isinstance(part, nn.TransformerEncoderLayer | nn.TransformerEncoder):
-            part.training = True  # for the same reason; their dropout is in modules of its own
+        elif kind in ("eval", "stochastic") and isinstance(part, nn.TransformerEncoderLayer):
+            part.training = True  # for the same reason; its dropout is in modules of its own
         elif kind == "stochastic" and _owns_a_rate(part):
             # A model may hand its rate to a function only while `self.training`. Modules that own
             # a rate are told so; BatchNorm is not.
