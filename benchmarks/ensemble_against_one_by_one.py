@@ -1,4 +1,7 @@
-"""Training ten small members is faster than ten modules one after another, ten large ones about as fast.
+"""Training ten small networks at once is faster than training ten modules one after another.
+
+The claim is of the smallest network; the others are measured beside it. Members above a size are trained
+one after another by `ensemble.fit` too, which costs more a step than plain torch does.
 
 "Theirs" is plain torch: for each module an optimizer of its own and one epoch of shuffled batches, with
 forward, loss, backward and step. "Ours" is one `ensemble.fit` for as many epochs, batches and Adam

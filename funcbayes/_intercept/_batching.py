@@ -294,12 +294,20 @@ def _embedding(level: int, channels_last: bool, args: Args, kwargs: dict[str, An
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     tokens, weight, padding, max_norm, _, by_frequency, sparse = _named(args, kwargs, *names)
     weights = _front(weight, level)
-    if weights is None or unwrap(tokens, level)[1] is not None:
+    if weights is None or weight.ndim != 2 or max_norm is not None or by_frequency or sparse:
         return None
-    if max_norm is not None or by_frequency or sparse or padding is not None:
-        return None
-    rows = weights.index_select(1, tokens.reshape(-1))
-    return wrap(rows.view(weights.shape[0], *tokens.shape, weights.shape[2]), 0, level)
+    draws = weights.shape[0]
+    own = _front(tokens, level)
+    if own is None:
+        rows = weights.index_select(1, tokens.reshape(-1)).view(draws, *tokens.shape, weight.shape[1])
+    else:  # each draw looks into its own table
+        rows = weights[torch.arange(draws, device=own.device).reshape(-1, *(1 for _ in tokens.shape)), own]
+    if padding is not None and torch.is_grad_enabled():
+        # Padding has a row of the table that is never trained. (vmap's own rule forgets that if tokens
+        # and table are both mapped.)
+        is_padding = (tokens if own is None else own) == padding % weight.shape[0]
+        rows = torch.where(is_padding.unsqueeze(-1), rows.detach(), rows)
+    return wrap(rows, 0, level)
 
 
 def _attention(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
