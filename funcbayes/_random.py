@@ -220,7 +220,7 @@ def _fill(
 ) -> Tensor:
     """Noise by generators, one a key."""
     out = torch.empty((*key.shape, *shape), dtype=dtype, device=device)
-    rows = out.view(key.numel(), math.prod(shape)).unbind(0)
+    rows = out.view(key.numel(), math.prod(shape)).unbind(0) if key.ndim else (out,)
     keys = key.reshape(-1).tolist()
 
     def fill(part: slice) -> None:

@@ -188,6 +188,19 @@ def _apart(flat: Tensor, draws: int, level: int) -> Tensor:
     return wrap(flat.unflatten(1, (draws, -1)), 1, level)
 
 
+def _among_rows(value: Tensor, level: int) -> tuple[Tensor, int] | None:
+    """``(S * N, ...)`` and ``S``, from a value that lies like this: what comes after a shared convolution."""
+    front = _front(value, level)
+    if front is None or value.ndim < 3 or front.stride(0) != front.shape[1] * front.stride(1):
+        return None
+    return front.flatten(0, 1), front.shape[0]
+
+
+def _rows_apart(flat: Tensor, draws: int, level: int) -> Tensor:
+    """Undo :func:`_among_rows`."""
+    return wrap(flat.unflatten(0, (draws, -1)), 0, level)
+
+
 def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
     def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -225,12 +238,15 @@ def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
     def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
         if not args or not isinstance(args[0], Tensor) or args[0].ndim != ndim + 2:
             return None
-        split = _beside_channels(args[0], level, channels_last)
+        rows = _among_rows(args[0], level)
+        split = _beside_channels(args[0], level, channels_last) if rows is None else rows
         if split is None:
             return None
         flat, draws = split
         out = pool(flat, *args[1:], **kwargs)
-        return _apart(out, draws, level) if isinstance(out, Tensor) else None
+        if not isinstance(out, Tensor):
+            return None
+        return _apart(out, draws, level) if rows is None else _rows_apart(out, draws, level)
 
     return rule
 
@@ -240,6 +256,11 @@ def _batch_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, A
     value, mean, variance, weight, bias, training, momentum, eps = _named(args, kwargs, *names)
     if (mean is None and not training) or not _one_dtype(value, mean, variance, weight, bias):
         return None
+    parameters = (mean, variance, weight, bias)
+    rows = _among_rows(value, level)
+    if rows is not None and not training and all(p is None or _front(p, level) is None for p in parameters):
+        out = F.batch_norm(rows[0], *parameters, eps=1e-5 if eps is None else eps)
+        return _rows_apart(out, rows[1], level)
     split = _beside_channels(value, level, channels_last)
     if split is None:
         return None

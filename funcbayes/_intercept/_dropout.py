@@ -124,7 +124,7 @@ class _DropoutMode(Interception):
     """Counts the places of dropout in the order of the calls and applies masks to those chosen."""
 
     def __init__(self, masks: Sequence[DropoutMasks], call: Call, *, record: bool = False) -> None:
-        super().__init__(_HANDLERS)
+        super().__init__(_HANDLERS if call.kind != "training" else _TRAINING_HANDLERS)
         self.record = record
         self.masks = masks
         self.chosen = [matcher(m.where) for m in masks]
@@ -164,30 +164,35 @@ class _DropoutMode(Interception):
         key = masks.key
         axis = masks.row_axes[site] if masks.row_axes is not None else None
         if axis is None:
-            return (_uniform(key, site, shape, value.device) >= rate).to(value.dtype)
+            return _kept(key, site, shape, rate, value)
         # One row's mask, repeated for the others.
         dim, per_row, is_together = axis
         one_row = (*shape[:dim], per_row, *shape[dim + 1 :])
-        mask = (_uniform(key, site, one_row, value.device) >= rate).to(value.dtype)
+        mask = _kept(key, site, one_row, rate, value)
         rows = shape[dim] // per_row
         sizes = (rows, per_row) if is_together else (per_row, rows)
         mask = mask.unsqueeze(dim if is_together else dim + 1)
         return mask.expand(*shape[:dim], *sizes, *shape[dim + 1 :]).reshape(shape)
 
 
+def _kept(key: Tensor, site: int, shape: Sequence[int], rate: float, value: Tensor) -> Tensor:
+    """1 where a unit is kept and 0 where it is dropped, at one place of dropout."""
+    with unintercepted():
+        return (_uniform(key, site, shape, value.device) >= rate).to(value.dtype)
+
+
 def _uniform(key: Tensor, site: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """Uniforms of one place of dropout."""
-    with unintercepted():
-        level = vmap_level()
-        physical, axis = (key, None) if level is None else unwrap(key, level)
-        if level is None or axis is None:
-            if is_concrete(key) and not key.ndim:  # hashing a number in Python is faster
-                key = torch.tensor(fold(int(key), site))
-            else:
-                key = fold(key, site)
-            return uniform(key, shape, device=device)
-        # The keys of all draws at once: hashing them through vmap would cost more than the mask.
-        return wrap(uniform(fold(physical.movedim(axis, 0), site), shape, device=device), 0, level)
+    level = vmap_level()
+    physical, axis = (key, None) if level is None else unwrap(key, level)
+    if level is None or axis is None:
+        if is_concrete(key) and not key.ndim:  # hashing a number in Python is faster
+            key = torch.tensor(fold(int(key), site))
+        else:
+            key = fold(key, site)
+        return uniform(key, shape, device=device)
+    # The keys of all draws at once: hashing them through vmap would cost more than the mask.
+    return wrap(uniform(fold(physical.movedim(axis, 0), site), shape, device=device), 0, level)
 
 
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:
@@ -214,7 +219,8 @@ def _scaled(value: Tensor, kept: tuple[Tensor, float] | None) -> Tensor:
     if kept is None:
         return value
     mask, rate = kept
-    return value * (mask / (1 - rate) if rate < 1 else mask)
+    with unintercepted():
+        return value * (mask / (1 - rate) if rate < 1 else mask)
 
 
 def _elementwise(mode, func, args, kwargs):  # noqa: ANN001, ANN202
@@ -319,15 +325,13 @@ def _recurrent(mode, func, args, kwargs):  # noqa: ANN001, ANN202
 
 
 def _note_statistics(mode, func, args, kwargs):  # noqa: ANN001, ANN202
-    if mode.call.kind == "training":
-        given = dict(zip(("input", "running_mean", "running_var"), args, strict=False)) | kwargs
-        mode.call.statistics += [given.get("running_mean"), given.get("running_var")]
+    given = dict(zip(("input", "running_mean", "running_var"), args, strict=False)) | kwargs
+    mode.call.statistics += [given.get("running_mean"), given.get("running_var")]
     return func(*args, **kwargs)
 
 
 _HANDLERS: dict[Any, Handler] = {
     F.multi_head_attention_forward: open_attention,
-    **dict.fromkeys((F.batch_norm, F.instance_norm), _note_statistics),
     **dict.fromkeys((F.dropout, torch.dropout, torch.dropout_), _elementwise),
     **dict.fromkeys((F.alpha_dropout, torch.alpha_dropout, torch.alpha_dropout_), _alpha(False)),
     **dict.fromkeys(
@@ -340,6 +344,9 @@ _HANDLERS: dict[Any, Handler] = {
     F.scaled_dot_product_attention: _attention,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
 }
+
+
+_TRAINING_HANDLERS = {**_HANDLERS, **dict.fromkeys((F.batch_norm, F.instance_norm), _note_statistics)}
 
 
 def _dropped_values(fn: Callable[[Params, Any], Any], params: Params, x: Any) -> list[Tensor]:
