@@ -137,18 +137,21 @@ def normal(
 
 
 def uniform(
-    key: Tensor,
+    key: Seed,
     shape: Sequence[int],
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw uniforms on ``[0, 1)``, a function of ``key`` alone; arguments as in :func:`normal`."""
+    """Draw uniforms on ``[0, 1)``, a function of ``key`` alone; arguments as in :func:`normal`.
+
+    A ``key`` that is a plain int gives what the same number in a scalar tensor would.
+    """
     return _noise(key, shape, dtype, torch.device(device), gaussian=False)
 
 
 def _noise(
-    key: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaussian: bool
+    key: Seed, shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaussian: bool
 ) -> Tensor:
     wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     # Seeding a generator costs as much as hashing some hundred counters, and on an accelerator it would be
@@ -156,7 +159,12 @@ def _noise(
     # many are asked for. Normals are left to generators on the CPU, because a vectorised cosine
     # may round differently at the end of a tensor, and a draw should be the same in any company.
     if device.type != "cpu" or (math.prod(shape) <= _HASHED_NUMEL and not gaussian):
-        return _hashed(key.to(device), tuple(shape), wide, gaussian).to(dtype)
+        keys = key if isinstance(key, Tensor) else torch.tensor(key)
+        return _hashed(keys.to(device), tuple(shape), wide, gaussian).to(dtype)
+    if isinstance(key, int):
+        out = torch.empty(tuple(shape), dtype=wide)
+        _fill_row(out, key, torch.Generator(), gaussian)
+        return out.to(dtype)
     if not is_inside_transform():
         return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)
     return _noise_op()(key, list(shape), wide, device, gaussian).to(dtype)
@@ -220,7 +228,7 @@ def _fill(
 ) -> Tensor:
     """Noise by generators, one a key."""
     out = torch.empty((*key.shape, *shape), dtype=dtype, device=device)
-    rows = out.view(key.numel(), math.prod(shape)).unbind(0) if key.ndim else (out,)
+    rows = out.view(key.numel(), math.prod(shape)).unbind(0)
     keys = key.reshape(-1).tolist()
 
     def fill(part: slice) -> None:
@@ -228,11 +236,7 @@ def _fill(
         # probability n^2 / 2^33, and these belong to unrelated draws and leaves.
         generator = torch.Generator(device)
         for row, k in zip(rows[part], keys[part], strict=True):
-            generator.manual_seed(k & _MASK >> 1)
-            if gaussian:
-                row.normal_(generator=generator)
-            else:
-                row.uniform_(generator=generator)
+            _fill_row(row, k, generator, gaussian)
 
     workers = min(torch.get_num_threads(), len(rows))
     if out.numel() >= _THREADED_NUMEL and workers > 1:
@@ -241,6 +245,14 @@ def _fill(
     else:
         fill(slice(None))
     return out
+
+
+def _fill_row(row: Tensor, key: int, generator: torch.Generator, gaussian: bool) -> None:
+    generator.manual_seed(key & _MASK >> 1)
+    if gaussian:
+        row.normal_(generator=generator)
+    else:
+        row.uniform_(generator=generator)
 
 
 def permutation(key: int, n: int) -> Tensor:

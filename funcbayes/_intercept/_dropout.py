@@ -186,11 +186,9 @@ def _uniform(key: Tensor, site: int, shape: Sequence[int], device: torch.device)
     level = vmap_level()
     physical, axis = (key, None) if level is None else unwrap(key, level)
     if level is None or axis is None:
-        if is_concrete(key) and not key.ndim:  # hashing a number in Python is faster
-            key = torch.tensor(fold(int(key), site))
-        else:
-            key = fold(key, site)
-        return uniform(key, shape, device=device)
+        # One key is hashed, and its noise made, with fewer calls as a plain number.
+        is_plain = level is None and is_concrete(key) and not key.ndim
+        return uniform(fold(int(key) if is_plain else key, site), shape, device=device)
     # The keys of all draws at once: hashing them through vmap would cost more than the mask.
     return wrap(uniform(fold(physical.movedim(axis, 0), site), shape, device=device), 0, level)
 
