@@ -13,8 +13,9 @@ from ._checks import check_model, positive_int
 from ._engine import evaluate, signature
 from ._functional import Model
 from ._functorch import is_inside_transform
-from ._prediction import Prediction, Streamed, Summary, concatenate
+from ._prediction import Prediction, concatenate
 from ._random import Seed, resolve_seed
+from ._statistics import Streamed, Summary
 from ._tree import Fixed, Params, as_tree, map_leaves, merge, missing_path, named_leaves, tensors
 from .likelihoods import Likelihood
 from .posteriors import Draw, Posterior, to

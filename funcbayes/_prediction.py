@@ -1,159 +1,14 @@
 """What a prediction says: statistics of the outputs over draws, kept or streamed."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from ._functorch import is_concrete
+from ._quantiles import mixture_quantile, weighted_quantile
+from ._statistics import LogMeanExp, Summary, wide
 from .likelihoods import Likelihood
-
-
-class _Accumulator:
-    """A statistic over draws that can be fed in chunks. Tensors ``(s, N, ...)``, weights ``(s,)``."""
-
-    def update(self, values: Tensor, weights: Tensor) -> None:
-        raise NotImplementedError
-
-    def result(self) -> Tensor:
-        raise NotImplementedError
-
-
-class _Moments(_Accumulator):
-    """Weighted mean, and the unbiased variance ``sum_s w_s (v_s - mean)^2 / (1 - sum_s w_s^2)``."""
-
-    def __init__(self) -> None:
-        self.mean: Tensor | None = None
-        self.squares = self.total = self.spread = torch.zeros(())
-
-    def update(self, values: Tensor, weights: Tensor) -> None:
-        total = weights.sum()
-        tiny = torch.finfo(weights.dtype).tiny  # a chunk may weigh nothing
-        mean = torch.tensordot((weights / total.clamp_min(tiny)).to(values), values, 1)
-        squares = torch.tensordot(weights.to(values), (values - mean) ** 2, 1)
-        # 1 - sum w^2 = sum w (1 - w), which does not cancel when one weight is almost 1.
-        spread = (weights * (1 - weights)).sum()
-        if self.mean is None:
-            self.mean, self.squares, self.total, self.spread = mean, squares, total, spread
-        else:
-            # The parallel form of Welford's update (Chan, Golub & LeVeque 1979), which does not cancel.
-            shift, before = mean - self.mean, self.total
-            self.total, self.spread = before + total, self.spread + spread
-            share = (total / self.total.clamp_min(tiny)).to(values)
-            self.mean = self.mean + shift * share
-            self.squares = self.squares + squares + shift**2 * (before.to(values) * share)
-
-    def result(self) -> Tensor:
-        """Mean and variance, stacked."""
-        assert self.mean is not None
-        several = self.spread > 0  # not one atom, nor all weight on one
-        # The spread can be as small as a weight: in float32 only its ratio to the squares is safe.
-        variance = self.squares / self.spread.where(several, 1.0).to(self.squares)
-        return torch.stack([self.mean, torch.where(several.to(variance.device), variance, 0.0)])
-
-
-class _Mean(_Accumulator):
-    """Weighted mean."""
-
-    def __init__(self) -> None:
-        self.sum: Tensor | float = 0.0
-        self.total: Tensor | float = 0.0
-
-    def update(self, values: Tensor, weights: Tensor) -> None:
-        weights = weights.to(values)
-        self.sum = self.sum + torch.tensordot(weights, values, 1)
-        self.total = self.total + weights.sum()
-
-    def result(self) -> Tensor:
-        return self.sum / self.total  # type: ignore[return-value]  # tensors once updated
-
-
-class _LogMeanExp(_Accumulator):
-    """``log sum_s w_s exp(v_s)``: averages of probabilities that would underflow themselves."""
-
-    def __init__(self) -> None:
-        self.log_sum: Tensor | None = None
-        self.total: Tensor | float = 0.0
-
-    def update(self, values: Tensor, weights: Tensor) -> None:
-        weights = weights.to(values)
-        log_weights = weights.log().reshape(-1, *(1 for _ in values.shape[1:]))
-        log_sum = torch.logsumexp(values + log_weights, 0)
-        self.log_sum = log_sum if self.log_sum is None else torch.logaddexp(self.log_sum, log_sum)
-        self.total = self.total + weights.sum()
-
-    def result(self) -> Tensor:
-        assert self.log_sum is not None
-        assert isinstance(self.total, Tensor)
-        return self.log_sum - self.total.log()
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-
-
-class Summary:
-    """Statistics that predictions are made of, each fed with the outputs of chunks of draws."""
-
-    def __init__(self, likelihood: Likelihood | None, targets: Tensor | None) -> None:
-        self.likelihood, self.targets = likelihood, targets
-
-    def names(self) -> list[str]:
-        """Statistics that exist for this likelihood."""
-        if self.likelihood is None:
-            return ["moments"]
-        names = ["moments", "aleatoric_variance"]
-        if self.likelihood.is_discrete:
-            names.append("log_class_probs")
-        if self.likelihood.has_entropy:
-            names.append("expected_entropy")
-        if self.targets is not None:
-            names.append("log_prob")
-        return names
-
-    def accumulator(self, name: str) -> _Accumulator:
-        """An empty accumulator of the statistic."""
-        if name == "moments":
-            return _Moments()
-        return _LogMeanExp() if name in ("log_class_probs", "log_prob") else _Mean()
-
-    def values(self, name: str, outputs: Tensor) -> Tensor:
-        """What the statistic averages, for each draw: ``(s, N, ...)``."""
-        outputs, likelihood = _wide(outputs), self.likelihood
-        if likelihood is None:
-            return outputs
-        if name == "log_prob":
-            assert self.targets is not None
-            return vmap(likelihood.log_prob, in_dims=(0, None))(outputs, self.targets)
-        of_one_draw = {
-            "moments": likelihood.mean,
-            "aleatoric_variance": likelihood.variance,
-            "log_class_probs": likelihood.log_class_probs,
-            "expected_entropy": likelihood.entropy,
-        }[name]
-        return vmap(of_one_draw)(outputs)
-
-
-class Streamed:
-    """Accumulates all statistics of a prediction chunk by chunk, in memory that does not grow."""
-
-    def __init__(self, summary: Summary) -> None:
-        self.summary = summary
-        self.accumulators = {name: summary.accumulator(name) for name in summary.names()}
-        self.dtype: torch.dtype | None = None
-
-    def update(self, outputs: Tensor, weights: Tensor) -> None:
-        """Take in the outputs ``(s, N, ...)`` of some draws."""
-        self.dtype = outputs.dtype
-        for name, accumulator in self.accumulators.items():
-            values = self.summary.values(name, outputs)
-            accumulator.update(values, weights)
-
-    def results(self) -> dict[str, Tensor]:
-        """All statistics."""
-        return {name: accumulator.result() for name, accumulator in self.accumulators.items()}
 
 
 class Prediction:
@@ -287,7 +142,7 @@ class Prediction:
             return self._get("log_prob").to(self._dtype, copy=True)
         samples = self._kept("log_prob(y)", ", or give `predict` the `targets`")
         likelihood.check(samples[0], y, call="log_prob(y)")
-        accumulator = _LogMeanExp()
+        accumulator = LogMeanExp()
         values = Summary(likelihood, y).values("log_prob", samples)
         accumulator.update(values, self.weights)
         return accumulator.result().to(self._dtype, copy=True)
@@ -313,11 +168,11 @@ class Prediction:
                 f"`quantile(q)` is not there for {type(self.likelihood).__name__}: classes have no order. "
                 "`mean` has their probabilities."
             )
-        samples = _wide(self._kept("quantile"))
+        samples = wide(self._kept("quantile"))
         weights = self.weights.to(samples)
         if self.likelihood is None:
-            return _weighted_quantile(samples, weights, q).to(self._dtype, copy=True)
-        return _mixture_quantile(self.likelihood, samples, weights, q).to(self._dtype, copy=True)
+            return weighted_quantile(samples, weights, q).to(self._dtype, copy=True)
+        return mixture_quantile(self.likelihood, samples, weights, q).to(self._dtype, copy=True)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Central predictive interval: lower and upper ends, each ``(N, ...)``.
@@ -332,7 +187,7 @@ class Prediction:
     def distribution(self) -> torch.distributions.MixtureSameFamily:
         """The mixture over draws of ``p(y | f)``: batch shape ``(N,)``, the rest is the event."""
         likelihood = self._needs_likelihood("distribution")
-        by_row = _wide(self._kept("distribution")).movedim(0, 1)  # (N, S, ...)
+        by_row = wide(self._kept("distribution")).movedim(0, 1)  # (N, S, ...)
         components = likelihood.distribution(by_row, batch_ndim=2)
         weights = self.weights.to(by_row).expand(by_row.shape[:2])
         mixing = torch.distributions.Categorical(probs=weights, validate_args=False)
@@ -404,34 +259,3 @@ def concatenate(predictions: Sequence[Prediction]) -> Prediction:
         streamed=streamed,
         dtype=first._dtype,
     )
-
-
-def _weighted_quantile(samples: Tensor, weights: Tensor, q: float) -> Tensor:
-    """Quantile over the first axis; for equal weights that of ``torch.quantile``."""
-    values, order = samples.sort(0)
-    mass = weights[order]
-    # Order statistic k stands at the mass before it plus half its own, rescaled to [0, 1]; for equal
-    # weights that is k / (S - 1).
-    place = mass.cumsum(0) - mass / 2
-    first, last = place[:1], place[-1:]
-    target = first + q * (last - first)
-    upper = (place < target).sum(0, keepdim=True).clamp(0, len(weights) - 1)
-    lower = (upper - 1).clamp_min(0)
-    below, above = place.gather(0, lower), place.gather(0, upper)
-    fraction = torch.where(above > below, (target - below) / (above - below).clamp_min(1e-30), 0.0)
-    return torch.lerp(values.gather(0, lower), values.gather(0, upper), fraction)[0]
-
-
-def _mixture_quantile(likelihood: Likelihood, samples: Tensor, weights: Tensor, q: float) -> Tensor:
-    """Solve ``sum_s w_s F_s(y) = q`` by bisection, between bounds that hold for any distribution."""
-    means, variances = vmap(likelihood.mean)(samples), vmap(likelihood.variance)(samples)
-    # Cantelli: a quantile is within sqrt(odds) standard deviations of the mean, and that of a
-    # mixture lies between the least and the greatest of its components'.
-    reach = math.sqrt(max(q / (1 - q), (1 - q) / q)) * variances.sqrt()
-    lower, upper = (means - reach).amin(0) - 1e-6, (means + reach).amax(0) + 1e-6
-    cdf = vmap(likelihood.cdf, in_dims=(0, None))
-    for _ in range(64 if samples.dtype == torch.float64 else 36):
-        middle = (lower + upper) / 2
-        is_above = torch.tensordot(weights, cdf(samples, middle), 1) >= q
-        lower, upper = torch.where(is_above, lower, middle), torch.where(is_above, middle, upper)
-    return upper.round() if likelihood.has_integer_support else upper
