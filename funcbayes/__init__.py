@@ -12,7 +12,11 @@ from . import (
     plots as plots,
     training as training,
 )
-from ._functional import FunctionalModule as FunctionalModule, make_functional as make_functional
+from ._functional import (
+    FunctionalModule as FunctionalModule,
+    make_functional as make_functional,
+    training_call as training_call,
+)
 from ._predict import predict as predict, predict_batches as predict_batches, predictor as predictor
 from ._prediction import Prediction as Prediction
 from ._tree import MISSING as MISSING, Fixed as Fixed

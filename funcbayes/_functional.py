@@ -181,6 +181,16 @@ def training_call(
     Returns:
         The outputs, and the new values of the buffers that changed, as ``Fixed``, in a tree that
         can be merged into ``params``. Nothing is changed in place.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> fn, params = fb.make_functional(
+        ...     torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5))
+        ... )
+        >>> outputs, statistics = fb.training_call(fn, params, torch.ones(4, 3), seed=0)
+        >>> sorted(statistics)
+        ['0.num_batches_tracked', '0.running_mean', '0.running_var']
+        >>> updated = {**params, **statistics}
     """
     key = seed if isinstance(seed, Tensor) else torch.tensor(seed)
     masks = (DropoutMasks(fold(key, "training")),) if dropout else ()
