@@ -26,7 +26,7 @@ from ._functional import Model
 from ._functorch import map_first_axis
 from ._intercept import Batching, LargestBatched, with_dropout
 from ._random import Seed, fold, forked
-from ._tree import Params, index, merge, num_rows, tensors, unbind
+from ._tree import Params, device_of, index, merge, num_rows, tensors, unbind
 from ._warning import levels_to_the_user
 from .posteriors import Draw
 
@@ -214,7 +214,8 @@ class _Run:
 
     def _candidates(self) -> list[Mechanism]:
         draw = self.draws(slice(0, 1))
-        device = "cpu" if _device_of(self.params, draw, self.x).type == "cpu" else "other"
+        found = device_of(self.params, draw, self.x)
+        device = "cpu" if found is None or found.type == "cpu" else "other"
         held = _DRAWS_BUDGET[device] // max(1, sum(t.nbytes for t in tensors(draw)))
         largest = self._largest_intermediate(draw)
         loop = Mechanism("loop", max(1, min(self.num_draws, held, 8)))
@@ -341,13 +342,6 @@ def _owner(fn: Model) -> Any:
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
     for begin in range(start, stop, size):
         yield slice(begin, min(begin + size, stop))
-
-
-def _device_of(*trees: Any) -> torch.device:
-    # Keys of masks live on the CPU whatever the device, so parameters and inputs are asked first.
-    floating = (t for t in tensors(trees) if t.is_floating_point())
-    first = next(floating, None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def _has_images(x: Any) -> bool:

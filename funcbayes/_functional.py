@@ -123,10 +123,13 @@ class FunctionalModule:
                 f"`fn(params, x)` of `{self.name}` should be given a dict of parameters, "
                 f"got {type(params).__name__}."
             )
+        is_plain = params.keys() == self._names and not any(isinstance(v, Fixed) for v in params.values())
+        given = dict(params) if is_plain else self._checked(params)
+        return {**self._buffers_for(given), **given} if self.buffers else given
+
+    def _checked(self, params: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Values by name, ``Fixed`` ones unpacked; every parameter, and nothing that is not known."""
         given: dict[str, Tensor] = {}
-        if params.keys() == self._names and not any(isinstance(value, Fixed) for value in params.values()):
-            given = dict(params)  # as almost always
-            return {**self._buffers_for(given), **given} if self.buffers else given
         for name, value in params.items():
             if isinstance(value, Fixed):
                 value = value.tensor
@@ -142,7 +145,7 @@ class FunctionalModule:
         for name in given:
             if name not in self._names and name not in self.buffers:
                 raise ValueError(f"`fn(params, x)` of `{self.name}` has no buffer {name!r}.")
-        return {**self._buffers_for(given), **given} if self.buffers else given
+        return given
 
     def _buffers_for(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         lead = next((v for k, v in given.items() if k in self._names and v.is_floating_point()), None)

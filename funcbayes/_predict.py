@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
@@ -16,8 +15,9 @@ from ._functorch import is_inside_transform
 from ._prediction import Prediction, concatenate
 from ._random import Seed, resolve_seed
 from ._statistics import Streamed, Summary
-from ._tree import Fixed, Params, as_tree, map_leaves, merge, missing_path, named_leaves, tensors
+from ._tree import Fixed, Params, as_tree, device_of, map_leaves, merge, missing_path, named_leaves, tensors
 from .likelihoods import Likelihood
+from .likelihoods._checks import check_is_likelihood
 from .posteriors import Draw, Posterior, to
 
 DEFAULT_NUM_SAMPLES = 32
@@ -158,7 +158,7 @@ def predict_batches(
     """
     _check_arguments(fn, posterior, likelihood, num_samples, chunk_size)
     seed, first_row, predictions = resolve_seed(seed), 0, []
-    device = next((t.device for t in tensors((params, posterior)) if t.is_floating_point()), None)
+    device = device_of(params, posterior)
     for batch in _with_progress(batches, progress):
         if labelled and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise ValueError(
@@ -223,9 +223,10 @@ def _predict(
     if dtype is not None:
         if not dtype.is_floating_point:
             raise ValueError(f"`predict(dtype=...)` should be a floating-point dtype, got {dtype}.")
-        params, x = _cast(params, dtype), _cast(x, dtype)
-    seed = 0 if num_samples is None and posterior.atoms() is not None else resolve_seed(seed)
-    weights, groups = _plan(posterior, num_samples, seed)
+        params, x = to(params, dtype=dtype), to(x, dtype=dtype)
+    atoms = posterior.atoms() if num_samples is None else None
+    seed = resolve_seed(seed) if atoms is None else 0
+    weights, groups = _plan(posterior, atoms, num_samples, seed)
     collect = _Collector(weights, likelihood, targets, keep_samples)
     with nullcontext() if _wants_grad((params, posterior, x, likelihood)) else torch.no_grad():
         for number, (positions, make_draws) in enumerate(groups):
@@ -248,11 +249,8 @@ def _check_arguments(
             f"{type(posterior).__name__}. For one value of the parameters use `Point(params)`, for stacked "
             "ones `Ensemble(members)`."
         )
-    if likelihood is not None and not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            "`predict(likelihood=...)` should be one of `funcbayes.likelihoods`, such as "
-            f"`likelihoods.Categorical()`, got {likelihood!r}."
-        )
+    if likelihood is not None:
+        check_is_likelihood(likelihood, "predict(likelihood=...)")
     if num_samples is not None:
         positive_int(num_samples, "predict(num_samples=...)")
     if chunk_size is not None:
@@ -262,9 +260,10 @@ def _check_arguments(
 Group = tuple[Tensor, Callable[[Tensor], Draw]]
 
 
-def _plan(posterior: Posterior, num_samples: int | None, seed: Seed) -> tuple[Tensor, list[Group]]:
+def _plan(
+    posterior: Posterior, atoms: tuple[Draw, Tensor] | None, num_samples: int | None, seed: Seed
+) -> tuple[Tensor, list[Group]]:
     """Weights of the draws, and for each group of one structure its positions and how to make them."""
-    atoms = posterior.atoms() if num_samples is None else None
     if atoms is not None:
         draw, weights = atoms
         count = len(weights)
@@ -300,7 +299,7 @@ def _fitting(
                 _check_fit(draw.leaves, params)
             _check_complete(draw.leaves, params)
             is_checked = True
-        return draw if dtype is None else Draw(_cast(draw.leaves, dtype), draw.effects)
+        return draw if dtype is None else Draw(to(draw.leaves, dtype=dtype), draw.effects)
 
     return make
 
@@ -338,13 +337,6 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
-def _cast(tree: Any, dtype: torch.dtype) -> Any:
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return optree.tree_map(cast, tree)
-
-
 def _wants_grad(trees: Any) -> bool:
     if is_inside_transform():  # where tensors do not tell whether a transform further out follows them
         return torch.is_grad_enabled()
@@ -360,7 +352,6 @@ class _Collector:
         self.weights, self.likelihood, self.targets = weights, likelihood, targets
         self.streamed = None if keep_samples else Streamed(Summary(likelihood, targets))
         self.parts: list[tuple[Tensor, Tensor]] = []
-        self.samples: Tensor | None = None
         self.dtype = torch.float32
         self.is_first = True
 

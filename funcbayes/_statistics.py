@@ -87,6 +87,7 @@ class LogMeanExp(Accumulator):
 
 
 def wide(values: Tensor) -> Tensor:
+    """Half precision in float32, in which sums and logarithms are taken."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
@@ -138,11 +139,9 @@ class Streamed:
     def __init__(self, summary: Summary) -> None:
         self.summary = summary
         self.accumulators = {name: summary.accumulator(name) for name in summary.names()}
-        self.dtype: torch.dtype | None = None
 
     def update(self, outputs: Tensor, weights: Tensor) -> None:
         """Take in the outputs ``(s, N, ...)`` of some draws."""
-        self.dtype = outputs.dtype
         for name, accumulator in self.accumulators.items():
             values = self.summary.values(name, outputs)
             accumulator.update(values, weights)

@@ -62,7 +62,7 @@ def pytree_dataclass(cls: type[_T]) -> type[_T]:
         namespace=optree.registry.__GLOBAL_NAMESPACE,
     )
     if "__repr__" not in vars(cls):
-        cls.__repr__ = _short_repr  # type: ignore[method-assign]
+        cls.__repr__ = _short_repr  # type: ignore[method-assign]  # dataclass was told to make none
     if cls.__name__ in NODE_TYPES:
         raise ValueError(f"A node type called {cls.__name__!r} is registered already.")
     NODE_TYPES[cls.__name__] = cls
@@ -247,6 +247,11 @@ def as_tree(x: Any) -> Any:
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a tree, those inside ``Fixed`` too."""
     return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def device_of(*trees: Any) -> torch.device | None:
+    """Where the first floating-point tensor is; keys of noise are on the CPU wherever a model is."""
+    return next((tensor.device for tensor in tensors(trees) if tensor.is_floating_point()), None)
 
 
 def unbind(tree: _T) -> list[_T]:

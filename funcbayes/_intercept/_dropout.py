@@ -69,14 +69,13 @@ class DropoutMasks:
 
 
 def with_dropout(
-    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks], *, required: bool = True
+    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks]
 ) -> Callable[[Params, Any], Any]:
     """``fn`` with its dropout active; where several masks apply the first is used.
 
     Args:
         fn: Pure model.
         masks: Effects, unbatched (or batched by a surrounding ``vmap``).
-        required: Whether to refuse a model in which nothing is dropped.
 
     Returns:
         A function of ``(params, x)``. It raises ``ValueError`` if the model drops nothing, and
@@ -87,7 +86,7 @@ def with_dropout(
         locate = any(m.where is not None for m in masks)
         with calling(Call("stochastic", locate)) as call:
             outputs, mode = run_with_masks(fn, params, x, masks, call)
-        if required and not mode.num_dropped:
+        if not mode.num_dropped:
             with calling(Call("stochastic", locate=True)) as call:  # again, to name the places
                 _, mode = run_with_masks(fn, params, x, masks, call)
             raise ValueError(_nothing_dropped(fn, masks[0], mode))

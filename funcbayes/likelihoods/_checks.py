@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import positive_int
+from ._likelihood import Likelihood
+
 
 def check_outputs(outputs: Any, call: str) -> None:
     """Refuse outputs that are not a floating-point tensor with an axis of rows."""
@@ -48,8 +51,17 @@ def check_finite(y: Tensor, call: str) -> None:
 
 def check_num_samples(num_samples: int | None, call: str) -> None:
     """Refuse fewer than one draw."""
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"`{call}(num_samples=...)` should be at least 1 or None, got {num_samples}.")
+    if num_samples is not None:
+        positive_int(num_samples, f"{call}(num_samples=...)")
+
+
+def check_is_likelihood(likelihood: object, call: str) -> None:
+    """Refuse what is no likelihood: a loss, or the class of one."""
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            f"`{call}` should be one of `funcbayes.likelihoods`, such as `likelihoods.Categorical()`, "
+            f"got {likelihood!r}."
+        )
 
 
 def unavailable(likelihood: object, method: str, reason: str) -> NotImplementedError:

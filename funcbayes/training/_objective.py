@@ -13,6 +13,7 @@ from .._functional import Model, training_call
 from .._random import Seed
 from .._tree import Fixed, Params, is_parameter
 from ..likelihoods import Likelihood
+from ..likelihoods._checks import check_is_likelihood
 from ._data import Source
 
 # (params, x, y, seed, check) -> (loss, the buffers that changed). `check` asks to look at values.
@@ -43,11 +44,7 @@ class MapObjective:
         call: str,
     ) -> "MapObjective":
         """Make the objective for the data of ``source``; rows are counted only if a prior asks for it."""
-        if not isinstance(likelihood, Likelihood):
-            raise TypeError(
-                f"`{call}(likelihood=...)` should be one of `funcbayes.likelihoods`, such as "
-                f"`likelihoods.Categorical()`, got {likelihood!r}."
-            )
+        check_is_likelihood(likelihood, f"{call}(likelihood=...)")
         if not (0 <= prior_precision < math.inf):
             raise ValueError(
                 f"`{call}(prior_precision=...)` should be at least 0 and finite, got {prior_precision}."
