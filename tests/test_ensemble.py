@@ -12,10 +12,11 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 import funcbayes as fb
 from funcbayes import training
 from funcbayes._intercept import Batching
-from funcbayes.ensemble import _fit, _together, member_seeds
-from funcbayes.ensemble._movers import _ELEMENTWISE, shared_movers
-from funcbayes.ensemble._together import _equal_parts
+from funcbayes.ensemble import member_seeds
+from funcbayes.training import _several, _together
 from funcbayes.training._options import Options
+from funcbayes.training._shared_movers import _ELEMENTWISE, shared_movers
+from funcbayes.training._together import _equal_parts
 
 F64 = torch.float64
 K = 3
@@ -328,7 +329,7 @@ def test_models_with_large_intermediates_are_trained_in_chunks(model, monkeypatc
 
 @pytest.mark.parametrize("model", [*MODELS, *LOOPED])
 def test_large_models_are_trained_one_after_another(model, monkeypatch):
-    monkeypatch.setattr(_fit, "_LARGE", 0)
+    monkeypatch.setattr(_several, "_LARGE", 0)
     make, shape = {**MODELS, **LOOPED}[model]
     fn, members = start(make)
     assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5, prior_precision=1.0)
@@ -338,7 +339,7 @@ def test_large_models_are_trained_one_after_another(model, monkeypatch):
 
 
 def test_a_callback_sees_all_members_of_a_large_model(monkeypatch):
-    monkeypatch.setattr(_fit, "_LARGE", 0)
+    monkeypatch.setattr(_several, "_LARGE", 0)
     fn, members = start(mlp)
     seen = []
     fit(fn, members, classification((4,)), callback=lambda epoch, losses, _: seen.append(losses.shape))

@@ -5,5 +5,6 @@ is better calibrated than any of them (Lakshminarayanan et al. 2017, "Simple and
 uncertainty estimation using deep ensembles", https://arxiv.org/abs/1612.01474).
 """
 
+from ..training._several import member_seeds as member_seeds
 from ._fit import fit as fit
-from ._members import from_modules as from_modules, init as init, member_seeds as member_seeds
+from ._members import from_modules as from_modules, init as init

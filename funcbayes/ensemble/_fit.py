@@ -1,27 +1,17 @@
 """Training of all members at once."""
 
-import functools
-from dataclasses import replace
-
-import torch
 from torch import Tensor
 
 from .._checks import check_model, positive_int
 from .._functional import Model
 from .._random import resolve_seed
-from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of
+from .._tree import Fixed, Params, Where, named_leaves
 from ..likelihoods import Likelihood
 from ..posteriors import Ensemble
 from ..training._data import Data, open_data
-from ..training._loop import minimize
 from ..training._objective import MapObjective
 from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
-from ._members import member_seeds
-from ._movers import shared_movers
-from ._together import Together
-
-# Bytes of the parameters of one member from which on members are better trained one after another.
-_LARGE = 1 << 20
+from ..training._several import member_seeds, minimize_several
 
 
 def fit(
@@ -121,42 +111,18 @@ def fit(
     seeds = member_seeds(seed, num_members)
     objective = MapObjective.over(fn, likelihood, source, seed, prior_precision, num_data, options.call)
     streams = (seed,) if share_batches else seeds
-    minimized = functools.partial(minimize, objective, source=source, where=where)
-    if (
-        callback is None
-        and not share_batches
-        and (chunk_size == 1 or (chunk_size is None and _is_large(members)))
-    ):
-        alone = [
-            minimized(
-                index(members, slice(k, k + 1)),
-                seeds=seeds[k : k + 1],
-                streams=streams[k : k + 1],
-                options=replace(options, member=k),
-            )
-            for k in range(num_members)
-        ]
-        with torch.inference_mode(False):
-            return Ensemble(map_leaves(lambda *parts: torch.cat(parts), *alone))
-    trained = minimized(
+    trained = minimize_several(
+        objective,
         members,
-        seeds=seeds,
-        streams=streams,
-        options=options,
-        gradients=Together(chunk_size),
-        make_movers=shared_movers,
+        source,
+        seeds,
+        streams,
+        options,
+        where=where,
+        chunk_size=chunk_size,
+        in_step=share_batches or callback is not None,
     )
     return Ensemble(trained)
-
-
-def _is_large(members: Params) -> bool:
-    """Whether the parameters of several members do not stay in the cache of a CPU.
-
-    Steps of all members in turn would then fetch the parameters, and the state of the optimizer, from memory
-    every time; one member trained to the end leaves them where they are.
-    """
-    parameters = parameters_of(index(members, 0)).values()
-    return all(p.device.type == "cpu" for p in parameters) and sum(p.nbytes for p in parameters) > _LARGE
 
 
 def _check_members(members: Params) -> int:

@@ -7,27 +7,10 @@ from torch import nn
 
 from .._checks import positive_int
 from .._functional import FunctionalModule, make_functional
-from .._random import fold, forked, resolve_seed
+from .._random import forked, resolve_seed
 from .._tree import Fixed, Params, difference, stack
 from ..posteriors import Ensemble
-
-
-def member_seeds(seed: int, num_members: int) -> tuple[int, ...]:
-    """Seeds of the members of an ensemble: what a member does depends on its own only.
-
-    Args:
-        seed: Seed of the ensemble.
-        num_members: How many; the first seeds do not depend on it.
-
-    Returns:
-        One seed a member.
-
-    Example:
-        >>> from funcbayes import ensemble
-        >>> ensemble.member_seeds(0, 5)[:2] == ensemble.member_seeds(0, 2)
-        True
-    """
-    return tuple(fold(fold(seed, "member"), k) for k in range(num_members))
+from ..training._several import member_seeds
 
 
 def init(

@@ -1,7 +1,9 @@
 """The one loop that every fit runs."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +17,22 @@ from ._objective import Objective
 from ._options import Options
 
 
+class Watcher(Protocol):
+    """What looks at the networks while they are trained, to collect or to compare them.
+
+    ``members()`` gives the present parameters, every leaf with a leading axis ``K``; they are to be read at
+    once, for the next step writes into them.
+    """
+
+    def after_step(self, members: Callable[[], Params]) -> None:
+        """See the networks after every step."""
+        ...
+
+    def after_epoch(self, members: Callable[[], Params]) -> bool:
+        """See the networks after every epoch; training ends when it returns ``True``."""
+        ...
+
+
 def minimize(
     objective: Objective,
     members: Params,
@@ -26,6 +44,7 @@ def minimize(
     where: Where | None = None,
     gradients: Gradients = one_by_one,
     make_movers: Callable[[Sequence[Tensor], Options], Movers] = Movers.separate,
+    watcher: Watcher | None = None,
 ) -> Params:
     """Train ``K`` networks on an objective: the one loop that every fit runs.
 
@@ -39,6 +58,7 @@ def minimize(
         where: Which leaves to train.
         gradients: How gradients are found.
         make_movers: How optimizers are shared out.
+        watcher: Sees the networks after every step and epoch.
 
     Returns:
         Trained members, all new tensors without a graph.
@@ -47,17 +67,25 @@ def minimize(
     with torch.inference_mode(False), torch.enable_grad():
         networks = Networks(objective, members, seeds, where, options.call)
         movers = make_movers(networks.leaves, options)
+
+        def present() -> Params:
+            return networks.present(movers.leaves())
+
         with _bar(options) as show:
             for epoch in range(options.num_epochs):
                 batches = source.epoch(streams, epoch, networks.device)
-                table, weights = _run_epoch(batches, networks, movers, gradients, options)
+                after_step = functools.partial(watcher.after_step, present) if watcher is not None else None
+                table, weights = _run_epoch(batches, networks, movers, gradients, options, after_step)
                 _check_losses(table, options, epoch)
                 losses = (weights * table).sum(0) / weights.sum(0)
                 if options.scheduler_interval == "epoch":
                     movers.schedule(losses)
                 _check_leaves(movers.leaves(), options, epoch)
                 show(losses)
+                ends = watcher is not None and watcher.after_epoch(present)
                 if options.callback and options.callback(epoch, losses, networks.assemble(movers.leaves())):
+                    ends = True
+                if ends:
                     break
         return networks.assemble(movers.leaves())
 
@@ -68,6 +96,7 @@ def _run_epoch(
     movers: Movers,
     gradients: Gradients,
     options: Options,
+    after_step: Callable[[], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Go through the data once; losses ``(steps, K)``, and the numbers of rows they are means over."""
     losses, rows = [], []
@@ -79,6 +108,8 @@ def _run_epoch(
         networks.num_steps += 1
         if options.scheduler_interval == "step":
             movers.schedule(losses[-1])
+        if after_step is not None:
+            after_step()
     # Looked at once an epoch, for on an accelerator every look makes it wait.
     table = torch.stack(losses).cpu()
     return table, torch.stack([r.expand(table.shape[1]) for r in rows]).to(table.dtype)

@@ -105,10 +105,16 @@ class Networks:
         self.adds_buffers = not named_leaves(changed).keys() <= named_leaves(self.fixed.of(0)).keys()
         self.draws_globally = any(not torch.equal(a, b) for a, b in zip(after, before, strict=False))
 
+    def present(self, leaves: Sequence[Tensor]) -> Params:
+        """Members with these trained leaves ``(K, *s)`` and the present fixed values."""
+        trained = self._spec.unflatten([leaf.detach() for leaf in leaves])
+        return merge(merge(self.members, trained), self.fixed.all())
+
     def assemble(self, leaves: Sequence[Tensor]) -> Params:
-        """Members with these trained leaves ``(K, *s)`` and the present fixed values, all new tensors."""
-        whole = merge(merge(self.members, self._spec.unflatten(leaves)), self.fixed.all())
-        return map_leaves(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, whole)
+        """What :meth:`present` gives, as new tensors."""
+        return map_leaves(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.present(leaves)
+        )
 
 
 def _savable(leaf: Any) -> Any:

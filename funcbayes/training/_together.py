@@ -15,8 +15,8 @@ from .._intercept import Batching, LargestBatched
 from .._random import fold
 from .._tree import Params, index, merge, named_leaves, select
 from .._warning import levels_to_the_user
-from ..training._batch import Batch, RaggedBatch
-from ..training._networks import Networks, one_by_one
+from ._batch import Batch, RaggedBatch
+from ._networks import Networks, one_by_one
 
 # Bytes of the largest intermediate, over the members of one pass. Beyond it buffers fall out of the
 # cache, and fewer members at a time are faster; two still pay where one buffer is larger.
@@ -76,7 +76,7 @@ class Together:
         except Exception as error:  # whatever it is, a loop that works is an answer
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(
-                "`ensemble.fit` trains the members one by one, because `vmap` cannot take the model: "
+                f"`{networks.call}` trains the members one by one, because `vmap` cannot take the model: "
                 f"{reason}",
                 stacklevel=levels_to_the_user(),
             )

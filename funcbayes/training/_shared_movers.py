@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..training._movers import Mover, Movers
-from ..training._options import Options
+from ._movers import Mover, Movers
+from ._options import Options
 
 # These treat every entry of a tensor by itself, so stacked tensors move as they would alone. Exact
 # types: a subclass may do anything.
