@@ -1,7 +1,8 @@
 """How good predictions are: scores of a :class:`~funcbayes.Prediction` against what was observed.
 
 All are pure functions that return a scalar tensor in the dtype of what they are given, at least
-float32: a metric is read at its third digit, which bfloat16 does not have.
+float32: a metric is read at its third digit, which bfloat16 does not have. ``diversity``, ``disagreement``
+and ``pairwise_kl`` need no observations and return one number a row, ``(N,)``.
 
 **Classes.** ``accuracy``, ``brier`` and ``ece`` take a prediction made with a ``Categorical`` or
 ``Bernoulli`` likelihood, or a tensor of class probabilities: ``(N, C)``, or dense ``(N, *positions)``
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from ._prediction import Prediction
 from .likelihoods import Bernoulli, Categorical
@@ -237,6 +239,140 @@ def ood_auroc(scores_in: Tensor, scores_out: Tensor) -> Tensor:
     twice_wins = twice_rank[place[num_in:]].sum() - num_out * (num_out + 1)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     return twice_wins.to(dtype) / (2 * num_in * num_out)
+
+
+def diversity(prediction: Prediction) -> Tensor:
+    """Variance over draws of each draw's predictive mean, averaged over the outputs of a row: ``(N,)``.
+
+    The average of ``prediction.epistemic_variance``, with its denominator:
+    ``sum_s w_s (m_s - m)^2 / (1 - sum_s w_s^2)``, unbiased for equal weights and 0 for a single atom. For
+    classes the outputs are all class probabilities; positions are averaged over, too.
+
+    Args:
+        prediction: Any prediction; without a likelihood the means are the raw outputs.
+
+    Raises:
+        TypeError: If ``prediction`` is not a ``Prediction``.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> from funcbayes import metrics
+        >>> posterior = fb.Ensemble({"w": torch.tensor([0.0, 2.0])})
+        >>> metrics.diversity(fb.predict(lambda p, x: p["w"] * x, None, posterior, torch.ones(3)))
+        tensor([2., 2., 2.])
+    """
+    _check_is_prediction(prediction, "diversity(prediction)")
+    return _mean_of_rows(wide(prediction.epistemic_variance))
+
+
+def disagreement(prediction: Prediction) -> Tensor:
+    """Probability that two different draws predict different classes, ``(N,)``.
+
+    ``(1 - sum_c W_c^2) / (1 - sum_s w_s^2)``, with ``W_c`` the weight of the draws whose most probable class
+    is ``c``: two draws are taken by their weights, until they are not the same one. For equal weights it is
+    the share of pairs that disagree (Fort et al. 2019, "Deep ensembles: a loss landscape perspective",
+    https://arxiv.org/abs/1912.02757); 0 for a single atom. Of several classes that share the highest
+    probability the first is predicted. Positions, and the labels of a ``Bernoulli``, are averaged over.
+
+    Args:
+        prediction: Made with a ``Categorical`` or ``Bernoulli`` likelihood, with its samples kept.
+
+    Raises:
+        TypeError: If ``prediction`` is not a ``Prediction``.
+        ValueError: If it is not one over classes.
+        RuntimeError: If samples were not kept.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> from funcbayes import metrics
+        >>> logits = torch.tensor([[[2.0, 0.0]], [[3.0, 0.0]], [[0.0, 1.0]]])
+        >>> prediction = fb.predict(
+        ...     lambda p, x: p["f"],
+        ...     None,
+        ...     fb.Ensemble({"f": logits}),
+        ...     torch.zeros(1),
+        ...     likelihood=fb.likelihoods.Categorical(),
+        ... )
+        >>> metrics.disagreement(prediction)
+        tensor([0.6667])
+    """
+    log_probs = _log_probs_of_draws(prediction, "disagreement(prediction)")
+    weights = prediction.weights.to(log_probs)
+    labels = log_probs.argmax(-1)
+    shares = torch.zeros(log_probs.shape[1:], dtype=log_probs.dtype, device=log_probs.device)
+    # Draw by draw, for one-hot labels of all draws would take as much memory as the probabilities.
+    for weight, label in zip(weights, labels, strict=True):
+        shares = shares.scatter_add(-1, label.unsqueeze(-1), weight.expand_as(label.unsqueeze(-1)))
+    # 1 - sum W^2 = sum W (1 - W) does not cancel where almost all agree.
+    return _mean_of_rows(_over_pairs((shares * (1 - shares)).clamp_min(0).sum(-1), weights))
+
+
+def pairwise_kl(prediction: Prediction) -> Tensor:
+    """Mean Kullback-Leibler divergence between the class probabilities of two different draws, ``(N,)``.
+
+    ``sum_{s != t} w_s w_t KL(p_s || p_t) / (1 - sum_s w_s^2)``, over both orders of each pair; 0 for a single
+    atom, infinite where a draw rules out a class that another does not; in nats. Positions, and the labels
+    of a ``Bernoulli``, are averaged over. It is at least the ``mutual_information``, which compares
+    each draw with their mixture.
+
+    Args:
+        prediction: As for :func:`disagreement`.
+
+    Raises:
+        TypeError: As :func:`disagreement`.
+        ValueError: As :func:`disagreement`.
+        RuntimeError: As :func:`disagreement`.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> from funcbayes import metrics
+        >>> probs = torch.tensor([[[0.5, 0.5]], [[0.8, 0.2]]])
+        >>> prediction = fb.predict(
+        ...     lambda p, x: p["f"].log(),
+        ...     None,
+        ...     fb.Ensemble({"f": probs}),
+        ...     torch.zeros(1),
+        ...     likelihood=fb.likelihoods.Categorical(),
+        ... )
+        >>> metrics.pairwise_kl(prediction)
+        tensor([0.2079])
+    """
+    log_probs = _log_probs_of_draws(prediction, "pairwise_kl(prediction)")
+    weights = prediction.weights.to(log_probs)
+    has_weight = weights > 0
+    log_probs, weights = log_probs[has_weight], weights[has_weight]
+    # The sum over t is linear in log p_t, so the pairs need no loop: KL of each draw from the (unnormalised)
+    # geometric mean of all.
+    average = torch.tensordot(weights, log_probs, 1)
+    probs = log_probs.exp()
+    terms = torch.where(probs > 0, probs * (log_probs - average), 0)
+    return _mean_of_rows(_over_pairs(torch.tensordot(weights, terms, 1).sum(-1).clamp_min(0), weights))
+
+
+def _check_is_prediction(prediction: Any, call: str) -> None:
+    if not isinstance(prediction, Prediction):
+        raise TypeError(f"`{call}` should be given what `predict(...)` returns, got {_kind(prediction)}.")
+
+
+def _log_probs_of_draws(prediction: Prediction, call: str) -> Tensor:
+    """Log class probabilities of each draw, ``(S, N, *positions, C)``."""
+    _check_is_prediction(prediction, call)
+    likelihood = _likelihood(prediction, None, None, call)
+    log_probs = vmap(likelihood.log_class_probs)(wide(prediction.samples))
+    if isinstance(likelihood, Bernoulli):
+        return log_probs
+    return log_probs.movedim(likelihood.class_axis + (likelihood.class_axis > 0), -1)
+
+
+def _over_pairs(sums: Tensor, weights: Tensor) -> Tensor:
+    """Sums over all pairs of draws as means over the pairs of different ones; 0 if there are none."""
+    spread = (weights * (1 - weights)).sum()
+    return torch.where(spread > 0, sums / spread.where(spread > 0, 1.0), 0.0)
+
+
+def _mean_of_rows(values: Tensor) -> Tensor:
+    """Average over all axes but that of rows."""
+    return values if values.ndim == 1 else values.flatten(1).mean(1)
 
 
 def _counted(

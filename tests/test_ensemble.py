@@ -2,6 +2,7 @@ import functools
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from funcbayes.ensemble import member_seeds
 from funcbayes.training import _several, _together
 from funcbayes.training._options import Options
 from funcbayes.training._shared_movers import _ELEMENTWISE, shared_movers
-from funcbayes.training._together import _equal_parts
+from funcbayes.training._together import equal_parts
 
 F64 = torch.float64
 K = 3
@@ -314,7 +315,7 @@ MIB = 1 << 20
     ],
 )
 def test_members_are_parted_equally_by_what_fits(num_members, largest, sizes):
-    parts = _equal_parts(num_members, largest, torch.device("cpu"))
+    parts = equal_parts(num_members, largest, torch.device("cpu"))
     assert [part.stop - part.start for part in parts] == sizes
     assert [k for part in parts for k in range(num_members)[part]] == list(range(num_members))
 
@@ -344,6 +345,182 @@ def test_a_callback_sees_all_members_of_a_large_model(monkeypatch):
     seen = []
     fit(fn, members, classification((4,)), callback=lambda epoch, losses, _: seen.append(losses.shape))
     assert seen == [(K,)] * 2
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize("model", MODELS)
+def test_each_member_has_a_bootstrap_of_its_own_as_if_alone(model, batch_size):
+    make, shape = MODELS[model]
+    fn, members = start(make)
+    options = {"batch_size": batch_size, "bootstrap": True, "prior_precision": 1.0}
+    assert_each_is_as_if_alone(fn, members, classification(shape), **options)
+
+
+def test_a_bootstrap_is_training_on_resampled_rows():
+    fn, members = start(mlp)
+    x, y = classification((4,))
+    together = fit(fn, members, (x, y), batch_size=5, bootstrap=True)
+    seen = set()
+    for k, seed in enumerate(member_seeds(7, K)):
+        rows = training.bootstrap_rows(seed, len(x))
+        seen.add(tuple(rows.tolist()))
+        alone = training.fit(
+            fn, member(members, k), (x[rows], y[rows]), fb.likelihoods.Categorical(), optimizer=ADAM,
+            num_epochs=2, batch_size=5, seed=seed,
+        )  # fmt: skip
+        for name, leaf in alone.items():
+            torch.testing.assert_close(together[name][k], leaf)
+    assert len(seen) == K
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_member_is_trained_adversarially_as_if_alone(model):
+    make, shape = MODELS[model]
+    fn, members = start(make)
+    assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5, adversarial=0.05)
+
+
+@pytest.mark.parametrize("model", LOOPED)
+def test_a_loop_over_members_is_adversarial_too(model):
+    make, shape = LOOPED[model]
+    fn, members = start(make)
+    with pytest.warns(UserWarning, match="one by one, because `vmap` cannot take the model: "):
+        assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5, adversarial=0.05)
+
+
+FAST = functools.partial(torch.optim.Adam, lr=0.1)
+
+
+@pytest.mark.parametrize("num_members", [1, K])
+@pytest.mark.parametrize("patience", [None, 1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_each_member_stops_early_as_if_alone(model, patience, num_members):
+    make, shape = MODELS[model]
+    fn, members = start(make, num_members)
+    x, y = classification(shape, 24)
+    options = {"optimizer": FAST, "num_epochs": 8, "batch_size": 5, "patience": patience}
+    assert_each_is_as_if_alone(fn, members, (x[:12], y[:12]), validation=(x[12:], y[12:]), **options)
+
+
+def test_members_stop_at_different_epochs_and_training_ends_with_the_last():
+    fn, members = start(mlp, 8)
+    x, y = classification((4,), 24)
+    held_out, likelihood = (x[12:], y[12:]), fb.likelihoods.Categorical()
+    options = {"optimizer": FAST, "num_epochs": 30, "batch_size": 5}
+    seen, counted = [], []
+    fit(fn, members, (x[:12], y[:12]), callback=lambda e, losses, m: seen.append(m), **options)
+    table = torch.stack(
+        [
+            torch.stack(
+                [-likelihood.log_prob(fn(member(m, k), held_out[0]), held_out[1]).mean() for k in range(8)]
+            )
+            for m in seen
+        ]
+    )
+    got = fit(
+        fn, members, (x[:12], y[:12]), validation=held_out, patience=2,
+        callback=lambda e, losses, m: counted.append(e) and None, **options,
+    )  # fmt: skip
+    ends, bests = [], []
+    for losses in table.T.tolist():
+        best, waited = 0, 0
+        for epoch in range(1, len(losses)):
+            best, waited = (epoch, 0) if losses[epoch] < losses[best] else (best, waited + 1)
+            if waited == 2:
+                break
+        ends.append(epoch + 1)
+        bests.append(best)
+    assert len(set(ends)) > 1
+    assert len(counted) == max(ends)
+    for k, best in enumerate(bests):
+        for name in got:
+            torch.testing.assert_close(got[name][k], seen[best][name][k])
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("model", [*MODELS, *LOOPED])
+def test_all_options_at_once_are_as_if_alone(model, large, monkeypatch):
+    if large:
+        monkeypatch.setattr(_several, "_LARGE", 0)
+    make, shape = {**MODELS, **LOOPED}[model]
+    fn, members = start(make)
+    x, y = classification(shape, 24)
+    options = {"optimizer": FAST, "num_epochs": 5, "batch_size": 5, "patience": 2, "max_grad_norm": 1.0}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*trains the members one by one")
+        assert_each_is_as_if_alone(
+            fn, members, (x[:12], y[:12]), validation=(x[12:], y[12:]), adversarial=0.02, bootstrap=True,
+            **options,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["mlp", "dropout", "conv"])
+def test_a_loader_is_adversarial_and_validates_as_if_alone(model):
+    make, shape = MODELS[model]
+    fn, members = start(make)
+    x, y = classification(shape, 24)
+    loader = DataLoader(TensorDataset(x[:12], y[:12]), batch_size=5, shuffle=True)
+    held_out = DataLoader(TensorDataset(x[12:], y[12:]), batch_size=5, shuffle=True)
+    options = {"optimizer": FAST, "num_epochs": 6, "patience": 2, "adversarial": 0.02}
+    state = torch.get_rng_state()
+    assert_each_is_as_if_alone(fn, members, loader, validation=held_out, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_in_evaluation_is_the_same_in_any_company():
+    fn, members = start(mlp)
+
+    def noisy(params, x):
+        outputs = fn(params, x)
+        return outputs + 0.5 * torch.randn(outputs.shape, dtype=F64)
+
+    x, y = classification((4,), 24)
+    options = {"optimizer": FAST, "num_epochs": 6, "batch_size": 5}
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="one by one, because `vmap` cannot take the model: "):
+        assert_each_is_as_if_alone(noisy, members, (x[:12], y[:12]), validation=(x[12:], y[12:]), **options)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_chunks_of_members_change_nothing_in_validation(model, chunk_size):
+    make, shape = MODELS[model]
+    fn, members = start(make)
+    x, y = classification(shape, 24)
+    options = {"validation": (x[12:], y[12:]), "optimizer": FAST, "num_epochs": 5, "batch_size": 5}
+    chunked = {"only_together": {"chunk_size": chunk_size}}
+    assert_each_is_as_if_alone(fn, members, (x[:12], y[:12]), **options, **chunked)
+
+
+def test_a_member_that_is_done_may_diverge():
+    x, y = torch.ones(4, 1, dtype=F64), torch.zeros(4, 1, dtype=F64)
+    members = {"w": torch.tensor([1.0, 3.0], dtype=F64)}
+
+    def optimizer(leaves):  # the first member descends, the second one overflows within some steps
+        return Mine(leaves, lr=0.01 if leaves[0].item() < 2 else 1e60)
+
+    options = {"optimizer": optimizer, "num_epochs": 9, "patience": 1}
+    normal = fb.likelihoods.Normal(1.0)
+    with pytest.raises(RuntimeError, match="of member 1"):
+        fb.ensemble.fit(lambda p, x: x * p["w"], members, (x, y), normal, **{**options, "patience": None})
+    got = fb.ensemble.fit(
+        lambda p, x: x * p["w"], members, (x, y), normal, validation=(x, y), **options
+    ).members["w"]
+    torch.testing.assert_close(got[0], torch.tensor(0.99**9, dtype=F64))
+    torch.testing.assert_close(got[1], torch.tensor(3 * (1 - 1e60), dtype=F64))
+
+
+def test_a_member_that_is_never_finite_on_the_validation_is_named():
+    fn, members = start(mlp)
+
+    def overflowing(params, x):
+        return fn(params, x) * torch.where(params["2.bias"][:1] > 50, torch.nan if len(x) == 4 else 1.0, 1.0)
+
+    members["2.bias"][2] = 100.0
+    x, y = classification((4,))
+    with pytest.raises(RuntimeError, match=r"is not finite after any epoch for member 2\."):
+        fit(overflowing, members, (x, y), validation=(x[:4], y[:4]))
 
 
 @pytest.mark.parametrize("kind", ["rows_first", "channels_last"])
@@ -670,6 +847,14 @@ FIT_ERRORS = {
     "module": ({"fn": net}, TypeError, "`ensemble.fit(fn, ...)` should be given a function of (params, x)"),
     "iterator": ({"data": iter([(x, y)])}, TypeError, "`ensemble.fit(data=...)` should be a re-iterable"),
     "empty": ({"data": []}, ValueError, "got none in epoch 0"),
+    "bootstrap": (
+        {"bootstrap": True, "share_batches": True},
+        ValueError,
+        "`ensemble.fit(bootstrap=True)` gives each member rows of its own",
+    ),
+    "bootstrap of a loader": ({"bootstrap": True, "data": [(x, y)]}, ValueError, "Write `data=(x, y)`"),
+    "patience": ({"patience": 2}, ValueError, "`ensemble.fit(patience=2)` needs rows to wait for"),
+    "validation": ({"validation": 3}, TypeError, "`ensemble.fit(validation=...)` should be an (x, y)"),
 }
 
 
@@ -697,3 +882,165 @@ def test_a_batch_sampler_of_ones_own_is_counted():
     expected = fit(fn, members, [(x[:5], y[:5]), (x[5:10], y[5:10])], prior_precision=5.0, num_data=10)
     for name in got:
         torch.testing.assert_close(got[name], expected[name])
+
+
+class Recording(torch.optim.SGD):
+    """Writes down the learning rates of its groups at every step."""
+
+    seen: list
+
+    def step(self, closure=None):
+        self.seen.append([group["lr"] for group in self.param_groups])
+        return super().step(closure)
+
+
+def recording(seen, rates):
+    def make(leaves):
+        optimizer = Recording([{"params": [p], "lr": lr} for p, lr in zip(leaves, rates, strict=True)])
+        optimizer.seen = seen
+        return optimizer
+
+    return make
+
+
+def snapshots(fn, params, data, **options):
+    options = {"optimizer": ADAM, "num_cycles": 3, "epochs_per_cycle": 2, "seed": 7, **options}
+    return fb.ensemble.fit_snapshots(fn, params, data, fb.likelihoods.Categorical(), **options)
+
+
+def cosine(t, n):
+    """Equation 2 of Huang et al. (2017) for a learning rate of 1."""
+    return 0.5 * (np.cos(np.pi * np.mod(t - 1, n) / n) + 1)
+
+
+class Lengthless:
+    """Batches that nobody has counted."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Iterable(torch.utils.data.IterableDataset):
+    """Says that it is longer than it is."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __iter__(self):
+        return iter(zip(self.x, self.y, strict=True))
+
+    def __len__(self):
+        return 10
+
+
+DATA_OF_THREE_BATCHES = {
+    "tensors": lambda x, y: ((x, y), 5),
+    "loader": lambda x, y: (DataLoader(TensorDataset(x, y), batch_size=5, shuffle=True), None),
+    "loader_drop_last": lambda x, y: (DataLoader(TensorDataset(x, y), batch_size=4, drop_last=True), None),
+    "list": lambda x, y: ([(x[:5], y[:5]), (x[5:10], y[5:10]), (x[10:], y[10:])], None),
+    "lengthless": lambda x, y: (Lengthless([(x[:5], y[:5])] * 3), None),
+    "iterable": lambda x, y: (DataLoader(Iterable(x, y), batch_size=5), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset")
+@pytest.mark.parametrize("kind", DATA_OF_THREE_BATCHES)
+def test_the_learning_rate_of_snapshots_is_that_of_the_paper(kind):
+    fn, params = fb.make_functional(nn.Linear(4, 2).double())
+    data, batch_size = DATA_OF_THREE_BATCHES[kind](*classification((4,)))
+    seen = []
+    optimizer = recording(seen, [0.1, 0.02])
+    got = snapshots(fn, params, data, optimizer=optimizer, batch_size=batch_size)
+    assert got.num_members == 3
+    steps = 3 * 2 * 3
+    expected = [[lr * cosine(t, 6) for lr in (0.1, 0.02)] for t in range(1, steps + 1)]
+    assert seen == [pytest.approx(rates) for rates in expected]
+
+
+def test_snapshots_are_those_of_sgd_by_hand():
+    x, y = classification((4,))
+    torch.manual_seed(0)
+    net = mlp().double()
+    fn, params = fb.make_functional(net)
+    sgd = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+    got = snapshots(fn, params, (x, y), optimizer=sgd, num_cycles=3, epochs_per_cycle=4)
+    optimizer, expected = sgd(net.parameters()), []
+    for t in range(1, 13):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5 * cosine(t, 4)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        if t % 4 == 0:
+            expected.append({name: p.detach().clone() for name, p in net.named_parameters()})
+    for name, leaf in got.members.items():
+        torch.testing.assert_close(leaf, torch.stack([member[name] for member in expected]))
+    assert got.has_equal_weights
+    last = snapshots(
+        fn, params, (x, y), optimizer=sgd, num_cycles=3, epochs_per_cycle=4, num_members=2
+    ).members
+    for name, leaf in last.items():
+        assert torch.equal(leaf, got.members[name][1:])
+
+
+@pytest.mark.parametrize("model", [*MODELS, *LOOPED])
+def test_snapshots_are_training_with_a_cyclic_scheduler(model):
+    make, shape = {**MODELS, **LOOPED}[model]
+    torch.manual_seed(0)
+    fn, params = fb.make_functional(make().double())
+    data, seen = classification(shape), []
+    before = {name: leaf.clone() for name, leaf in params.items()}
+    got = snapshots(fn, params, data, batch_size=5, prior_precision=1.0, max_grad_norm=0.5)
+    training.fit(
+        fn, params, data, fb.likelihoods.Categorical(), optimizer=ADAM, num_epochs=6, batch_size=5, seed=7,
+        prior_precision=1.0, max_grad_norm=0.5, scheduler_interval="step",
+        scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: float(cosine(t + 1, 6))),
+        callback=lambda epoch, loss, params: seen.append(params) and None,
+    )  # fmt: skip
+    assert set(got.members) == set(seen[0])
+    for name, leaf in got.members.items():
+        assert isinstance(leaf, fb.Fixed) == isinstance(seen[0][name], fb.Fixed)
+        torch.testing.assert_close(
+            tensor_of(leaf), torch.stack([tensor_of(seen[e][name]) for e in (1, 3, 5)])
+        )
+    assert all(torch.equal(params[name], before[name]) for name in before)
+
+
+class Growing:
+    """One batch more at every pass."""
+
+    def __init__(self):
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([classification((4,))] * self.passes)
+
+
+SNAPSHOT_ERRORS = {
+    "cycles": (
+        {"num_cycles": 0},
+        ValueError,
+        "`ensemble.fit_snapshots(num_cycles=...)` should be at least 1",
+    ),
+    "epochs": ({"epochs_per_cycle": 1.5}, TypeError, "(epochs_per_cycle=...)` should be an int"),
+    "members": ({"num_members": 4}, ValueError, "at most the number of cycles, 3, got 4"),
+    "growing": ({"data": Growing()}, RuntimeError, "batches in every epoch"),
+    "ended": (
+        {"callback": lambda *_: True},
+        RuntimeError,
+        "should let the first cycle come to its end, after 2",
+    ),
+    "empty": ({"data": []}, ValueError, "at least one batch an epoch, got none in epoch 0"),
+    "module": ({"fn": net}, TypeError, "`ensemble.fit_snapshots(fn, ...)` should be given a function"),
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), SNAPSHOT_ERRORS.values(), ids=SNAPSHOT_ERRORS.keys())
+def test_bad_input_to_snapshots_is_refused(options, kind, message):
+    fn, params = fb.make_functional(nn.Linear(4, 2).double())
+    with pytest.raises(kind, match=re.escape(message)):
+        snapshots(**{"fn": fn, "params": params, "data": (x, y), **options})

@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 
@@ -491,3 +492,140 @@ def test_wrong_arguments_are_refused_with_what_to_write_instead(name):
 def test_importing_the_metrics_does_not_import_torchmetrics():
     code = "import sys; from funcbayes import metrics; sys.exit('torchmetrics' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+
+
+def pairs_by_hand(weights, between):
+    """Mean of ``between(s, t)`` over pairs of different draws taken by their weights, in Python's floats."""
+    draws = [(s, t) for s in range(len(weights)) for t in range(len(weights)) if s != t]
+    total = sum(weights[s] * weights[t] for s, t in draws)
+    return sum(weights[s] * weights[t] * between(s, t) for s, t in draws) / total if draws else 0.0
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+WEIGHTS = [None, scalar([0.1, 0.2, 0.3, 0.4]), scalar([0.5, 0.0, 0.25, 0.25])]
+DENSE = {
+    "rows": ((4, 5, 3), -1),
+    "tokens": ((4, 5, 6, 3), -1),
+    "images": ((4, 5, 3, 2, 2), 1),
+}
+dense = pytest.mark.parametrize(("shape", "class_axis"), DENSE.values(), ids=DENSE.keys())
+weighted = pytest.mark.parametrize("weights", WEIGHTS, ids=["equal", "weights", "a weight of 0"])
+
+
+@weighted
+@dense
+def test_disagreement_and_kl_are_means_over_pairs_of_different_draws(shape, class_axis, weights):
+    outputs = randn(*shape)
+    prediction = outputs_at_draws(outputs, Categorical(class_axis=class_axis), weights)
+    axis = class_axis + (class_axis > 0)
+    probs = outputs.softmax(axis).movedim(axis, -1).reshape(4, 5, -1, 3).tolist()
+    shares = [0.25] * 4 if weights is None else weights.tolist()
+    positions = range(len(probs[0][0]))
+    of = {"differ": lambda p, q: float(p.index(max(p)) != q.index(max(q))), "kl": kl}
+    expected = {
+        name: [
+            sum(pairs_by_hand(shares, lambda s, t: f(probs[s][n][i], probs[t][n][i])) for i in positions)  # noqa: B023
+            / len(positions)
+            for n in range(5)
+        ]
+        for name, f in of.items()
+    }
+    assert_close(metrics.disagreement(prediction), scalar(expected["differ"]))
+    assert_close(metrics.pairwise_kl(prediction), scalar(expected["kl"]))
+    assert 0 < metrics.disagreement(prediction).sum()
+    assert (metrics.pairwise_kl(prediction) >= _mean_information(prediction) - 1e-12).all()
+
+
+def _mean_information(prediction):
+    return prediction.mutual_information.reshape(prediction.num_rows, -1).mean(1)
+
+
+@weighted
+def test_labels_of_bernoulli_are_choices_between_two_classes(weights):
+    outputs = randn(4, 5, 2)
+    prediction = outputs_at_draws(outputs, Bernoulli(), weights)
+    both = torch.stack([torch.zeros_like(outputs), outputs], -1)
+    of_two_classes = outputs_at_draws(both, Categorical(), weights)
+    for metric in (metrics.disagreement, metrics.pairwise_kl):
+        assert_close(metric(prediction), metric(of_two_classes))
+
+
+@weighted
+@pytest.mark.parametrize("likelihood", [None, Normal(0.5), Categorical()], ids=["none", "normal", "classes"])
+def test_diversity_is_the_variance_of_the_means_of_draws(likelihood, weights):
+    outputs = randn(4, 5, 3)
+    means = outputs.softmax(-1) if isinstance(likelihood, Categorical) else outputs
+    shares = torch.full((4,), 0.25, dtype=F64) if weights is None else weights
+    center = (shares[:, None, None] * means).sum(0)
+    expected = (shares[:, None, None] * (means - center) ** 2).sum(0) / (1 - (shares**2).sum())
+    for keep in (True, False):
+        prediction = outputs_at_draws(outputs, likelihood, weights, keep_samples=keep)
+        assert_close(metrics.diversity(prediction), expected.mean(-1))
+    if weights is None:
+        assert_close(metrics.diversity(prediction), means.var(0).mean(-1))
+
+
+def test_diversity_has_one_number_a_row_whatever_the_outputs_are():
+    assert_close(metrics.diversity(outputs_at_draws(randn(3, 5), None)), randn(3, 5).var(0))
+    dense = randn(3, 5, 2, 4)
+    assert_close(metrics.diversity(outputs_at_draws(dense, None)), dense.var(0).mean((1, 2)))
+
+
+def test_draws_that_are_one_do_not_differ():
+    for outputs in (randn(1, 5, 3), randn(1, 5, 3).expand(4, 5, 3)):
+        prediction = outputs_at_draws(outputs, Categorical())
+        for metric in (metrics.diversity, metrics.disagreement, metrics.pairwise_kl):
+            assert_close(metric(prediction), torch.zeros(5, dtype=F64))
+    alone = outputs_at_draws(randn(2, 5, 3), Categorical(), scalar([1.0, 0.0]))
+    for metric in (metrics.diversity, metrics.disagreement, metrics.pairwise_kl):
+        assert_close(metric(alone), torch.zeros(5, dtype=F64))
+
+
+def test_draws_that_always_differ_disagree_surely():
+    outputs = 5 * torch.eye(3, dtype=F64)[:, None, :].expand(3, 4, 3)
+    prediction = outputs_at_draws(outputs, Categorical(), scalar([0.2, 0.3, 0.5]))
+    assert_close(metrics.disagreement(prediction), torch.ones(4, dtype=F64))
+
+
+def test_kl_is_infinite_where_a_draw_rules_out_what_another_does_not():
+    impossible = scalar([[[0.0, -math.inf, 0.0]], [[0.0, 0.0, 0.0]]])
+    assert metrics.pairwise_kl(outputs_at_draws(impossible, Categorical())).item() == math.inf
+    both = scalar([[[0.0, -math.inf, 1.0]], [[0.0, -math.inf, 0.0]]])
+    p, q = ([math.exp(v) for v in row] for row in both[:, 0, ::2].log_softmax(-1).tolist())
+    got = metrics.pairwise_kl(outputs_at_draws(both, Categorical()))
+    assert_close(got, scalar([(kl(p, q) + kl(q, p)) / 2]))
+
+
+def test_measures_of_diversity_are_at_least_float32():
+    prediction = outputs_at_draws(randn(3, 5, 2).bfloat16(), Categorical())
+    for metric in (metrics.diversity, metrics.disagreement, metrics.pairwise_kl):
+        assert metric(prediction).dtype == torch.float32
+
+
+DIVERSITY_ERRORS = {
+    "no prediction": (metrics.diversity, lambda: randn(3, 2), TypeError, "`predict(...)` returns, got a"),
+    "a tensor": (metrics.disagreement, lambda: randn(3, 2), TypeError, "`disagreement(prediction)` should"),
+    "numbers": (
+        metrics.disagreement, lambda: outputs_at_draws(randn(3, 5, 2), Normal(1.0)), ValueError, "classes"
+    ),
+    "outputs": (
+        metrics.pairwise_kl, lambda: outputs_at_draws(randn(3, 5, 2), None), ValueError, "classes"
+    ),
+    "streamed": (
+        metrics.pairwise_kl,
+        lambda: outputs_at_draws(randn(3, 5, 2), Categorical(), keep_samples=False),
+        RuntimeError,
+        "keep_samples=True",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "make", "kind", "message"), DIVERSITY_ERRORS.values(), ids=DIVERSITY_ERRORS.keys()
+)
+def test_measures_of_diversity_refuse_what_has_none(metric, make, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
+        metric(make())

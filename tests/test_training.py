@@ -9,6 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import funcbayes as fb
+from funcbayes._random import fold
+from funcbayes.training._adversarial import steps_of
+from funcbayes.training._data import open_data
 from funcbayes.training._loader import RandomState
 
 F64 = torch.float64
@@ -463,6 +466,30 @@ ERRORS = {
     "nothing to train": ({"params": {"w": torch.tensor([1])}}, ValueError, "to train, got none"),
     "where": ({"where": "head.*"}, ValueError, "got none that `where='head.*'` chooses"),
     "targets": ({"data": (x, y[:, 0])}, ValueError, "training.fit(data=...)"),
+    "bootstrap of a loader": (
+        {"data": [(x, y)], "bootstrap": True},
+        ValueError,
+        "`training.fit(bootstrap=True)` should be given data in tensors, which can be resampled, got list",
+    ),
+    "adversarial": ({"adversarial": 0.0}, ValueError, "(adversarial=...)` should be a positive fraction"),
+    "adversarial tokens": (
+        {"data": (torch.arange(12), y), "adversarial": 0.01}, TypeError, "inputs of floating point"
+    ),
+    "adversarial infinity": (
+        {"data": (x / 0, y), "adversarial": 0.01}, ValueError, "should be given finite inputs"
+    ),
+    "adversarial shapes": (
+        {"data": [(x, y), (x[:, :2], y)], "adversarial": 0.01}, ValueError, "rows of one shape"
+    ),
+    "patience": ({"patience": 3}, ValueError, "`training.fit(patience=3)` needs rows to wait for"),
+    "no patience": (
+        {"patience": 0, "validation": (x, y)}, ValueError, "(patience=...)` should be at least 1, got 0."
+    ),
+    "validation": ({"validation": x}, TypeError, "`training.fit(validation=...)` should be an (x, y) tuple"),
+    "validation rows": ({"validation": (x[:5], y)}, ValueError, "`training.fit(validation=(x, y))` should"),
+    "validation targets": ({"validation": (x, y[:, 0])}, ValueError, "training.fit(validation=...)"),
+    "empty validation": ({"validation": []}, ValueError, "`training.fit(validation=...)` should give at"),
+    "validation once": ({"validation": iter([(x, y)])}, TypeError, "(validation=...)` should be a re-iter"),
 }  # fmt: skip
 
 
@@ -493,3 +520,223 @@ def test_state_is_put_back_after_an_error():
     with pytest.raises(ArithmeticError, match="mine"):
         fit(fails, data=loader)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_bootstrap_trains_on_the_rows_it_says():
+    x, y = regression()
+    rows = fb.training.bootstrap_rows(3, len(x))
+    for batch_size in (None, 5):
+        options = {"seed": 3, "num_epochs": 3, "batch_size": batch_size, "prior_precision": 1.0}
+        got = fit(data=(x, y), bootstrap=True, **options)
+        assert torch.equal(got["w"], fit(data=(x[rows], y[rows]), **options)["w"])
+
+
+def test_a_bootstrap_weights_each_row_by_its_count():
+    x, y = regression()
+    counts = torch.bincount(fb.training.bootstrap_rows(0, len(x)), minlength=len(x)).double()
+    assert counts.sum() == len(x)
+    assert (counts != 1).any()
+    w = start()["w"]
+    for _ in range(3):
+        w = w - 0.1 * x.T @ (counts[:, None] * (x @ w - y)) / 0.25 / len(x)
+    torch.testing.assert_close(fit(data=(x, y), bootstrap=True, num_epochs=3)["w"], w)
+
+
+def test_counts_of_a_bootstrap_have_the_moments_of_a_multinomial():
+    num_seeds, n = 2000, 20
+    counts = torch.stack(
+        [torch.bincount(fb.training.bootstrap_rows(seed, n), minlength=n) for seed in range(num_seeds)]
+    ).double()
+    standard_error = counts.std(0) / num_seeds**0.5
+    assert ((counts.mean(0) - 1).abs() < 5 * standard_error).all()
+    # Var = 1 - 1/n; the variance of an estimated variance is about 2.9 / num_seeds for these counts.
+    assert (counts.var(0) - (1 - 1 / n)).abs().max() < 5 * (2.9 / num_seeds) ** 0.5
+
+
+def adversarial_by_hand(net, x, y, epsilon, num_epochs, lr=0.1):
+    """Algorithm 1 of Lakshminarayanan et al. (2017) with a module, full batches and SGD."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    for _ in range(num_epochs):
+        inputs = x.clone().requires_grad_()
+        clean = (0.5 * (net(inputs) - y).square()).mean()
+        (gradient,) = torch.autograd.grad(clean, inputs)
+        moved = x + epsilon * gradient.sign()
+        optimizer.zero_grad()
+        (0.5 * (net(x) - y).square()).mean().add((0.5 * (net(moved) - y).square()).mean()).backward()
+        optimizer.step()
+
+
+def test_adversarial_training_is_the_papers_algorithm():
+    x, y = regression()
+    x = x * torch.tensor([1.0, 10.0, 0.1], dtype=F64)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    fn, params = fb.make_functional(net)
+    got = fit(fn, params, (x, y), fb.likelihoods.Normal(1.0), num_epochs=5, adversarial=0.05)
+    ranges = torch.stack([x[:, i].max() - x[:, i].min() for i in range(3)])
+    adversarial_by_hand(net, x, y, 0.05 * ranges, num_epochs=5)
+    for name, expected in net.state_dict().items():
+        torch.testing.assert_close(got[name], expected)
+    assert not torch.allclose(got["0.weight"], fit(fn, params, (x, y), num_epochs=5)["0.weight"])
+
+
+def test_the_prior_is_added_once_to_both_losses_of_adversarial_training():
+    x, y = regression()
+    w = start()["w"]
+    ranges = x.amax(0) - x.amin(0)
+    moved = x + 0.1 * ranges * ((x @ w - y) @ w.T).sign()
+    gradient = sum(z.T @ (z @ w - y) / 0.25 / len(x) for z in (x, moved)) + 3.0 * w / len(x)
+    got = fit(data=(x, y), adversarial=0.1, prior_precision=3.0)
+    torch.testing.assert_close(got["w"], w - 0.1 * gradient)
+
+
+def test_only_floating_point_inputs_with_rows_move():
+    x, y = regression()
+    inputs = {"kind": torch.arange(12) % 2, "scale": torch.tensor(2.0, dtype=F64), "x": x}
+    seen = []
+
+    def fn(params, x):
+        seen.append((x["kind"].clone(), x["scale"].clone(), x["x"].detach()))
+        return x["scale"] * (x["x"] @ params["w"]) + x["kind"][:, None]
+
+    fit(fn, data=(inputs, y), adversarial=0.1)
+    kind, scale, moved = seen[-1]
+    assert torch.equal(kind, inputs["kind"])
+    assert torch.equal(scale, inputs["scale"])
+    ranges = (x.amax(0) - x.amin(0)).expand_as(x)
+    torch.testing.assert_close((moved - x).abs(), 0.1 * ranges)
+
+
+def test_images_move_by_the_range_of_each_entry_of_a_row():
+    images = torch.rand(6, 1, 3, 3, generator=seeded(0), dtype=F64)
+    images[:, 0, 1, 1] = 0.5  # an entry that never varies does not move
+    y = torch.randn(6, 1, generator=seeded(1), dtype=F64)
+    seen = []
+
+    def fn(params, x):
+        seen.append(x.detach())
+        return x.flatten(1) @ params["w"]
+
+    w = torch.randn(9, 1, generator=seeded(2), dtype=F64)
+    fit(fn, {"w": w}, (images, y), adversarial=0.2)
+    expected = 0.2 * (images.amax(0) - images.amin(0)).expand_as(images)
+    torch.testing.assert_close((seen[-1] - images).abs(), expected)
+
+
+def test_a_loaders_ranges_are_those_of_the_tensors():
+    x, y = regression()
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    loader = DataLoader(TensorDataset(x, y), batch_size=12)
+    expected = fit(data=(x, y), adversarial=0.1)["w"]
+    torch.testing.assert_close(fit(data=loader, adversarial=0.1)["w"], expected)
+    source = open_data(batches, batch_size=None, num_streams=1, call="fit")
+    (whole,) = steps_of(source, 0.1, "fit")
+    torch.testing.assert_close(whole, 0.1 * (x.amax(0) - x.amin(0)))
+
+
+def test_batch_norm_statistics_of_adversarial_training_are_those_of_the_clean_pass():
+    x, y = regression()
+    fn, params = fb.make_functional(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)).double())
+    got = fit(fn, params, (x, y), adversarial=0.3)
+    torch.testing.assert_close(got["0.running_mean"].tensor, 0.1 * x.mean(0))
+    torch.testing.assert_close(got["0.running_var"].tensor, 0.9 + 0.1 * x.var(0))
+    assert int(got["0.num_batches_tracked"].tensor) == 1
+
+
+def test_one_dropout_mask_serves_all_passes_of_adversarial_training():
+    x, y = regression()
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1, bias=False)).double()
+    w = net[1].weight.detach().clone()
+    fn, params = fb.make_functional(net)
+    got = fit(fn, params, (x, y), adversarial=0.2)
+    key = fold(fold(0, "dropout"), 0)
+    eye, only_dropout = (
+        {"1.weight": torch.eye(3, dtype=F64)},
+        nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3, False)),
+    )
+    kept, _ = fb.training_call(fb.make_functional(only_dropout)[0], eye, torch.ones_like(x), key)
+    assert 0 < (kept != 0).double().mean() < 1
+    moved = x + 0.2 * (x.amax(0) - x.amin(0)) * (kept * (((kept * x) @ w.T - y) @ w)).sign()
+    gradient = sum(z.T @ (z @ w.T - y) / 0.25 / len(x) for z in (kept * x, kept * moved))
+    torch.testing.assert_close(got["1.weight"], w - 0.1 * gradient.T)
+
+
+@pytest.mark.parametrize("patience", [None, 2])
+def test_early_stopping_keeps_the_best_epoch(patience):
+    x, y = regression()
+    held_out = (x[:4] + 0.3, y[:4])
+    jumpy = functools.partial(torch.optim.SGD, lr=0.2)
+    seen = []
+    options = {"num_epochs": 12, "batch_size": 3, "optimizer": jumpy}
+    fit(callback=lambda epoch, loss, params: seen.append(params["w"]), **options)
+    normal = fb.likelihoods.Normal(0.5)
+    losses = [-normal.log_prob(held_out[0] @ w, held_out[1]).mean().item() for w in seen]
+    best, waited, expected, epochs = float("inf"), 0, None, 0
+    for loss, w in zip(losses, seen, strict=True):
+        epochs += 1
+        if loss < best:
+            best, waited, expected = loss, 0, w
+        else:
+            waited += 1
+        if waited == patience:
+            break
+    count = []
+    got = fit(validation=held_out, patience=patience, callback=lambda *_: count.append(1) and None, **options)
+    assert torch.equal(got["w"], expected)
+    assert not torch.equal(got["w"], seen[-1])
+    assert len(count) == epochs
+    assert (epochs < 12) == (patience is not None)
+
+
+def test_validation_in_batches_counts_every_row_the_same():
+    x, y = regression()
+    x_out, y_out = regression(30, seed=3)
+    batches = [(x_out[:3], y_out[:3]), (x_out[3:], y_out[3:])]
+    options = {"num_epochs": 12, "batch_size": 3, "optimizer": functools.partial(torch.optim.SGD, lr=0.2)}
+    expected = fit(validation=(x_out, y_out), **options)["w"]
+    assert torch.equal(fit(validation=batches, **options)["w"], expected)
+    loader = DataLoader(TensorDataset(x_out, y_out), batch_size=7, shuffle=True)
+    assert torch.equal(fit(validation=loader, **options)["w"], expected)
+
+
+def test_validation_is_in_evaluation_mode_with_the_statistics_of_its_epoch():
+    x, y = regression()
+    torch.manual_seed(0)
+    fn, params = fb.make_functional(
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)).double()
+    )
+    held_out = regression(8, seed=4)
+    seen = []
+    options = {"num_epochs": 8, "batch_size": 4, "optimizer": functools.partial(torch.optim.SGD, lr=0.02)}
+    fit(fn, params, (x, y), callback=lambda epoch, loss, params: seen.append(params), **options)
+    normal = fb.likelihoods.Normal(0.5)
+    losses = [-normal.log_prob(fn(p, held_out[0]), held_out[1]).mean().item() for p in seen]
+    expected = seen[losses.index(min(losses))]
+    got = fit(fn, params, (x, y), validation=held_out, **options)
+    assert set(got) == set(expected)
+    for name, leaf in expected.items():
+        assert torch.equal(tensor_of(got[name]), tensor_of(leaf))
+        assert isinstance(got[name], fb.Fixed) == isinstance(leaf, fb.Fixed)
+
+
+def test_a_validation_loss_that_is_not_finite_is_no_better():
+    calls = []
+
+    def fn(params, x):
+        if x.shape[0] == 5:  # the validation rows; once to look at them, then once an epoch
+            calls.append(1)
+            return x @ params["w"] * (float("nan") if len(calls) in (2, 4) else 1.0)
+        return x @ params["w"]
+
+    held_out = regression(5, seed=2)
+    seen = []
+    options = {"num_epochs": 4}
+    fit(callback=lambda epoch, loss, params: seen.append(params["w"]), **options)
+    got = fit(fn, validation=held_out, **options)
+    normal = fb.likelihoods.Normal(0.5)
+    losses = {e: -normal.log_prob(held_out[0] @ seen[e], held_out[1]).mean().item() for e in (1, 3)}
+    assert torch.equal(got["w"], seen[min(losses, key=losses.__getitem__)])
+    with pytest.raises(
+        RuntimeError, match=r"`training.fit\(validation=...\)` is not finite after any epoch\."
+    ):
+        fit(lambda p, x: fn(p, x) * (torch.nan if len(x) == 5 else 1.0), validation=held_out)

@@ -8,4 +8,5 @@ that is, ``-log p(D, theta) / N`` up to a constant, with a prior ``N(0, 1 / prio
 parameter: its minimum is the MAP estimate that ``laplace`` expects for the same ``prior_precision``.
 """
 
+from ._data import bootstrap_rows as bootstrap_rows
 from ._fit import fit as fit

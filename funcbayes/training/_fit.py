@@ -10,6 +10,7 @@ from .._random import resolve_seed
 from .._tree import Params, Where, index, map_leaves
 from ..likelihoods import Likelihood
 from ._data import Data, open_data
+from ._early_stopping import EarlyStopping, Validation
 from ._loop import minimize
 from ._objective import MapObjective
 from ._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
@@ -31,6 +32,10 @@ def fit(
     scheduler: MakeScheduler | None = None,
     scheduler_interval: Interval = "epoch",
     max_grad_norm: float | None = None,
+    bootstrap: bool = False,
+    adversarial: float | None = None,
+    validation: Data | None = None,
+    patience: int | None = None,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Params:
@@ -65,6 +70,19 @@ def fit(
         scheduler: ``optimizer -> torch.optim.lr_scheduler.LRScheduler``; ``ReduceLROnPlateau`` sees the loss.
         scheduler_interval: Whether the scheduler steps every epoch or every step.
         max_grad_norm: Longer gradients are shortened to this norm.
+        bootstrap: Whether to train on a resample of ``N`` of the ``N`` rows with replacement, the same in
+            every epoch: see :func:`bootstrap_rows`. Data in tensors only. ``N`` stays what it is.
+        adversarial: How far inputs move in adversarial training, as a fraction of the range of each
+            entry of a row over the data: 0.01 in Lakshminarayanan et al. (2017), whose algorithm 1 this is,
+            with ``x' = x + eps sign(grad_x l)`` (Goodfellow et al. 2015). The loss is then the **sum**
+            ``l(theta, x, y) + l(theta, x', y)``, each a mean over rows, with ``x'`` a constant and one
+            dropout mask for all passes; BatchNorm's statistics are updated by ``x`` alone. A prior is added
+            once, so it weighs half as much. Only inputs of floating point move. A loader is gone through once
+            more, for the ranges.
+        validation: Held-out rows, ``(x, y)`` or a re-iterable of such batches, always gone through in the
+            same order. After every epoch their mean ``-log p(y|f)`` is found in evaluation mode,
+            and the result is the epoch at which it is lowest; one that is not finite never is.
+        patience: After how many epochs in a row without a lower one training ends; ``None``: never.
         progress: Whether to show a bar over the epochs.
         callback: ``(epoch, loss, params)`` after every epoch, with the mean loss of the epoch as a float and
             a copy of the parameters; training ends when it returns ``True``.
@@ -76,7 +94,8 @@ def fit(
     Raises:
         TypeError: If an argument is of the wrong kind: a module for ``fn``, an iterator for ``data``.
         ValueError: If an argument is out of range, data are empty, or rows of x and y do not match.
-        RuntimeError: If the loss or a parameter is no longer finite; checked after every epoch.
+        RuntimeError: If the loss or a parameter is no longer finite, checked after every epoch; or if the
+            loss on ``validation`` never is.
 
     Example:
         >>> import functools, torch, funcbayes as fb
@@ -96,19 +115,30 @@ def fit(
         scheduler_interval=scheduler_interval,
         max_grad_norm=max_grad_norm,
         progress=progress,
-        callback=callback and _for_one(callback),
+        callback=callback and for_one(callback),
+        patience=patience,
+        has_validation=validation is not None,
     )
     check_model(fn, options.call)
-    members = map_leaves(_with_member_axis, params)
-    source = open_data(data, batch_size=batch_size, num_streams=1, call=options.call)
+    members = map_leaves(with_member_axis, params)
+    source = open_data(data, batch_size=batch_size, num_streams=1, call=options.call, bootstrap=bootstrap)
     seed = int(resolve_seed(seed))
-    objective = MapObjective.over(fn, likelihood, source, seed, prior_precision, num_data, options.call)
-    return index(minimize(objective, members, source, [seed], [seed], options, where=where), 0)
+    objective = MapObjective.over(
+        fn, likelihood, source, seed, prior_precision, num_data, options.call, adversarial=adversarial
+    )
+    stopping = None
+    if validation is not None:
+        held_out = Validation(fn, likelihood, validation, members, call=options.call)
+        stopping = EarlyStopping(held_out, patience, 1)
+    trained = minimize(objective, members, source, [seed], [seed], options, where=where, watcher=stopping)
+    return index(trained if stopping is None else stopping.best(), 0)
 
 
-def _with_member_axis(leaf: Any) -> Any:
+def with_member_axis(leaf: Any) -> Any:
+    """A leaf of a single network as one of several."""
     return leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf
 
 
-def _for_one(callback: Callback) -> Callback:
+def for_one(callback: Callback) -> Callback:
+    """What calls a callback for one network where there could be several."""
     return lambda epoch, losses, members: callback(epoch, losses.item(), index(members, 0))

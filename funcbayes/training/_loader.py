@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from .. import _random
 from .._random import fold
@@ -18,9 +18,9 @@ from ._batch import Batch, Pair, RaggedBatch, flat, stacked
 class Loader:
     """Batches made by a re-iterable of the user's."""
 
-    def __init__(self, data: Any, call: str) -> None:
+    def __init__(self, data: Any, call: str, argument: str) -> None:
         self.data = data
-        self.call = call
+        self.quoted = f"`{call}({argument}=...)`"
         # Starting workers draws a number that going on with them does not. So that an epoch does not
         # depend on whether it is the first, workers that persist are started by an extra one.
         self.is_unstarted = bool(getattr(data, "persistent_workers", False))
@@ -35,6 +35,16 @@ class Loader:
                 pass
         return sum(y.shape[0] for _, y in self._stream(fold(seed, "count"), 0))
 
+    def num_batches(self, seed: int) -> int:
+        """Length of the loader if its data have one, otherwise a pass is counted."""
+        # What a loader of an iterable data set says is a guess: workers may repeat rows, or share them.
+        if not isinstance(getattr(self.data, "dataset", None), IterableDataset):
+            try:
+                return len(self.data)
+            except TypeError:
+                pass
+        return sum(1 for _ in self._stream(fold(seed, "count"), 0))
+
     def epoch(
         self, seeds: Sequence[int], epoch: int, device: torch.device | None
     ) -> Iterator[Batch | RaggedBatch]:
@@ -42,16 +52,21 @@ class Loader:
         for pairs in itertools.zip_longest(*(self._stream(seed, epoch) for seed in seeds)):
             if any(pair is None for pair in pairs):
                 raise RuntimeError(
-                    f"`{self.call}(data=...)` should give every member the same number of batches, but in "
+                    f"{self.quoted} should give every member the same number of batches, but in "
                     f"epoch {epoch} some had more. Write `share_batches=True`."
                 )
             is_empty = False
             yield stacked([flat(pair, device) for pair in pairs])
         if is_empty:
             raise ValueError(
-                f"`{self.call}(data=...)` should give at least one batch an epoch, got none in epoch "
+                f"{self.quoted} should give at least one batch an epoch, got none in epoch "
                 f"{epoch}. A DataLoader with drop_last=True gives none if the rows do not fill a batch."
             )
+
+    def plain_batches(self, device: torch.device | None) -> Iterator[Batch]:
+        for batch in self.epoch([0], 0, device):
+            assert isinstance(batch, Batch)  # of one stream
+            yield batch
 
     def _stream(self, seed: int, epoch: int) -> Iterator[Pair]:
         state = RandomState(_generators_of(self.data), fold(fold(seed, "loader"), epoch))
@@ -67,7 +82,7 @@ class Loader:
                 batch = next(batches, _END)
             if batch is _END:
                 return
-            yield _as_pair(batch, self.call)
+            yield _as_pair(batch, self.quoted)
 
 
 _END = object()
@@ -113,18 +128,18 @@ def _generators_of(loader: Any) -> list[torch.Generator]:
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def _as_pair(batch: Any, call: str) -> Pair:
+def _as_pair(batch: Any, quoted: str) -> Pair:
     if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
         shown = type(batch).__name__ + (f" of length {len(batch)}" if isinstance(batch, tuple | list) else "")
         raise TypeError(
-            f"`{call}(data=...)` should give batches (x, y) with a tensor y, got {shown}. "
+            f"{quoted} should give batches (x, y) with a tensor y, got {shown}. "
             "Two tensors that hold all rows are written as a tuple, `data=(x, y)`."
         )
     x, y = as_tree(batch[0]), batch[1]
     rows = num_rows(x)
     if y.ndim == 0 or (rows is not None and rows != y.shape[0]):
         raise ValueError(
-            f"`{call}(data=...)` should give batches with as many rows of x as of y, got {rows} and "
+            f"{quoted} should give batches with as many rows of x as of y, got {rows} and "
             f"y of shape {tuple(y.shape)}."
         )
     return x, y

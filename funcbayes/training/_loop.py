@@ -20,6 +20,8 @@ from ._options import Options
 class Watcher(Protocol):
     """What looks at the networks while they are trained, to collect or to compare them.
 
+    One that has ``is_done``, ``(K,)``, says which networks no longer matter: those may diverge.
+
     ``members()`` gives the present parameters, every leaf with a leading axis ``K``; they are to be read at
     once, for the next step writes into them.
     """
@@ -75,12 +77,13 @@ def minimize(
             for epoch in range(options.num_epochs):
                 batches = source.epoch(streams, epoch, networks.device)
                 after_step = functools.partial(watcher.after_step, present) if watcher is not None else None
+                matters = ~getattr(watcher, "is_done", torch.zeros(networks.num_members, dtype=torch.bool))
                 table, weights = _run_epoch(batches, networks, movers, gradients, options, after_step)
-                _check_losses(table, options, epoch)
+                _check_losses(table, matters, options, epoch)
                 losses = (weights * table).sum(0) / weights.sum(0)
                 if options.scheduler_interval == "epoch":
                     movers.schedule(losses)
-                _check_leaves(movers.leaves(), options, epoch)
+                _check_leaves(movers.leaves(), matters, options, epoch)
                 show(losses)
                 ends = watcher is not None and watcher.after_epoch(present)
                 if options.callback and options.callback(epoch, losses, networks.assemble(movers.leaves())):
@@ -115,8 +118,8 @@ def _run_epoch(
     return table, torch.stack([r.expand(table.shape[1]) for r in rows]).to(table.dtype)
 
 
-def _check_losses(table: Tensor, options: Options, epoch: int) -> None:
-    bad = (~table.isfinite()).nonzero()
+def _check_losses(table: Tensor, matters: Tensor, options: Options, epoch: int) -> None:
+    bad = (~table.isfinite() & matters).nonzero()
     if len(bad):
         step, k = bad[0].tolist()
         member, loss = _of_member(k, options, table.shape[1]), table[step, k].item()
@@ -126,9 +129,10 @@ def _check_losses(table: Tensor, options: Options, epoch: int) -> None:
         )
 
 
-def _check_leaves(leaves: Sequence[Tensor], options: Options, epoch: int) -> None:
+def _check_leaves(leaves: Sequence[Tensor], matters: Tensor, options: Options, epoch: int) -> None:
     """Refuse parameters that the last step has made infinite, which no loss has shown yet."""
     fine = torch.stack([leaf.isfinite().reshape(len(leaf), -1).all(1) for leaf in leaves]).all(0)
+    fine = fine.cpu() | ~matters
     if not bool(fine.all()):
         member = _of_member(int((~fine).nonzero()[0]), options, len(fine))
         raise RuntimeError(

@@ -14,6 +14,7 @@ from .._random import Seed
 from .._tree import Fixed, Params, is_parameter
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
+from ._adversarial import Steps, steps_of, summed_losses
 from ._data import Source
 
 # (params, x, y, seed, check) -> (loss, the buffers that changed). `check` asks to look at values.
@@ -24,13 +25,14 @@ Objective = Callable[[Params, Any, Tensor, Seed, bool], tuple[Tensor, Params]]
 class MapObjective:
     """Mean negative log joint of one network: see :mod:`funcbayes.training`.
 
-    ``decay`` is ``prior_precision / N``.
+    ``decay`` is ``prior_precision / N``; ``steps`` say how far inputs move in adversarial training.
     """
 
     fn: Model
     likelihood: Likelihood
     decay: float
     call: str
+    steps: Steps | None = None
 
     @classmethod
     def over(
@@ -42,6 +44,8 @@ class MapObjective:
         prior_precision: float,
         num_data: int | None,
         call: str,
+        *,
+        adversarial: float | None = None,
     ) -> "MapObjective":
         """Make the objective for the data of ``source``; rows are counted only if a prior asks for it."""
         check_is_likelihood(likelihood, f"{call}(likelihood=...)")
@@ -51,19 +55,28 @@ class MapObjective:
             )
         if num_data is not None and num_data < 1:
             raise ValueError(f"`{call}(num_data=...)` should be at least 1, got {num_data}.")
+        steps = None if adversarial is None else steps_of(source, adversarial, call)
         if not prior_precision:
-            return cls(fn, likelihood, 0.0, call)
+            return cls(fn, likelihood, 0.0, call, steps)
         num_rows = source.num_data(seed) if num_data is None else num_data
-        return cls(fn, likelihood, float(prior_precision) / max(num_rows, 1), call)
+        return cls(fn, likelihood, float(prior_precision) / max(num_rows, 1), call, steps)
 
     def __call__(
         self, params: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
     ) -> tuple[Tensor, Params]:
         """Return the loss and the buffers that changed."""
-        outputs, changed = training_call(self.fn, params, x, seed)
-        if check:
-            self.likelihood.check(outputs, y, call=f"{self.call}(data=...)")
-        loss = -self.likelihood.log_prob(outputs, y).mean()
+
+        def mean_nll(x: Any) -> tuple[Tensor, Params]:
+            outputs, changed = training_call(self.fn, params, x, seed)
+            if check:
+                self.likelihood.check(outputs, y, call=f"{self.call}(data=...)")
+            return -self.likelihood.log_prob(outputs, y).mean(), changed
+
+        # A check looks at values, and at what one evaluation does: no transform should be around it.
+        if self.steps is None or check:
+            loss, changed = mean_nll(x)
+        else:
+            loss, changed = summed_losses(mean_nll, x, self.steps)
         if self.decay:
             leaves = optree.tree_leaves(params, is_leaf=lambda node: isinstance(node, Fixed))
             squares = [leaf.square().sum() for leaf in leaves if is_parameter(leaf)]

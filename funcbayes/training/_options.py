@@ -34,10 +34,19 @@ class Options:
     progress: bool = False
     callback: Callback | None = None
     member: int | None = None
+    patience: int | None = None
+    has_validation: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
         positive_int(self.num_epochs, f"{self.call}(num_epochs=...)")
+        if self.patience is not None:
+            positive_int(self.patience, f"{self.call}(patience=...)")
+            if not self.has_validation:
+                raise ValueError(
+                    f"`{self.call}(patience={self.patience})` needs rows to wait for: write "
+                    "`validation=(x, y)`, or a loader of them."
+                )
         if self.scheduler_interval not in ("epoch", "step"):
             raise ValueError(
                 f"`{self.call}(scheduler_interval=...)` should be 'epoch' or 'step', "

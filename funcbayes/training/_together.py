@@ -83,13 +83,13 @@ class Together:
             self._loops = True
         num, size = networks.num_members, self.chunk_size
         self._parts = (
-            _equal_parts(num, seen.nbytes, networks.device)
+            equal_parts(num, seen.nbytes, networks.device)
             if size is None
             else [slice(a, min(a + size, num)) for a in range(0, num, size)]
         )
 
 
-def _equal_parts(num_members: int, largest: int, device: torch.device) -> list[slice]:
+def equal_parts(num_members: int, largest: int, device: torch.device) -> list[slice]:
     """As few parts as keep to the budget, with an intermediate of ``largest`` bytes a member."""
     budget = _BUDGET["cpu" if device.type == "cpu" else "other"]
     num = -(-num_members // max(2, budget // max(1, largest)))
