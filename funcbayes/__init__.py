@@ -17,8 +17,10 @@ from ._functional import (
     make_functional as make_functional,
     training_call as training_call,
 )
+from ._linearize import linearize as linearize
 from ._predict import predict as predict, predict_batches as predict_batches, predictor as predictor
 from ._prediction import Prediction as Prediction
+from ._sample_function import SampledFunction as SampledFunction, sample_function as sample_function
 from ._tree import MISSING as MISSING, Fixed as Fixed
 from .io import load as load, save as save
 from .posteriors import (
@@ -26,9 +28,16 @@ from .posteriors import (
     Dropout as Dropout,
     Ensemble as Ensemble,
     Gaussian as Gaussian,
+    Join as Join,
+    Mixture as Mixture,
     Point as Point,
     Posterior as Posterior,
+    join as join,
+    mixture as mixture,
+    restrict as restrict,
+    temper as temper,
     to as to,
+    to_ensemble as to_ensemble,
 )
 
 __version__ = "0.1.0"

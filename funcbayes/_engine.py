@@ -103,7 +103,7 @@ def evaluate(
     params: Params,
     x: Any,
     make_draws: Callable[[Tensor], Draw],
-    num_draws: int,
+    numbers: Tensor,
     chunk_size: int | None,
     *,
     key: Hashable,
@@ -116,8 +116,8 @@ def evaluate(
         fn: Pure model.
         params: Values of the leaves that draws do not cover; may be ``None``.
         x: Inputs, any pytree.
-        make_draws: Gives the draws at some of the positions ``0 .. num_draws - 1``.
-        num_draws: Number of draws ``S``.
+        make_draws: Gives the draws at some of the positions ``0 .. S - 1``.
+        numbers: Numbers of the draws, int64 ``(S,)``, at these positions.
         chunk_size: Draws at a time; ``None`` to choose.
         key: What the structure of the draws depends on; equal keys share what was learned.
         noise: Seed of what the model draws from torch's random state, if it does so.
@@ -126,10 +126,10 @@ def evaluate(
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
     """
-    run = _Run(fn, params, x, make_draws, num_draws, key, noise, first_row)
+    run = _Run(fn, params, x, make_draws, numbers, key, noise, first_row)
     if chunk_size is not None:
         yield from run.fixed(chunk_size)
-    elif num_draws == 1:
+    elif len(numbers) == 1:
         yield from run.fixed(1)
     else:
         yield from run.chosen()
@@ -144,13 +144,14 @@ class _Run:
         params: Params,
         x: Any,
         make_draws: Callable[[Tensor], Draw],
-        num_draws: int,
+        numbers: Tensor,
         key: Hashable,
         noise: Seed,
         first_row: int,
     ) -> None:
         self.fn, self.params, self.x = fn, params, x
-        self.make_draws, self.num_draws, self.first_row = make_draws, num_draws, first_row
+        self.make_draws, self.numbers, self.first_row = make_draws, numbers, first_row
+        self.num_draws = num_draws = len(numbers)
         self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
         self.cell = (key, num_draws, signature(x), torch.get_num_threads(), torch.is_grad_enabled())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
@@ -285,7 +286,8 @@ class _Run:
             whole = merge(self.params, index(draws.leaves, 0)) if draws.effects else None
             self.tuner.row_axes = [masks.find_rows(self.fn, whole, self.x) for masks in draws.effects]
         if mechanism.kind == "loop":
-            outputs = [self._alone(draw, start + i) for i, draw in enumerate(unbind(draws))]
+            numbers = self.numbers[start:].tolist()
+            outputs = [self._alone(draw, n) for draw, n in zip(unbind(draws), numbers, strict=False)]
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
         rules = Batching(mechanism.kind, seen)
 

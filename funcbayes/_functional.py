@@ -116,6 +116,18 @@ class FunctionalModule:
             call.buffers.append((params, changed))
         return outputs
 
+    def values_of(self, module: nn.Module) -> dict[str, Any]:
+        """Parameters of a module of this kind, and its buffers as ``Fixed``: what evaluates it as it is now.
+
+        Args:
+            module: A module of the architecture that ``fn`` was made of.
+
+        Returns:
+            Detached tensors that share memory with the module's.
+        """
+        buffers = {name: Fixed(b.detach()) for name, b in module.named_buffers()}
+        return {**{name: p.detach() for name, p in module.named_parameters()}, **buffers}
+
     def _values(self, params: Mapping[str, Any]) -> dict[str, Tensor]:
         """Parameters and buffers by name, buffers where and as the parameters are."""
         if not isinstance(params, Mapping):

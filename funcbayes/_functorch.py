@@ -1,5 +1,10 @@
 """The private names of functorch that the package needs, all of them, in one place."""
 
+import contextlib
+import functools
+import importlib
+import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -15,9 +20,14 @@ _T = TypeVar("_T")
 
 def storage_version(tensor: Tensor) -> int:
     """How often the storage of ``tensor`` was written in place, seen through any transform."""
+    return physical(tensor)._version
+
+
+def physical(tensor: Tensor) -> Tensor:
+    """The tensor that the transforms around it work on, with the axes that they map over."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
-    return tensor._version
+    return tensor
 
 
 def is_concrete(tensor: Tensor) -> bool:
@@ -76,3 +86,13 @@ def map_first_axis(function: Callable[[_T], Tensor], tree: _T, size: int) -> Ten
 def wrap(tensor: Tensor, axis: int, level: int) -> Tensor:
     """Undo :func:`unwrap`."""
     return _functorch._add_batch_dim(tensor, axis, level)
+
+
+@functools.cache
+def load_forward_rules() -> None:
+    """Let torch load what forward-mode derivatives need, once, without a warning meant for its authors."""
+    if os.environ.get("PYTORCH_JIT", "1") != "1" or not __debug__:
+        return  # then torch does not load them either
+    with warnings.catch_warnings(), contextlib.suppress(ImportError):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")

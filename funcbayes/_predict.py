@@ -1,5 +1,6 @@
 """``predict``: a model, a posterior and inputs in, a prediction out."""
 
+import functools
 import operator
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -233,7 +234,7 @@ def _predict(
             checked = _fitting(make_draws, params, dtype)
             key = (number, *signature(posterior), dtype)
             for part, outputs in evaluate(
-                fn, params, x, checked, len(positions), chunk_size, key=key, noise=seed, first_row=first_row
+                fn, params, x, checked, positions, chunk_size, key=key, noise=seed, first_row=first_row
             ):
                 collect.add(positions[part], outputs)
         return collect.prediction()
@@ -261,14 +262,14 @@ Group = tuple[Tensor, Callable[[Tensor], Draw]]
 
 
 def _plan(
-    posterior: Posterior, atoms: tuple[Draw, Tensor] | None, num_samples: int | None, seed: Seed
+    posterior: Posterior, atoms: list[tuple[Draw, Tensor]] | None, num_samples: int | None, seed: Seed
 ) -> tuple[Tensor, list[Group]]:
     """Weights of the draws, and for each group of one structure its positions and how to make them."""
     if atoms is not None:
-        draw, weights = atoms
-        count = len(weights)
+        weights = torch.cat([weights for _, weights in atoms])
+        positions = torch.arange(len(weights)).split([len(weights) for _, weights in atoms])
         return weights, [
-            (torch.arange(count), lambda part: draw if len(part) == count else _take(draw, part))
+            (at, functools.partial(_take, draw)) for at, (draw, _) in zip(positions, atoms, strict=True)
         ]
     count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
     indices = torch.arange(count)
@@ -277,11 +278,11 @@ def _plan(
         return positions, lambda part: posterior.draws(indices[positions[part]], seed)
 
     weights = torch.full((count,), 1 / count, dtype=torch.float64)
-    return weights, [group(positions) for positions in posterior.structures(indices, seed)]
+    return weights, [group(positions) for positions in posterior.structures(indices, seed).values()]
 
 
 def _take(draw: Draw, part: Tensor) -> Draw:
-    # Chunks are consecutive, and a slice is a view where indexing would copy the members.
+    # Parts are consecutive, and a slice is a view where indexing would copy the members.
     return map_leaves(lambda leaf: leaf[int(part[0]) : int(part[-1]) + 1], draw)
 
 

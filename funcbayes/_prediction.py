@@ -45,6 +45,27 @@ class Prediction:
         kept = f"samples={tuple(self._samples.shape)}" if self._samples is not None else "streamed"
         return f"Prediction({kept}, likelihood={self.likelihood!r})"
 
+    def under(self, likelihood: Likelihood | None) -> "Prediction":
+        """What the same outputs say under another likelihood.
+
+        Args:
+            likelihood: What outputs say of ``y``; ``None`` for statistics of the outputs themselves.
+
+        Raises:
+            RuntimeError: If samples were not kept.
+        """
+        samples = self._kept("under")
+        if likelihood is not None:
+            likelihood.check(samples[0], None, call="prediction.under(likelihood)")
+        return Prediction(
+            weights=self.weights,
+            likelihood=likelihood,
+            targets=None,
+            samples=samples,
+            streamed=None,
+            dtype=self._dtype,
+        )
+
     @property
     def num_samples(self) -> int:
         """Number of draws ``S``."""

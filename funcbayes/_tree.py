@@ -225,6 +225,8 @@ def merge(base: Any, overlay: Any) -> Any:
     """
     if is_missing(overlay) or overlay is None:
         return base
+    if isinstance(overlay, dict) and not overlay and base is not None:  # nothing, for any kind of base
+        return base
     if is_missing(base) or base is None or isinstance(overlay, Tensor | Fixed):
         return overlay
     if isinstance(overlay, dict):
@@ -267,6 +269,11 @@ def unbind(tree: _T) -> list[_T]:
 def index(tree: Any, i: int | slice | Tensor) -> Any:
     """Entry or entries ``i`` of the leading axis of every leaf."""
     return optree.tree_map(lambda leaf: leaf[i], tree)
+
+
+def concatenate(trees: Sequence[Any]) -> Any:
+    """One tree whose leaves are those of ``trees``, which have one structure, one after another."""
+    return trees[0] if len(trees) == 1 else optree.tree_map(lambda *leaves: torch.cat(leaves), *trees)
 
 
 def stack(trees: Sequence[Any]) -> Any:

@@ -75,6 +75,10 @@ def ensemble():
     return fb.Ensemble(params(7), torch.arange(1.0, 8.0, dtype=torch.float64))
 
 
+def ensemble_of_one():
+    return fb.Ensemble(params(1))
+
+
 POSTERIORS = {
     "point": lambda: fb.Point(params()),
     "point of a tensor": lambda: fb.Point(randn(3)),
@@ -88,6 +92,10 @@ POSTERIORS = {
     "dropout": lambda: fb.Dropout(0.1, where=["enc.*", "dec.*"], shared_mask=True),
     "dropout of the model": lambda: fb.Dropout(),
     "draw with masks": lambda: fb.Dropout(0.2).draws(torch.arange(3), 4),
+    "mixture": lambda: fb.mixture(gaussian(), fb.Point(params()), ensemble_of_one(), weights=[1, 2, 3]),
+    "join": lambda: fb.join(gaussian(), fb.Dropout(0.1, where="a.*")),
+    "mixture of joins": lambda: fb.mixture(fb.join(gaussian(), fb.Dropout()), fb.Dropout(0.5)),
+    "fixed draws": lambda: fb.to_ensemble(fb.join(gaussian(), fb.Dropout()), 3, seed=0),
     "nested": lambda: Pair(Pair(gaussian(), fb.Dropout(where="a.*")), ensemble(), randn(2), ("x", 1, None)),
 }
 LIKELIHOODS = {

@@ -101,10 +101,10 @@ def test_results_stay_right_while_the_engine_learns_for_every_posterior(name):
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 3, 20])
-@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.DROPOUTS])
+@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.RAGGED, *zoo.DROPOUTS])
 def test_streaming_gives_the_statistics_of_kept_samples(name, chunk_size):
     model = MODELS["mlp_dropout"]()
-    posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(5)
+    posterior, x = (POSTERIORS | zoo.RAGGED | zoo.DROPOUTS)[name](model), model.inputs(5)
     y = torch.tensor([0, 1, 1, 0, 1])
     for num_samples in (None, S):
         options = {"num_samples": num_samples, "seed": 0, "likelihood": Categorical(), "targets": y}
@@ -180,10 +180,10 @@ def test_inputs_of_no_rows_give_outputs_of_no_rows():
 # The same draws however they are asked for.
 
 
-@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.DROPOUTS])
+@pytest.mark.parametrize("name", [*POSTERIORS, *zoo.RAGGED, *zoo.DROPOUTS])
 def test_more_draws_begin_with_the_same_draws(name):
     model = MODELS["mlp_dropout"]()
-    posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(3)
+    posterior, x = (POSTERIORS | zoo.RAGGED | zoo.DROPOUTS)[name](model), model.inputs(3)
     many = fb.predict(model.fn, model.params, posterior, x, num_samples=20, seed=5, chunk_size=6).samples
     for num_samples in (1, 2, 9):
         few = fb.predict(model.fn, model.params, posterior, x, num_samples=num_samples, seed=5, chunk_size=4)
@@ -194,7 +194,8 @@ def test_more_draws_begin_with_the_same_draws(name):
 def test_exactly_the_number_of_draws_asked_for_is_used(name):
     model = MODELS["mlp_dropout"]()
     posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(2)
-    default = {"point": 1, "ensemble": 5, "ensemble_weighted": 5, "ensemble_head_only": 5}.get(name, 32)
+    atoms = {"point": 1, "ensemble": 5, "ensemble_weighted": 5, "ensemble_head_only": 5}
+    default = (atoms | {"fixed_draws": 6, "dropout_fixed": 4}).get(name, 32)
     for num_samples in (1, 2, 31, 33, None):
         for chunk_size in (None, 4):
             got = fb.predict(

@@ -198,6 +198,31 @@ CALLS: dict[str, Callable[[World, int | None], Any]] = {
     "point": lambda w, seed: point(fb.Point(w.params)),
     "covariance": lambda w, seed: covariance(w.posterior.covariance, w.params),
     "to": lambda w, seed: fb.to(w.posterior, dtype=torch.float32),
+    "mixture": lambda w, seed: fb.mixture(w.posterior, w.ensemble, weights=[1, 3]).sample(7, seed=seed),
+    "moments_of_a_mixture": lambda w, seed: moments(fb.mixture(w.posterior, w.ensemble), w.params),
+    "stacked_mixture": lambda w, seed: fb.mixture(
+        fb.Gaussian(w.members, fb.covariances.Diagonal(optree.tree_map(torch.square, w.members))),
+        stacked=True,
+    ).sample(5, seed=seed),
+    "join": lambda w, seed: (
+        fb.predict(
+            w.fn,
+            w.params,
+            fb.join(fb.restrict(w.posterior, "5.*"), fb.Dropout()),
+            w.x,
+            num_samples=5,
+            seed=seed,
+        ).samples
+    ),
+    "moments_of_a_join": lambda w, seed: moments(fb.join(w.posterior, fb.Dropout()), w.params),
+    "temper": lambda w, seed: fb.temper(w.posterior, 0.5),
+    "restrict": lambda w, seed: (fb.restrict(w.posterior, "0.*"), fb.restrict(w.ensemble, "0.*")),
+    "to_ensemble": lambda w, seed: fb.to_ensemble(w.posterior, 4, seed=seed),
+    "sample_function": lambda w, seed: fb.sample_function(w.fn, w.params, w.posterior, seed=seed)(w.x),
+    "linearize": lambda w, seed: fb.linearize(w.fn, w.params)(w.ensemble.member(1), w.x),
+    "predict_with_a_linearized_model": lambda w, seed: (
+        fb.predict(fb.linearize(w.fn, w.params), w.params, w.posterior, w.x, num_samples=5, seed=seed).samples
+    ),
     "quantiles": lambda w, seed: quantiles(numbers(w, seed)),
     "quantiles_of_outputs": lambda w, seed: quantiles(
         fb.predict(w.fn, w.params, w.posterior, w.x, num_samples=5, seed=seed)
@@ -228,6 +253,49 @@ CALLS: dict[str, Callable[[World, int | None], Any]] = {
     "ensemble_fit": lambda w, seed: fb.ensemble.fit(
         w.fn, w.members, (w.x, w.y), Categorical(), optimizer=SGD, num_epochs=2, batch_size=3, seed=seed
     ),
+    "training_fit_with_every_option": lambda w, seed: fb.training.fit(
+        w.fn,
+        w.params,
+        (w.x, w.y),
+        Categorical(),
+        optimizer=SGD,
+        num_epochs=2,
+        batch_size=3,
+        seed=seed,
+        bootstrap=True,
+        adversarial=0.01,
+        validation=(w.x, w.y),
+        patience=1,
+    ),
+    "ensemble_fit_with_every_option": lambda w, seed: fb.ensemble.fit(
+        w.fn,
+        w.members,
+        (w.x, w.y),
+        Categorical(),
+        optimizer=SGD,
+        num_epochs=2,
+        batch_size=3,
+        seed=seed,
+        bootstrap=True,
+        adversarial=0.01,
+        validation=batches(w),
+        patience=1,
+    ),
+    "fit_snapshots": lambda w, seed: fb.ensemble.fit_snapshots(
+        w.fn,
+        w.params,
+        batches(w),
+        Categorical(),
+        optimizer=SGD,
+        num_cycles=2,
+        epochs_per_cycle=1,
+        adversarial=0.01,
+        seed=seed,
+    ),
+    "bootstrap_rows": lambda w, seed: fb.training.bootstrap_rows(0 if seed is None else seed, 5),
+    "select": lambda w, seed: fb.ensemble.select(w.fn, None, w.ensemble, (w.x, w.y), Categorical(), 2),
+    "prune": lambda w, seed: fb.ensemble.prune(w.fn, None, w.ensemble, batches(w), Categorical(), 2),
+    "diversity": lambda w, seed: diversities(classes(w, seed)),
     "member_seeds": lambda w, seed: torch.tensor(fb.ensemble.member_seeds(0 if seed is None else seed, 3)),
     "from_modules": lambda w, seed: fb.ensemble.from_modules([w.module, copy.deepcopy(w.module)])[1],
     "save": lambda w, seed: fb.save(w.posterior, w.path),
@@ -247,6 +315,8 @@ CALLS |= {
 }  # fmt: skip
 HAS_NO_SEED = {
     *("make_functional", "fn", "predict_with_an_ensemble", "draws", "moments", "members", "log_prob"),
+    *("bootstrap_rows", "select", "prune"),
+    *("moments_of_a_mixture", "moments_of_a_join", "temper", "restrict", "linearize"),
     *("point", "covariance", "to", "metrics_of_tensors", "member_seeds", "from_modules", "save", "load"),
     *(name for name in CALLS if name.startswith("likelihood_")),
 }
@@ -296,6 +366,10 @@ def metrics_of_classes(prediction, y):
     return [*(score(prediction, y) for score in scores), auroc]
 
 
+def diversities(prediction):
+    return [f(prediction) for f in (metrics.diversity, metrics.disagreement, metrics.pairwise_kl)]
+
+
 def metrics_of_numbers(prediction, y):
     return metrics.nll(prediction, y), metrics.rmse(prediction, y)
 
@@ -328,6 +402,14 @@ def methods_of(case, seed):
 
 def point(posterior):
     return posterior.mean, posterior.variance, posterior.atoms(), posterior.sample(3, seed=0)
+
+
+def moments(posterior, params):
+    found = [posterior.mean, posterior.variance]
+    try:
+        return [*found, posterior.log_prob(params)]
+    except NotImplementedError:
+        return found
 
 
 def covariance(covariance, vector):

@@ -398,6 +398,43 @@ def all_but_head(model):
     return gaussian(covering(model.params, lambda path: not path.startswith(model.head)))
 
 
+def around(model, seed, scale=0.2):
+    """A Gaussian with a mean and variances of its own."""
+    mean = shifted(model.params, randn_like(model.params, seed, scale))
+    variance = optree.tree_map(lambda z: (scale * z) ** 2, randn_like(mean, seed + 1))
+    return fb.Gaussian(mean, Diagonal(variance))
+
+
+def mixed(model):
+    """Components of three kinds."""
+    point = fb.Point(shifted(model.params, randn_like(model.params, 7, 0.1)))
+    return fb.mixture(around(model, 1), fb.Ensemble(members(model.params)), point)
+
+
+def mixed_weighted(model):
+    return fb.mixture(*(around(model, k) for k in (1, 2, 3)), weights=[0.2, 0.5, 0.3])
+
+
+def joined(model):
+    rest = fb.Ensemble(members(all_but_head(model).mean), WEIGHTS)
+    return fb.join(head_only(model), rest)
+
+
+def joined_mixtures(model):
+    parts = (lambda path: path.startswith(model.head)), (lambda path: not path.startswith(model.head))
+    kept = [
+        fb.mixture(*(gaussian(covering(around(model, k).mean, part)) for k in (1, 2)), weights=[0.3, 0.7])
+        for part in parts
+    ]
+    return fb.join(*kept)
+
+
+def mixed_ragged(model):
+    """Draws that cover the head, everything else, or everything."""
+    rest = fb.Ensemble(members(all_but_head(model).mean))
+    return fb.mixture(head_only(model), rest, around(model, 3), weights=[0.3, 0.5, 0.2])
+
+
 WEIGHTS = torch.tensor([0.1, 0.3, 0.05, 0.5, 0.05], dtype=F64)
 POSTERIORS: dict[str, Callable[[Model], fb.Posterior]] = {
     "point": lambda model: fb.Point(shifted(model.params, randn_like(model.params))),
@@ -407,6 +444,17 @@ POSTERIORS: dict[str, Callable[[Model], fb.Posterior]] = {
     "gaussian_head_only": head_only,
     "gaussian_all_but_head": all_but_head,
     "ensemble_head_only": lambda model: fb.Ensemble(members(head_only(model).mean)),
+    "mixture": mixed,
+    "mixture_weighted": mixed_weighted,
+    "mixture_nested": lambda model: fb.mixture(mixed(model), mixed_weighted(model), weights=[1, 3]),
+    "join": joined,
+    "join_of_mixtures": joined_mixtures,
+    "tempered": lambda model: fb.temper(gaussian(model.params), 0.5),
+    "fixed_draws": lambda model: fb.to_ensemble(mixed_weighted(model), 6, seed=1),
+}
+# Draws that differ in what they cover: only `predict` can take them together.
+RAGGED: dict[str, Callable[[Model], fb.Posterior]] = {
+    "mixture_ragged": mixed_ragged,
 }
 WITH_FIXED: dict[str, Callable[[Model], fb.Posterior]] = {
     "gaussian_fixed": with_fixed,
@@ -416,15 +464,17 @@ DROPOUTS: dict[str, Callable[[Model], fb.Posterior]] = {
     "dropout": lambda model: fb.Dropout(),
     "dropout_rate": lambda model: fb.Dropout(rate=0.5),
     "dropout_shared_mask": lambda model: fb.Dropout(shared_mask=True),
+    "dropout_and_head": lambda model: fb.join(head_only(model), fb.Dropout()),
+    "dropout_fixed": lambda model: fb.to_ensemble(fb.join(fb.Dropout(), head_only(model)), 4, seed=2),
 }
 
 
-def pairs(kinds=("weights", "fixed", "dropout"), models=MODELS):
+def pairs(kinds=("weights", "fixed", "ragged", "dropout"), models=MODELS):
     """Every posterior with every model it is for, as parameters ``make_model, make_posterior``."""
     found = []
     for model_name, make in models.items():
         model = make()
-        tables = {"weights": POSTERIORS}
+        tables = {"weights": POSTERIORS, "ragged": RAGGED}
         if model.buffers:
             tables["fixed"] = WITH_FIXED
         if model.drops:
@@ -435,12 +485,20 @@ def pairs(kinds=("weights", "fixed", "dropout"), models=MODELS):
     return pytest.mark.parametrize(("make_model", "make_posterior"), found)
 
 
+def numbered_draws(posterior, num_samples, seed) -> dict[int, fb.Draw]:
+    """Draws by number, whatever they cover."""
+    indices, draws = torch.arange(num_samples), {}
+    for positions in posterior.structures(indices, seed).values():
+        group = posterior.draws(indices[positions], seed)
+        draws |= {int(i): entry(group, j) for j, i in enumerate(positions)}
+    return draws
+
+
 def expected_samples(model, posterior, x, num_samples, seed) -> Tensor:
     """One call of the model a draw, without the engine."""
-    draws = posterior.draws(torch.arange(num_samples), seed)
-    outputs = []
+    draws, outputs = numbered_draws(posterior, num_samples, seed), []
     for i in range(num_samples):
-        draw = entry(draws, i)
+        draw = draws[i]
         params = overlaid(model.params, draw.leaves)
         run = model.run
         if draw.effects:

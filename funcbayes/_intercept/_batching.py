@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._functorch import is_concrete, unwrap, vmap_level, wrap
-from ._call import Handler, Interception, open_attention
+from ._attention import open_attention
+from ._call import Handler, Interception
 
 Args = tuple[Any, ...]
 Rule = Callable[[int, bool, Args, dict[str, Any]], Any]  # (level, channels_last, args, kwargs) -> result

@@ -4,14 +4,12 @@ Both are ambient: they reach a module through any function of the user's that wr
 hold for one thread and one call only.
 """
 
-import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 Handler = Callable[["Interception", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -72,21 +70,3 @@ class Interception(TorchFunctionMode):
         if handler is None:
             return func(*args, **(kwargs or {}))
         return handler(self, func, args, kwargs or {})
-
-
-# Attention is one Python function built of others. A mode is off while it serves a call, so the
-# linear maps and the dropout inside would not be seen; with the mode on, the function's first
-# line would hand the call back to the mode for ever. This is the same code with that line
-# made to say that nobody wants the call.
-_attention_body = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda args: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
-
-
-def open_attention(
-    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    with mode:
-        return _attention_body(*args, **kwargs)

@@ -1,6 +1,5 @@
 """Dropout with masks that are functions of a key, in a model that need not be in training mode."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor
 from .._functorch import is_concrete, unintercepted, unwrap, vmap_level, wrap
 from .._random import fold, uniform
 from .._tree import Params, Where, matcher, pytree_dataclass, static
-from ._call import Call, Handler, Interception, calling, open_attention
+from ._attention import attention_weights, open_attention
+from ._call import Call, Handler, Interception, calling
 from ._rows import RowAxes, row_axis, two_rows
 
 # The negative saturation of SELU, Klambauer et al. (2017), section 2: -scale * alpha.
@@ -267,27 +267,10 @@ def _alpha(by_channel: bool) -> Handler:
 
 def _attention(mode, func, args, kwargs):  # noqa: ANN001, ANN202
     """Scaled dot-product attention with dropout of its weights, as torch documents it."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    rate = given.get("dropout_p", 0.0)
+    rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
     if not rate:
         return func(*args, **kwargs)
-    query, key, value = given["query"], given["key"], given["value"]
-    if given.get("enable_gqa", False):
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
-    scale = given.get("scale")
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    mask = given.get("attn_mask")
-    if given.get("is_causal", False):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(mask.logical_not(), -math.inf)
-        else:
-            scores = scores + mask
-    empty = scores.isneginf().all(-1, keepdim=True)  # may attend to nothing, and gets nothing
-    weights = torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+    weights, value = attention_weights(*args, **kwargs)
     return _scaled(weights, mode.keep(weights, rate, weights.shape)) @ value
 
 

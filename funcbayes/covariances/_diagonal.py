@@ -1,11 +1,18 @@
 """Independent parameters."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from .._functorch import is_concrete
-from .._random import Seed, fold, keys_by_name, normal
-from .._tree import Params, is_parameter, map_leaves, map_named, named_leaves, pytree_dataclass
-from ._interface import Covariance, total
+from .._random import Seed
+from .._tree import Params, map_leaves, map_named, pytree_dataclass
+from ._checks import check_variance, positive_factor, zero_variance
+from ._flat import ravel
+from ._interface import Covariance, refuse_singular
+from ._noise import leaf_noise, over
+from ._operator import Inverse, Operator, Sum
+from ._parts import part, times_power
 
 
 @pytree_dataclass
@@ -29,45 +36,47 @@ class Diagonal(Covariance):
     variance: Params
 
     def __post_init__(self) -> None:
-        for name, leaf in named_leaves(self.variance).items():
-            if not is_parameter(leaf):
-                raise TypeError(
-                    f"`Diagonal(variance)` should have floating-point tensors as leaves; {name!r} is "
-                    f"{getattr(leaf, 'dtype', type(leaf).__name__)}. Leave out what is not a parameter."
-                )
-            if is_concrete(leaf) and not bool((leaf >= 0).all() & leaf.isfinite().all()):
-                raise ValueError(
-                    f"`Diagonal(variance)` should be finite and not negative; {name!r} has a smallest "
-                    f"entry of {leaf.detach().min():.3g}."
-                )
+        check_variance(self.variance, "Diagonal(variance)")
+
+    @property
+    def like(self) -> Params:
+        """The variance."""
+        return self.variance
 
     def deviations(self, indices: Tensor, seed: Seed) -> Params:
         """Draw ``sqrt(variance) * z``, leaves ``(S, *s)``."""
-        keys = keys_by_name(fold(seed, indices), named_leaves(self.variance))
-
-        def deviate(name: str, variance: Tensor) -> Tensor:
-            noise = normal(keys[name], variance.shape, dtype=variance.dtype, device=variance.device)
-            return noise * variance.sqrt()
-
-        return map_named(deviate, self.variance)
+        return scaled_noise(self.variance, indices, seed)
 
     def diagonal(self) -> Params:
         """Variance of each parameter, leaves ``s``."""
         return self.variance
 
-    def matvec(self, vector: Params) -> Params:
-        """Multiply the covariance with a tree."""
-        return map_leaves(lambda s, v: s * v, self.variance, vector)
+    def operator(self) -> Operator:
+        """``diag(variance)``."""
+        variance = ravel(self.variance, self.like)
+        return Sum(variance, variance.new_zeros(len(variance), 0))
 
-    def solve(self, vector: Params) -> Params:
-        """Multiply the precision with a tree."""
-        return map_leaves(lambda s, v: v / s, self.variance, vector)
+    def inverse(self) -> Operator:
+        """``diag(1 / variance)``."""
+        refuse_singular(self)
+        variance = ravel(self.variance, self.like)
+        return Inverse(Sum(variance, variance.new_zeros(len(variance), 0)))
 
-    def logdet(self) -> Tensor:
-        """Log-determinant of the covariance, a scalar."""
-        return total([leaf.log().sum() for leaf in named_leaves(self.variance).values()])
+    def singular(self) -> str | None:
+        """Where a variance is zero."""
+        return zero_variance(self.variance)
 
-    def quadratic_form(self, vector: Params) -> Tensor:
-        """``sum v^2 / variance``, a scalar."""
-        scaled = named_leaves(map_leaves(lambda s, v: v * v / s, self.variance, vector))
-        return total([leaf.sum() for leaf in scaled.values()])
+    def scaled(self, factor: float | Tensor) -> "Diagonal":
+        """Variances times a positive number."""
+        return Diagonal(times_power(self.variance, positive_factor(factor), 1))
+
+    def restricted(self, keep: Callable[[str, Tensor], bool]) -> "Diagonal":
+        """The variances of the leaves with ``keep(path, leaf)``."""
+        return Diagonal(part(self.variance, self.like, keep))
+
+
+def scaled_noise(variance: Params, indices: Tensor, seed: Seed) -> Params:
+    """``sqrt(variance) * z``, leaves ``(S, *s)``."""
+    noise = leaf_noise(variance, indices, seed)
+    std = map_leaves(torch.sqrt, variance)
+    return map_named(lambda name, s: torch.mul(noise[name], s, out=over(noise[name], s)), std)

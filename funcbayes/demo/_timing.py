@@ -62,7 +62,7 @@ def _loop(fitted: Fitted, x: Tensor) -> Callable[[], Tensor]:
         return lambda: by_hand(x)
     atoms = fitted.posterior.atoms() if fitted.options.get("num_samples") is None else None
     if atoms is not None:
-        ready = _separate(atoms[0].leaves, fitted)
+        ready = _separate(atoms[0][0].leaves, fitted)
         return lambda: _evaluate(ready, fitted, x)
     # Drawing is a part of what `predict` does, so it is a part of the loop too.
     return lambda: _evaluate(_separate(fitted.posterior.sample(**fitted.options), fitted), fitted, x)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .._intercept import DropoutMasks
@@ -59,6 +60,11 @@ class Dropout(Posterior):
             )
         if self.where is not None and not isinstance(self.where, str) and not callable(self.where):
             object.__setattr__(self, "where", tuple(self.where))  # structure has to be hashable
+
+    def forms(self) -> list[Draw]:
+        """No leaves, and masks."""
+        key = torch.tensor(0)
+        return [Draw({}, (DropoutMasks(key, self.rate, self.where, self.shared_mask),))]
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
         """No leaves; as effect, masks keyed by the draw."""

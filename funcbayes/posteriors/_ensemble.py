@@ -1,9 +1,10 @@
 """Finitely many values, weighted."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._functorch import is_concrete
 from .._random import Seed, fold
 from .._tree import (
     Fixed,
@@ -19,6 +20,7 @@ from .._tree import (
 )
 from ._allocation import allocate
 from ._interface import Draw, Posterior, check_tensors
+from ._weights import normalized, probabilities
 
 
 @pytree_dataclass
@@ -30,6 +32,7 @@ class Ensemble(Posterior):
             part of the model's.
         weights: Probabilities of the members ``(K,)``; given ones are divided by their sum. ``None``
             makes them equal.
+        effects: Changes to how the model is called, one a member: see :class:`funcbayes.Draw`.
         has_equal_weights: Whether all members weigh the same.
 
     Raises:
@@ -45,11 +48,13 @@ class Ensemble(Posterior):
 
     members: Params
     weights: Tensor = None  # type: ignore[assignment]  # a tensor once it has been made
+    effects: tuple[Any, ...] = ()
     has_equal_weights: bool = static(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_tensors(self.members, "Ensemble(members)")
         sizes = {name: t.shape[0] if t.ndim else None for name, t in _tensors(self.members).items()}
+        sizes |= {f"effects.{i}": t.shape[0] for i, t in enumerate(tensors(self.effects))}
         if not sizes:
             raise ValueError("`Ensemble(members)` should have at least one leaf, got an empty tree.")
         first = next(iter(sizes.values()))
@@ -60,21 +65,25 @@ class Ensemble(Posterior):
                     f"least one; {name!r} has {size} where another has {first}. "
                     "Stack the parameters of the members: `torch.stack` for every leaf."
                 )
-        count = self.num_members
-        equal = torch.full((count,), 1 / count, dtype=torch.float64, device=tensors(self.members)[0].device)
-        weights = equal if self.weights is None else _normalized(self.weights, count)
-        is_equal = self.weights is None or (is_concrete(weights) and bool((weights == weights[0]).all()))
+        device = tensors((self.members, self.effects))[0].device
+        weights, is_equal = normalized(
+            self.weights, self.num_members, "Ensemble(members, weights)", "members", device
+        )
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "has_equal_weights", is_equal)
 
     @property
     def num_members(self) -> int:
         """``K``."""
-        return tensors(self.members)[0].shape[0]
+        return tensors((self.members, self.effects))[0].shape[0]
 
     def member(self, i: int) -> Params:
         """Parameters of member ``i``."""
         return index(self.members, i)
+
+    def forms(self) -> list[Draw]:
+        """A member."""
+        return [index(Draw(self.members, self.effects), 0)]
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
         """Members chosen in proportion to their weights, leaves ``(S, *s)``."""
@@ -82,11 +91,11 @@ class Ensemble(Posterior):
         site = fold(fold(seed, "member"), names)
         weights = None if self.has_equal_weights else self._probabilities()
         chosen = allocate(indices, weights, self.num_members, site)
-        return Draw(map_leaves(lambda leaf: leaf[chosen.to(leaf.device)], self.members))
+        return map_leaves(lambda leaf: leaf[chosen.to(leaf.device)], Draw(self.members, self.effects))
 
-    def atoms(self) -> tuple[Draw, Tensor]:
+    def atoms(self) -> list[tuple[Draw, Tensor]]:
         """Each member once, with its weight."""
-        return Draw(self.members), self._probabilities()
+        return [(Draw(self.members, self.effects), self._probabilities())]
 
     @property
     def mean(self) -> Params:
@@ -109,29 +118,8 @@ class Ensemble(Posterior):
         return torch.tensordot(weights, leaf, dims=1)
 
     def _probabilities(self) -> Tensor:
-        # Not as they are stored, which may be in half precision after a conversion.
-        if self.has_equal_weights:
-            return torch.full((self.num_members,), 1 / self.num_members, dtype=torch.float64)
-        weights = self.weights.double()
-        return weights / weights.sum()
+        return probabilities(self.weights, self.has_equal_weights)
 
 
 def _tensors(members: Params) -> dict[str, Tensor]:
     return {k: v.tensor if isinstance(v, Fixed) else v for k, v in named_leaves(members).items()}
-
-
-def _normalized(weights: Tensor, num_members: int) -> Tensor:
-    weights = torch.as_tensor(weights)
-    if weights.shape != (num_members,):
-        raise ValueError(
-            f"`Ensemble(members, weights)` should have one weight for each of {num_members} members, got "
-            f"shape {tuple(weights.shape)}."
-        )
-    if is_concrete(weights) and not bool(
-        (weights >= 0).all() & weights.isfinite().all() & (weights.sum() > 0)
-    ):
-        raise ValueError(
-            "`Ensemble(members, weights)` should have weights that are finite, not negative, and not all "
-            f"zero, got {weights.tolist()}."
-        )
-    return weights / weights.sum()

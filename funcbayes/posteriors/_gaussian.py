@@ -2,9 +2,9 @@
 
 import math
 
+import torch
 from torch import Tensor
 
-from .._functorch import is_concrete
 from .._random import Seed
 from .._tree import (
     Fixed,
@@ -18,6 +18,8 @@ from .._tree import (
     select,
 )
 from ..covariances import Covariance
+from ..covariances._flat import dtype_of, ravel
+from ..covariances._noise import over
 from ._interface import Draw, Posterior
 
 
@@ -60,12 +62,16 @@ class Gaussian(Posterior):
                     f"{getattr(leaf, 'dtype', type(leaf).__name__)}. Leave it out, or pass it as "
                     "`fb.Fixed(tensor)`."
                 )
-        differing = difference(self.covariance.diagonal(), parameters_of(self.mean))
+        differing = difference(self.covariance.like, parameters_of(self.mean))
         if differing:
             raise ValueError(
                 f"`Gaussian(mean, covariance)` should have a covariance over the parameters of `mean`; in it "
                 f"{differing}."
             )
+
+    def forms(self) -> list[Draw]:
+        """The mean."""
+        return [Draw(self.mean)]
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
         """``mean`` plus a deviation, leaves ``(S, *s)``."""
@@ -74,7 +80,7 @@ class Gaussian(Posterior):
         def shifted(name: str, leaf: Tensor | Fixed) -> Tensor | Fixed:
             if isinstance(leaf, Fixed):
                 return Fixed(leaf.tensor.expand(len(indices), *leaf.tensor.shape))
-            return leaf + deviations[name]
+            return torch.add(deviations[name], leaf, out=over(deviations[name], leaf))
 
         return Draw(map_named(shifted, self.mean))
 
@@ -89,19 +95,34 @@ class Gaussian(Posterior):
         differing = difference({name: leaf for name, leaf in given.items() if name in covered}, covered)
         if differing:
             raise ValueError(f"`log_prob(params)` should have leaves like the mean; {differing}.")
-        for name, variance in named_leaves(self.covariance.diagonal()).items():
-            if is_concrete(variance) and bool((variance == 0).any()):
-                raise ValueError(
-                    f"`log_prob(params)` has no density to give: the variance of {name!r} is zero somewhere. "
-                    "Leave certain parameters out of the posterior, or give them a positive variance."
-                )
+        self._refuse_singular("log_prob(params)", "density")
         location = select(self.mean, lambda name, leaf: name in covered)
-        deviation = map_named(lambda name, leaf: given[name] - leaf, location)
-        num_params = sum(leaf.numel() for leaf in covered.values())
-        quadratic, logdet = self.covariance.quadratic_form(deviation), self.covariance.logdet()
-        return -0.5 * (quadratic + logdet + num_params * math.log(2 * math.pi))
+        shift = map_named(lambda name, leaf: given[name] - leaf, location)
+        deviation = ravel(shift, self.covariance.like)
+        precision = self.covariance.inverse()
+        quadratic, logdet = precision.quadratic(deviation.unsqueeze(-1)), precision.logdet()
+        return (-0.5 * (quadratic - logdet + len(deviation) * math.log(2 * math.pi))).to(self._dtype)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats, a scalar: ``1/2 [P (1 + log 2 pi) + logdet covariance]``."""
+        self._refuse_singular("entropy()", "entropy")
+        num_params = sum(leaf.numel() for leaf in parameters_of(self.mean).values())
+        logdet = -self.covariance.inverse().logdet()
+        return (0.5 * (num_params * (1 + math.log(2 * math.pi)) + logdet)).to(self._dtype)
 
     @property
     def variance(self) -> Params:
         """Variance of each parameter, leaves ``s``."""
         return self.covariance.diagonal()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return dtype_of(parameters_of(self.mean))
+
+    def _refuse_singular(self, call: str, what: str) -> None:
+        reason = self.covariance.singular()
+        if reason:
+            raise ValueError(
+                f"`{call}` has no {what} to give: {reason}. Leave certain parameters out of the posterior, "
+                "or give them a positive variance."
+            )

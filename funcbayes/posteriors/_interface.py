@@ -1,14 +1,16 @@
 """What a posterior is: something that can be sampled, one numbered draw at a time."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
 from .._checks import positive_int
 from .._random import Seed, resolve_seed
-from .._tree import Fixed, Params, named_leaves, pytree_dataclass
+from .._tree import Fixed, Params, concatenate, index, named_leaves, pytree_dataclass
 
 
 @pytree_dataclass
@@ -47,7 +49,15 @@ class Posterior(ABC):
             Draw whose leaves and effects have a leading axis of length ``S``.
         """
 
-    def structures(self, indices: Tensor, seed: Seed) -> list[Tensor]:
+    def forms(self) -> list[Draw]:
+        """What draws look like: one of each structure, without the axis of draws.
+
+        Only paths, shapes and dtypes mean something. Most posteriors have one form; a mixture of
+        posteriors that cover different leaves has several.
+        """
+        return [index(self.draws(torch.zeros(1, dtype=torch.int64), 0), 0)]
+
+    def structures(self, indices: Tensor, seed: Seed) -> dict[Hashable, Tensor]:
         """Group draws that cover the same leaves by the same effects.
 
         Args:
@@ -55,14 +65,26 @@ class Posterior(ABC):
             seed: As in :meth:`draws`.
 
         Returns:
-            Positions in ``indices``, one tensor a group, every position once. :meth:`draws` may be
-            asked for any part of one group.
+            Positions in ``indices`` for each structure that occurs (:func:`structure_of` a draw); every
+            position once, in any order. :meth:`draws` may be asked for any part of one group.
         """
-        return [torch.arange(len(indices))]
+        (form,) = self.forms()
+        return {structure_of(form): torch.arange(len(indices))}
 
-    def atoms(self) -> tuple[Draw, Tensor] | None:
-        """All values and their weights ``(S,)``, for a posterior that has finitely many."""
+    def atoms(self) -> list[tuple[Draw, Tensor]] | None:
+        """All values and their weights, for a posterior that has finitely many.
+
+        Returns:
+            For each structure its values and their probabilities ``(S,)``, which sum to 1 over all of them;
+            ``None`` if there are infinitely many.
+        """
         return None
+
+    def log_prob(self, params: Params) -> Tensor:
+        """Log density of the covered parameters, a scalar."""
+        raise NotImplementedError(
+            f"`log_prob` is not defined for {type(self).__name__}, which has no density."
+        )
 
     def sample(self, num_samples: int, seed: Seed | None = None) -> Params:
         """Sample parameters.
@@ -76,16 +98,55 @@ class Posterior(ABC):
 
         Raises:
             ValueError: If ``num_samples`` is below 1.
-            TypeError: If leaves alone do not say what a draw is, as for dropout.
+            TypeError: If leaves alone do not say what a draw is: for dropout, and for a mixture whose
+                components cover different leaves.
         """
         num_samples = positive_int(num_samples, "sample(num_samples=...)")
-        draw = self.draws(torch.arange(num_samples), resolve_seed(seed))
-        if draw.effects and not named_leaves(draw.leaves):
+        indices, seed = torch.arange(num_samples), resolve_seed(seed)
+        for form in self.forms():
+            if form.effects and not named_leaves(form.leaves):
+                raise TypeError(
+                    f"`sample` has nothing to return for {type(self).__name__}: its draws change how the "
+                    "model is called and hold no parameters. Use `predict(fn, params, posterior, x)`."
+                )
+        if len({optree.tree_structure(form.leaves) for form in self.forms()}) > 1:
             raise TypeError(
-                f"`sample` has nothing to return for {type(self).__name__}: its draws change how the model "
-                "is called and hold no parameters. Use `predict(fn, params, posterior, x)`."
+                f"`sample` has no tree to return for {type(self).__name__}: its draws cover different "
+                "leaves. Use `predict(fn, params, posterior, x)`, or sample its components."
             )
-        return draw.leaves
+        groups = self.structures(indices, seed).values()
+        return in_order([(at, self.draws(indices[at], seed).leaves) for at in groups])
+
+
+def structure_of(draw: Draw) -> Hashable:
+    """What draws of one vectorised pass have in common: the leaves they cover, and their effects."""
+    whole: Any = draw
+    return optree.tree_structure(whole)
+
+
+def moment_of(posterior: Posterior, name: str) -> Params:
+    """``posterior.mean`` or ``posterior.variance``, where its family has them."""
+    try:
+        return getattr(posterior, name)
+    except AttributeError as err:
+        raise NotImplementedError(f"`{name}` is not defined for {type(posterior).__name__}.") from err
+
+
+def covered_leaves(posterior: Posterior) -> dict[str, Tensor | Fixed]:
+    """Leaves by path that draws may hold; only shapes and dtypes mean something."""
+    leaves: dict[str, Tensor | Fixed] = {}
+    for form in posterior.forms():
+        leaves |= named_leaves(form.leaves)
+    return leaves
+
+
+def in_order(parts: list[tuple[Tensor, Any]]) -> Any:
+    """Put trees of draws, given with their positions, together in the order of the positions."""
+    positions = torch.cat([at for at, _ in parts])
+    whole = concatenate([tree for _, tree in parts])
+    if bool((positions[1:] > positions[:-1]).all()):
+        return whole
+    return index(whole, positions.argsort())
 
 
 def check_tensors(tree: Params, call: str) -> None:

@@ -32,9 +32,14 @@ class Point(Posterior):
         """The value, repeated without copying."""
         return Draw(map_leaves(lambda leaf: leaf.expand(len(indices), *leaf.shape), self.params))
 
-    def atoms(self) -> tuple[Draw, Tensor]:
+    def forms(self) -> list[Draw]:
+        """The value."""
+        return [Draw(self.params)]
+
+    def atoms(self) -> list[tuple[Draw, Tensor]]:
         """The value, with weight 1."""
-        return Draw(map_leaves(lambda leaf: leaf[None], self.params)), torch.ones(1, dtype=torch.float64)
+        value = Draw(map_leaves(lambda leaf: leaf[None], self.params))
+        return [(value, torch.ones(1, dtype=torch.float64))]
 
     @property
     def mean(self) -> Params:

@@ -1,0 +1,61 @@
+"""Divergences between posteriors."""
+
+from torch import Tensor
+
+from ._tree import difference, parameters_of
+from .covariances._flat import dtype_of, ravel
+from .covariances._operator import trace_of_product
+from .posteriors import Gaussian, Posterior, to
+
+
+def kl(q: Posterior, p: Posterior) -> Tensor:
+    """Kullback-Leibler divergence ``KL(q || p)`` in closed form, in nats, summed over all parameters.
+
+    ``1/2 [tr(S_p^-1 S_q) + (m_p - m_q)^T S_p^-1 (m_p - m_q) - P + logdet S_p - logdet S_q]``, for Gaussians
+    with covariances of any structures (Kullback 1959, section 9.1).
+
+    Args:
+        q: The approximation, say.
+        p: The prior, say; over the same leaves.
+
+    Returns:
+        A scalar, differentiable in the tensors of both.
+
+    Raises:
+        TypeError: If one of them is no posterior.
+        NotImplementedError: If one of them is not a ``Gaussian``.
+        ValueError: If their leaves differ, or a covariance has no inverse.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> from funcbayes._divergence import kl
+        >>> mean, variance = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+        >>> q = fb.Gaussian(mean, fb.covariances.Diagonal(variance))
+        >>> kl(q, fb.Gaussian({"w": torch.ones(2)}, q.covariance))
+        tensor(1.)
+    """
+    for posterior in (q, p):
+        if not isinstance(posterior, Posterior):
+            raise TypeError(f"`kl(q, p)` should be given two posteriors, got {type(posterior).__name__}.")
+    if not isinstance(q, Gaussian) or not isinstance(p, Gaussian):
+        raise NotImplementedError(
+            f"`kl(q, p)` has no closed form for {type(q).__name__} and {type(p).__name__}. Monte Carlo: "
+            "average `q.log_prob(draw) - p.log_prob(draw)` over draws of `q`, where both have densities."
+        )
+    q_mean, p_mean = parameters_of(q.mean), parameters_of(p.mean)
+    differing = difference(q_mean, p_mean)
+    if differing:
+        raise ValueError(f"`kl(q, p)` should have posteriors over the same leaves; in `q` {differing}.")
+    if list(q_mean) != list(p_mean):
+        raise ValueError(
+            "`kl(q, p)` should have trees of one structure; their leaves are ordered differently."
+        )
+    dtype = dtype_of({"q": q_mean, "p": p_mean})
+    q, p = to(q, dtype=dtype), to(p, dtype=dtype)
+    precision = p.covariance.inverse()
+    shift = ravel({name: p_mean[name] - leaf for name, leaf in q_mean.items()}, p.covariance.like).unsqueeze(
+        -1
+    )
+    trace = trace_of_product(precision, q.covariance.operator())
+    logdets = precision.logdet() - q.covariance.inverse().logdet()
+    return (0.5 * (trace + precision.quadratic(shift) - len(shift) - logdets)).to(dtype)

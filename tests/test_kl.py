@@ -1,0 +1,180 @@
+"""Divergences between Gaussians of any two structures, against torch's of the dense matrices."""
+
+import optree
+import pytest
+import torch
+from test_covariances import MAKERS, SINGULAR, TREES, joined, naive, vector_for
+from torch.distributions import MultivariateNormal, kl_divergence
+from torch.func import grad, vmap
+from torch.testing import assert_close
+from zoo import F64, linear_params, randn, stacked
+
+import funcbayes as fb
+from funcbayes import Dropout, Ensemble, Fixed, Gaussian, Point
+from funcbayes._divergence import kl
+from funcbayes.covariances import Diagonal, Kronecker
+
+pairs = [pytest.param(q, p, id=f"{one}-{other}") for one, q in MAKERS.items() for other, p in MAKERS.items()]
+every_pair = pytest.mark.parametrize(("make_q", "make_p"), pairs)
+every_tree = pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())
+
+
+def posterior(make, tree, seed):
+    covariance = make(tree, seed)
+    return Gaussian(vector_for(covariance, seed), covariance)
+
+
+def expected_kl(q, p):
+    def dense(posterior):
+        matrix = naive(posterior.covariance)
+        return MultivariateNormal(joined(posterior.mean), (matrix + matrix.T) / 2)
+
+    return kl_divergence(dense(q), dense(p))
+
+
+@every_pair
+@every_tree
+def test_the_divergence_between_any_two_structures_is_that_of_dense_normals(make_q, make_p, tree):
+    q, p = posterior(make_q, tree, 0), posterior(make_p, tree, 1)
+    divergence = kl(q, p)
+    assert divergence.shape == ()
+    assert divergence >= 0
+    assert_close(divergence, expected_kl(q, p), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+@every_tree
+def test_the_divergence_of_a_posterior_from_itself_is_zero(make, tree):
+    q = posterior(make, tree, 0)
+    assert_close(kl(q, q), torch.zeros((), dtype=F64), rtol=0, atol=1e-8)
+
+
+def test_the_divergence_is_summed_over_parameters():
+    one = {"w": torch.ones(2, 3, dtype=F64), "b": torch.ones(2, dtype=F64)}
+    q = Gaussian({k: v * 2 for k, v in one.items()}, Diagonal(one))
+    p = Gaussian(one, Diagonal(one))
+    assert_close(kl(q, p), torch.tensor(8 * 0.5, dtype=F64))  # 8 parameters, each one deviation away
+
+
+@every_pair
+def test_the_divergence_mapped_over_stacked_posteriors_is_a_loop(make_q, make_p):
+    tree = TREES["plain"]
+    qs, ps = (
+        [posterior(make, tree, seed + i) for i in range(2)] for make, seed in ((make_q, 0), (make_p, 7))
+    )
+    each = torch.stack([kl(q, p) for q, p in zip(qs, ps, strict=True)])
+    assert_close(vmap(kl)(stacked(*qs), stacked(*ps)), each)
+    assert_close(vmap(kl, in_dims=(0, None))(stacked(*qs), ps[0]), torch.stack([kl(q, ps[0]) for q in qs]))
+
+
+@every_pair
+def test_gradients_of_the_divergence_are_those_of_the_dense_formula(make_q, make_p):
+    tree = TREES["plain"]
+    q, p = posterior(make_q, tree, 0), posterior(make_p, tree, 1)
+
+    def free_of(posterior):
+        # Bases stay as they are: moved ones would not be orthogonal.
+        keep = 6 if isinstance(posterior.covariance, Kronecker) else None
+        return optree.tree_leaves(posterior)[:keep]
+
+    def rebuilt(leaves):
+        number = len(free_of(q))
+        both = []
+        for one, given in ((q, leaves[:number]), (p, leaves[number:])):
+            whole = optree.tree_leaves(one)
+            both.append(optree.tree_structure(one).unflatten([*given, *whole[len(given) :]]))
+        return both
+
+    leaves = [*free_of(q), *free_of(p)]
+    watched = [leaf.clone().requires_grad_() for leaf in leaves]
+    expected = torch.autograd.grad(expected_kl(*rebuilt(watched)), watched, allow_unused=True)
+    by_autograd = torch.autograd.grad(kl(*rebuilt(watched)), watched, allow_unused=True)
+    by_func = grad(lambda leaves: kl(*rebuilt(leaves)))(leaves)
+    for leaf, want, *found in zip(leaves, expected, by_autograd, by_func, strict=True):
+        for got in found:
+            want = torch.zeros_like(leaf) if want is None else want
+            assert_close(torch.zeros_like(leaf) if got is None else got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_pair
+def test_the_divergence_has_the_dtype_of_the_leaves(make_q, make_p, dtype):
+    q, p = (
+        fb.to(posterior(make, TREES["plain"], seed), dtype=dtype) for make, seed in ((make_q, 0), (make_p, 1))
+    )
+    divergence = kl(q, p)
+    exact = kl(*(fb.to(one, dtype=F64) for one in (q, p)))  # of the same rounded numbers
+    assert divergence.dtype == dtype
+    assert_close(divergence.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_posteriors_of_two_dtypes_have_a_divergence_in_the_wider_one():
+    q, p = posterior(MAKERS["dense"], TREES["plain"], 0), posterior(MAKERS["diagonal"], TREES["plain"], 1)
+    assert_close(kl(fb.to(q, dtype=torch.float32), p), kl(q, p), rtol=1e-4, atol=0)
+
+
+def test_fixed_leaves_have_no_part_in_the_divergence():
+    q, p = posterior(MAKERS["dense"], TREES["plain"], 0), posterior(MAKERS["diagonal"], TREES["plain"], 1)
+    fixed = Gaussian({**q.mean, "running_mean": Fixed(torch.ones(3))}, q.covariance)
+    assert_close(kl(fixed, p), kl(q, p))
+
+
+def test_leaves_of_a_long_list_keep_their_order():
+    means = [[randn(2, seed=i + 50 * j) for i in range(12)] for j in range(2)]
+    variances = [[randn(2, seed=i + 50 * j).exp() for i in range(12)] for j in range(2)]
+    q, p = (Gaussian(mean, Diagonal(variance)) for mean, variance in zip(means, variances, strict=True))
+    assert_close(kl(q, p), expected_kl(q, p))
+
+
+def simple(**shapes):
+    ones = {k: torch.ones(s) for k, s in shapes.items()}
+    return Gaussian(ones, Diagonal(ones))
+
+
+ERRORS = {
+    "leaf_missing": (lambda: kl(simple(w=3), simple(w=3, b=2)), ValueError, r"`kl\(q, p\)`.*'b' is missing"),
+    "leaf_too_many": (lambda: kl(simple(w=3, b=2), simple(w=3)), ValueError, "'b' is not expected"),
+    "leaf_of_another_shape": (
+        lambda: kl(simple(w=3), simple(w=2)),
+        ValueError,
+        r"'w' has shape \(3,\), not \(2,\)",
+    ),
+    "containers_ordered_apart": (
+        lambda: kl(
+            Gaussian([torch.ones(1)] * 11, Diagonal([torch.ones(1)] * 11)),
+            simple(**{str(i): 1 for i in range(11)}),
+        ),
+        ValueError,
+        "ordered differently",
+    ),
+    "point": (
+        lambda: kl(Point(linear_params()), simple(w=3)),
+        NotImplementedError,
+        r"no closed form for Point and Gaussian\. Monte Carlo: ",
+    ),
+    "ensemble": (
+        lambda: kl(simple(w=3), Ensemble({"w": torch.ones(2, 3)})),
+        NotImplementedError,
+        "Gaussian and Ensemble",
+    ),
+    "dropout": (lambda: kl(Dropout(), Dropout()), NotImplementedError, "Dropout and Dropout"),
+    "tensor": (
+        lambda: kl(torch.ones(2), simple(w=2)),
+        TypeError,
+        r"`kl\(q, p\)` should be given two post.*Tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_a_divergence_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("make", SINGULAR.values(), ids=SINGULAR.keys())
+def test_a_divergence_of_or_from_a_singular_posterior_is_refused(make):
+    certain, other = posterior(make, TREES["plain"], 0), posterior(MAKERS["dense"], TREES["plain"], 1)
+    for q, p in ((certain, other), (other, certain)):
+        with pytest.raises(ValueError, match="can be sampled but has no inverse"):
+            kl(q, p)
