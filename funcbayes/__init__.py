@@ -9,9 +9,13 @@ from . import (
     ensemble as ensemble,
     likelihoods as likelihoods,
     metrics as metrics,
+    modules as modules,
     plots as plots,
+    swag as swag,
     training as training,
 )
+from ._batch_norm import refresh_batch_norm as refresh_batch_norm
+from ._divergence import kl as kl
 from ._functional import (
     FunctionalModule as FunctionalModule,
     make_functional as make_functional,

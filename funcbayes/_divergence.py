@@ -28,10 +28,9 @@ def kl(q: Posterior, p: Posterior) -> Tensor:
 
     Example:
         >>> import torch, funcbayes as fb
-        >>> from funcbayes._divergence import kl
         >>> mean, variance = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
         >>> q = fb.Gaussian(mean, fb.covariances.Diagonal(variance))
-        >>> kl(q, fb.Gaussian({"w": torch.ones(2)}, q.covariance))
+        >>> fb.kl(q, fb.Gaussian({"w": torch.ones(2)}, q.covariance))
         tensor(1.)
     """
     for posterior in (q, p):

@@ -1,7 +1,7 @@
 """Modules as pure functions ``fn(params, x)``."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -211,10 +211,38 @@ def training_call(
     masks = (DropoutMasks(fold(key, "training")),) if dropout else ()
     with calling(Call("training")) as call:
         outputs, _ = run_with_masks(fn, params, x, masks, call)
-    overlay: Any = MISSING
+    return outputs, _changes(params, call.buffers)
+
+
+def batch_statistics(fn: Model, params: Params, x: Any) -> Params:
+    """Find what normalisation layers see of one batch, as in training without dropout.
+
+    Args:
+        fn: Pure model.
+        params: As in :func:`training_call`.
+        x: Batch of inputs.
+
+    Returns:
+        The running statistics, as ``Fixed``, as if this batch were all they are to remember, and the layers'
+        counts of batches; in a tree that can be merged into ``params``.
+    """
+    with calling(Call("training", batch_statistics=True)) as call:
+        run_with_masks(fn, params, x, (), call)
+    noted = {id(value) for value in call.statistics}
+    found = []
     for owner, changed in call.buffers:
+        running = {name for name, value in changed.items() if id(value) in noted}
+        counts = {f"{name.rpartition('.')[0]}.num_batches_tracked".lstrip(".") for name in running}
+        found.append((owner, {k: v for k, v in changed.items() if k in running | counts}))
+    return _changes(params, found)
+
+
+def _changes(params: Params, buffers: Sequence[tuple[Any, Mapping[str, Tensor]]]) -> Params:
+    """New values of buffers, as ``Fixed``, where they belong in ``params``."""
+    overlay: Any = MISSING
+    for owner, changed in buffers:
         overlay = merge(overlay, _placed(params, owner, {k: Fixed(v.detach()) for k, v in changed.items()}))
-    return outputs, {} if is_missing(overlay) else overlay
+    return {} if is_missing(overlay) else overlay
 
 
 def _placed(tree: Params, owner: Mapping[str, Any], changed: dict[str, Fixed]) -> Params:

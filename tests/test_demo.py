@@ -15,7 +15,15 @@ from funcbayes.demo._methods import METHODS, Fitted, Task
 pytest.importorskip("sklearn")
 
 SMALL = functools.partial(
-    demo.Settings, num_members=3, digits_epochs=4, digits_draws=8, iris_epochs=20, iris_draws=8, repeats=2
+    demo.Settings,
+    num_members=3,
+    digits_epochs=4,
+    digits_draws=8,
+    digits_snapshots=3,
+    iris_epochs=20,
+    iris_draws=8,
+    iris_snapshots=3,
+    repeats=2,
 )
 all_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
@@ -30,7 +38,9 @@ def task():
 
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     training = {"optimizer": functools.partial(torch.optim.Adam, lr=1e-2), "num_epochs": 3}
-    return Task(make_module, (x, (x[:, 0] > 0).long()), fb.likelihoods.Categorical(), training, 3, 16)
+    collecting = {"optimizer": functools.partial(torch.optim.SGD, lr=1e-2)}
+    data, likelihood = (x, (x[:, 0] > 0).long()), fb.likelihoods.Categorical()
+    return Task(make_module, data, likelihood, training, collecting, 3, 16)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 import funcbayes as fb
 from funcbayes._intercept import with_dropout
-from funcbayes.covariances import Diagonal
+from funcbayes.covariances import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, LowRankPrecision
 
 F64 = torch.float64
 
@@ -405,6 +405,46 @@ def around(model, seed, scale=0.2):
     return fb.Gaussian(mean, Diagonal(variance))
 
 
+def factors(params, rank, scale=0.3):
+    """Leaves ``(*s, rank)``."""
+    columns = [randn_like(params, 20 + r, scale) for r in range(rank)]
+    return optree.tree_map(lambda *leaves: torch.stack(leaves, -1), *columns)
+
+
+def low_rank(model):
+    return fb.Gaussian(
+        model.params, LowRankPlusDiagonal(gaussian(model.params).variance, factors(model.params, 3))
+    )
+
+
+def low_rank_precision(model):
+    precision = optree.tree_map(lambda z: 1 + z**2, randn_like(model.params, 4))
+    return fb.Gaussian(model.params, LowRankPrecision(precision, factors(model.params, 2, 0.5)))
+
+
+def kronecker(model):
+    """Curvatures of rank 2 in each factor."""
+
+    def curvature(side):
+        def product(leaf):
+            length = (leaf.reshape(*leaf.shape[:1], -1) if leaf.ndim else leaf.reshape(1, 1)).shape[side]
+            root = randn(length, 2, seed=length)
+            return root @ root.T
+
+        return optree.tree_map(product, model.params)
+
+    covariance = Kronecker.from_factors(model.params, curvature(0), curvature(1), prior_precision=9.0)
+    return fb.Gaussian(model.params, covariance)
+
+
+def collected(model):
+    """SWAG from a few snapshots."""
+    state = fb.swag.init(model.params, rank=3)
+    for seed in range(6):
+        state = fb.swag.update(state, shifted(model.params, randn_like(model.params, seed, 0.2)))
+    return fb.swag.posterior(state)
+
+
 def mixed(model):
     """Components of three kinds."""
     point = fb.Point(shifted(model.params, randn_like(model.params, 7, 0.1)))
@@ -444,6 +484,14 @@ POSTERIORS: dict[str, Callable[[Model], fb.Posterior]] = {
     "gaussian_head_only": head_only,
     "gaussian_all_but_head": all_but_head,
     "ensemble_head_only": lambda model: fb.Ensemble(members(head_only(model).mean)),
+    "gaussian_low_rank": low_rank,
+    "gaussian_low_rank_precision": low_rank_precision,
+    "gaussian_kronecker": kronecker,
+    "gaussian_dense": lambda model: fb.Gaussian(model.params, Dense(factors(model.params, 4))),
+    "swag": collected,
+    "multi_swag": lambda model: fb.mixture(
+        stacked(collected(model), fb.temper(collected(model), 0.3)), stacked=True
+    ),
     "mixture": mixed,
     "mixture_weighted": mixed_weighted,
     "mixture_nested": lambda model: fb.mixture(mixed(model), mixed_weighted(model), weights=[1, 3]),

@@ -27,6 +27,8 @@ class Call:
         buffers: In training, what each functional module was given and the buffers it changed.
         statistics: In training, the running statistics that were handed to kernels of normalisation,
             which write into them without counting it as a new version.
+        batch_statistics: In training, whether running statistics become those of the batch alone, whatever
+            a layer's momentum.
     """
 
     kind: Literal["eval", "stochastic", "training"] = "eval"
@@ -34,6 +36,7 @@ class Call:
     path: list[str] | None = None
     buffers: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     statistics: list[Any] = field(default_factory=list)
+    batch_statistics: bool = False
 
 
 _current: ContextVar[Call | None] = ContextVar("funcbayes_call", default=None)

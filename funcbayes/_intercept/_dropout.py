@@ -305,8 +305,15 @@ def _recurrent(mode, func, args, kwargs):  # noqa: ANN001, ANN202
 
 
 def _note_statistics(mode, func, args, kwargs):  # noqa: ANN001, ANN202
-    given = dict(zip(("input", "running_mean", "running_var"), args, strict=False)) | kwargs
-    mode.call.statistics += [given.get("running_mean"), given.get("running_var")]
+    given = dict(zip(_NORM_ARGUMENTS[func], args, strict=False)) | kwargs
+    running = [given.get("running_mean"), given.get("running_var")]
+    if mode.call.batch_statistics:
+        if not given.get(_NORM_ARGUMENTS[func][5], func is F.instance_norm):
+            return func(*args, **kwargs)  # told not to look at the batch, it leaves them as they are
+        # The first call forgets what was there; a layer that is called again averages over its calls.
+        times = 1 + sum(noted is running[0] for noted in mode.call.statistics)
+        args, kwargs = args[:6], {**kwargs, "momentum": 1 / times, "eps": given.get("eps", 1e-5)}
+    mode.call.statistics += running
     return func(*args, **kwargs)
 
 
@@ -326,7 +333,12 @@ _HANDLERS: dict[Any, Handler] = {
 }
 
 
-_TRAINING_HANDLERS = {**_HANDLERS, **dict.fromkeys((F.batch_norm, F.instance_norm), _note_statistics)}
+_STATISTICS = ("input", "running_mean", "running_var", "weight", "bias")
+_NORM_ARGUMENTS = {
+    F.batch_norm: (*_STATISTICS, "training", "momentum", "eps"),
+    F.instance_norm: (*_STATISTICS, "use_input_stats", "momentum", "eps"),
+}
+_TRAINING_HANDLERS = {**_HANDLERS, **dict.fromkeys(_NORM_ARGUMENTS, _note_statistics)}
 
 
 def _dropped_values(fn: Callable[[Params, Any], Any], params: Params, x: Any) -> list[Tensor]:

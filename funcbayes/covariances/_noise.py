@@ -15,18 +15,23 @@ from .._random import Seed, fold, keys_by_name, normal
 from .._tree import Params, named_leaves
 from ._flat import as_columns, at_least_single, dtype_of
 
-# A block of factors has about this many numbers, and fits into a cache.
-_BLOCK_NUMEL = 1 << 18
+# A block of factors has at most this many numbers and rows: beside the noise it takes little memory.
+_BLOCK_NUMEL, _BLOCK_ROWS = 1 << 20, 1 << 16
 # Blocks are filled up with zeros to multiples of these: kernels treat what is left over differently.
-_ROWS, _COLUMNS = 8, 16
+_ROWS, _INNER, _COLUMNS = 8, 4, 16
 
 
-def over(fresh: Tensor, *others: Tensor) -> Tensor | None:
-    """``fresh`` where a result of it and ``others`` may be written over it, else ``None``; an ``out=``."""
-    if is_inside_transform() or torch.is_grad_enabled() and any(t.requires_grad for t in (fresh, *others)):
-        return None
-    dtypes = [torch.result_type(fresh, other) for other in others]
-    return fresh if all(dtype == fresh.dtype for dtype in dtypes) else None
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether neither a transform nor a gradient would notice that one of them is written over."""
+    return not is_inside_transform() and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    )
+
+
+def over(fresh: Tensor, other: Tensor) -> Tensor | None:
+    """``fresh`` where a result of it and ``other`` may be written over it, else ``None``; an ``out=``."""
+    same = torch.result_type(fresh, other) == fresh.dtype
+    return fresh if same and may_overwrite(fresh, other) else None
 
 
 def leaf_noise(like: Params, indices: Tensor, seed: Seed) -> dict[str, Tensor]:
@@ -58,14 +63,13 @@ def add_product(noise: Tensor, coefficients: Tensor, factors: Tensor) -> Tensor:
     if not factors.numel():
         return noise
     flat, matrix = noise.reshape(len(noise), -1), as_columns(factors)
-    rows = _filled(coefficients, _ROWS, 1)
+    rows = _filled(coefficients, _ROWS, _INNER)
 
     def block(part: slice) -> Tensor:
-        columns = _filled(matrix[part].to(rows.dtype).T, 1, _COLUMNS).contiguous()
-        product = rows @ columns
+        product = rows @ _filled(matrix[part].to(rows.dtype).mT, _INNER, _COLUMNS)
         return product[: len(noise), : len(matrix[part])].to(noise.dtype)
 
-    if over(noise, coefficients, factors) is None:
+    if not may_overwrite(noise, coefficients, factors):
         parts = [flat[:, part] + block(part) for part in _blocks(matrix)]
         return torch.cat(parts, 1).reshape(noise.shape)
     for part in _blocks(matrix):
@@ -86,17 +90,18 @@ def project(noise: Tensor, factors: Tensor) -> Tensor:
 def rotate(rows: Tensor, basis: Tensor) -> Tensor:
     """``rows basis^T``: ``(..., n)`` and ``(m, n)``, each row the same in any company."""
     flat = rows.reshape(rows.shape[:-1].numel(), rows.shape[-1])
-    product = _filled(flat, _ROWS, 1) @ _filled(basis.T, 1, _COLUMNS).contiguous()
+    product = _filled(flat, _ROWS, _INNER) @ _filled(basis.mT, _INNER, _COLUMNS)
     return product[: len(flat), : len(basis)].reshape(*rows.shape[:-1], len(basis))
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    rank = max(matrix.shape[-1], 1)
-    size = max(_BLOCK_NUMEL // rank // _COLUMNS, 1) * _COLUMNS
+    most = min(_BLOCK_NUMEL // max(matrix.shape[-1], 1), _BLOCK_ROWS)
+    size = max(most // _COLUMNS, 1) * _COLUMNS
     return (slice(start, start + size) for start in range(0, len(matrix), size))
 
 
 def _filled(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """``matrix`` with zeros up to multiples of ``rows`` and ``columns``."""
     below, beside = -matrix.shape[0] % rows, -matrix.shape[1] % columns
-    return F.pad(matrix, (0, beside, 0, below)) if below or beside else matrix
+    # Contiguous in any case, because a product may round otherwise where rows are strided.
+    return F.pad(matrix, (0, beside, 0, below)) if below or beside else matrix.contiguous()

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ensemble, training
+from .. import ensemble, swag, training
 from .._functional import Model, make_functional
 from .._predict import predict
 from .._prediction import Prediction
 from .._tree import Params
 from ..likelihoods import Likelihood
-from ..posteriors import Dropout, Point, Posterior
+from ..posteriors import Dropout, Gaussian, Point, Posterior, join, mixture, restrict
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Task:
         data: Training inputs and targets.
         likelihood: What outputs say of targets.
         training: Arguments of ``training.fit``: ``optimizer``, ``num_epochs``, ``prior_precision``, ...
+        collecting: Those of ``swag.fit`` that differ.
         num_members: Networks in an ensemble.
         num_draws: Draws to predict with, where a posterior has infinitely many.
     """
@@ -34,6 +35,7 @@ class Task:
     data: tuple[Tensor, Tensor]
     likelihood: Likelihood
     training: Mapping[str, Any]
+    collecting: Mapping[str, Any]
     num_members: int
     num_draws: int
 
@@ -99,6 +101,52 @@ def fit_ensemble(task: Task, seed: int) -> Fitted:
     return Fitted(fn, None, posterior)
 
 
+def fit_swag(task: Task, seed: int) -> Fitted:
+    """One network, and the weights that it passes through when training goes on at a high learning rate."""
+    fn, params = make_functional(_seeded_module(task, 0.0, seed))
+    params = training.fit(fn, params, task.data, task.likelihood, seed=seed, **task.training)
+    posterior = _collected(task, seed, fn, params)
+    return Fitted(fn, None, posterior, {"num_samples": task.num_draws, "seed": seed})
+
+
+def fit_multi_swag(task: Task, seed: int) -> Fitted:
+    """SWAG around every member of an ensemble, in vectorised passes; the Gaussians are mixed."""
+    fn, members = ensemble.init(functools.partial(task.make_module, 0.0), task.num_members, seed)
+    trained = ensemble.fit(fn, members, task.data, task.likelihood, seed=seed, **task.training)
+    gaussians = _collected(task, seed, fn, trained.members, stacked=True)
+    posterior = mixture(gaussians, stacked=True)
+    return Fitted(fn, None, posterior, {"num_samples": task.num_draws, "seed": seed})
+
+
+def fit_swag_and_dropout(task: Task, seed: int, rate: float) -> Fitted:
+    """A posterior of two parts: the last layer by SWAG, and dropout before it."""
+    module = _seeded_module(task, rate, seed)
+    fn, params = make_functional(module)
+    params = training.fit(fn, params, task.data, task.likelihood, seed=seed, **task.training)
+    last = list(params)[-1].rpartition(".")[0]
+    head = restrict(_collected(task, seed, fn, params), f"{last}.*")
+    module.load_state_dict(params)
+    module.train()
+
+    def loop(x: Tensor) -> Tensor:
+        """What one writes by hand: weights of the last layer put in place, and torch's own dropout."""
+        draws = head.sample(task.num_draws, seed=seed)
+        with torch.no_grad():
+            outputs = []
+            for weights in zip(*draws.values(), strict=True):
+                module.load_state_dict(dict(zip(draws, weights, strict=True)), strict=False)
+                outputs.append(module(x))
+            return torch.stack(outputs)
+
+    posterior = join(head, Dropout())
+    return Fitted(fn, params, posterior, {"num_samples": task.num_draws, "seed": seed}, loop)
+
+
+def _collected(task: Task, seed: int, fn: Model, params: Params, **options: Any) -> Gaussian:
+    settings = {**task.training, **task.collecting, **options}
+    return swag.fit(fn, params, task.data, task.likelihood, seed=seed, **settings)
+
+
 def _seeded_module(task: Task, rate: float, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -109,4 +157,7 @@ METHODS = (
     Method("single network", fit_single),
     Method("MC dropout", functools.partial(fit_dropout, rate=0.1)),
     Method("deep ensemble", fit_ensemble),
+    Method("SWAG", fit_swag),
+    Method("MultiSWAG", fit_multi_swag),
+    Method("dropout, SWAG head", functools.partial(fit_swag_and_dropout, rate=0.1)),
 )

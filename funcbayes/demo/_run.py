@@ -27,8 +27,10 @@ class Settings:
         num_members: Networks in an ensemble.
         digits_epochs: Passes through the digits.
         digits_draws: Draws of a posterior that has infinitely many.
+        digits_snapshots: What SWAG collects, one an epoch.
         iris_epochs: Passes through the iris data.
         iris_draws: As ``digits_draws``.
+        iris_snapshots: As ``digits_snapshots``, one in ten epochs.
         repeats: How often each prediction is timed.
     """
 
@@ -36,8 +38,10 @@ class Settings:
     num_members: int = 10
     digits_epochs: int = 60
     digits_draws: int = 32
+    digits_snapshots: int = 30
     iris_epochs: int = 500
     iris_draws: int = 400  # many, for smooth curves: each row has dropout masks of its own
+    iris_snapshots: int = 30
     repeats: int = 15
 
 
@@ -112,6 +116,10 @@ def _classify(settings: Settings, split: Split) -> dict[str, _report.Classified]
             "batch_size": 64,
             "prior_precision": 0.3,
         },
+        collecting={
+            "optimizer": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+            "num_epochs": settings.digits_snapshots,
+        },
         num_members=settings.num_members,
         num_draws=settings.digits_draws,
     )
@@ -138,6 +146,12 @@ def _regress(settings: Settings, split: Split) -> dict[str, _report.Regressed]:
             "num_epochs": settings.iris_epochs,
             "prior_precision": 0.3,
         },
+        collecting={
+            "optimizer": functools.partial(torch.optim.SGD, lr=2e-4, momentum=0.9),
+            "num_epochs": 10 * settings.iris_snapshots,
+            "collect_every": 10,
+            "batch_size": 16,
+        },
         num_members=settings.num_members,
         num_draws=settings.iris_draws,
     )
@@ -153,7 +167,9 @@ def _fits(task: Task, seed: int, data: str) -> Iterator[tuple[str, Fitted, float
     for method in METHODS:
         print(f"{data}: {method.name} ...", file=sys.stderr, flush=True)
         # One pass beforehand, not timed: the first use of an optimizer imports a good part of torch.
-        method.fit(dataclasses.replace(task, training={**task.training, "num_epochs": 1}), seed)
+        once = {"num_epochs": 1}
+        short = {**task.collecting, **once, "collect_every": 1}
+        method.fit(dataclasses.replace(task, training={**task.training, **once}, collecting=short), seed)
         began = time.perf_counter()
         fitted = method.fit(task, seed)
         yield method.name, fitted, time.perf_counter() - began

@@ -1,0 +1,68 @@
+"""Collecting a snapshot for SWAG costs less than two passes over the parameters.
+
+The claim is of parameters that no cache holds, ten million in one leaf; others are measured beside it.
+Where they fit, a pass reuses the memory it has just written, while snapshots are to be kept, and many small
+leaves cost calls rather than memory.
+
+A pass is `theta - mean`, one new tensor for every leaf. "Theirs" is eight of them, "ours" four snapshots
+in a row, each update working on what the last one gave, at a time when as many are kept as the rank asks
+for: every fourth then adds four to the sums of those before.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from funcbayes import swag
+
+from ._measure import Result, compare
+from ._models import resnet
+
+RANK = 20
+SNAPSHOTS = 4
+AT_LEAST = 1.0  # two passes take at least as long
+
+
+def run(repeats: int) -> Iterator[Result]:
+    for name, params in _models().items():
+        for rank in (RANK, 0):
+            yield _collecting(f"{name}, rank {rank}", params, rank, repeats)
+
+
+def _models() -> dict[str, dict[str, Tensor]]:
+    """Parameters in one leaf, in those of a wide network, and in those of a small one."""
+    wide = {f"{i}.weight": torch.empty(256, 256, 3, 3) for i in range(8)}
+    wide |= {f"{i}.weight": torch.empty(512, 512, 3, 3) for i in range(8, 10)}
+    wide |= {f"norm.{i}": torch.empty(256) for i in range(40)}
+    small = {name: p.detach() for name, p in resnet().named_parameters()}
+    shapes = {
+        "one leaf of 10M": {"w": torch.empty(10_000, 1000)},
+        "residual net of 9.4M": wide,
+        "one leaf of 1M": {"w": torch.empty(1000, 1000)},
+        "residual net of 175k": small,
+    }
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: {k: torch.randn(leaf.shape, generator=generator) for k, leaf in params.items()}
+        for name, params in shapes.items()
+    }
+
+
+def _collecting(case: str, params: dict[str, Tensor], rank: int, repeats: int) -> Result:
+    mean = {name: leaf + 1 for name, leaf in params.items()}
+    state = swag.init(params, rank)
+    for _ in range(rank + 2 * SNAPSHOTS):
+        state = swag.update(state, params)
+
+    def passes() -> None:
+        for _ in range(2 * SNAPSHOTS):
+            {name: leaf - mean[name] for name, leaf in params.items()}
+
+    def ours() -> None:
+        nonlocal state
+        for _ in range(SNAPSHOTS):
+            state = swag.update(state, params)
+
+    claimed = AT_LEAST if max(leaf.numel() for leaf in params.values()) > 5_000_000 else None
+    return compare(case, passes, ours, repeats=repeats, at_least=claimed, warm_up=3)

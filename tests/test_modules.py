@@ -1,0 +1,364 @@
+"""Methods as modules: they hold modules, and give what the functions of the package give."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+from zoo import F64, randn
+
+import funcbayes as fb
+from funcbayes.likelihoods import Categorical
+from funcbayes.modules import SWAG, DeepEnsemble, MCDropout
+
+N = 6
+
+
+def seeded(make, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make().double()
+
+
+def mlp(outputs=3, dropout=0.3):
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, outputs))
+
+
+def conv_net():
+    body = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(16, 3))
+
+
+def signal(outputs=1):
+    """Outputs of three axes: values, unless it is said that they are logits."""
+    return nn.Sequential(nn.Dropout(0.2), nn.Conv1d(2, outputs, 1))
+
+
+def nudged(model, seed, scale=0.1):
+    """The model a step of training later, in place."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    return model
+
+
+def swag(model, num=5, **options):
+    face = SWAG(model, **options)
+    trained = copy.deepcopy(model)
+    for step in range(num):
+        face.collect_model(nudged(trained, step))
+    return face
+
+
+def ensemble(make=mlp, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return DeepEnsemble(lambda: make().double(), **options)
+
+
+FACES = {
+    "mc_dropout": lambda make, **options: MCDropout(seeded(make), **options),
+    "deep_ensemble": lambda make, **options: ensemble(make, **options),
+    "swag": lambda make, **options: swag(seeded(make), **options),
+}
+faces = pytest.mark.parametrize("make_face", FACES.values(), ids=FACES.keys())
+MODELS = {
+    "classes": (mlp, (4,), True),
+    "numbers": (functools.partial(mlp, 1), (4,), False),
+    "images": (conv_net, (2, 4, 4), True),
+    "signals": (signal, (2, 5), False),
+}
+models = pytest.mark.parametrize(("make", "shape", "classifies"), MODELS.values(), ids=MODELS.keys())
+
+
+# What all of them do.
+
+
+@faces
+@models
+def test_moments_are_those_of_the_draws(make_face, make, shape, classifies):
+    face, x = make_face(make), randn(N, *shape)
+    mean, variance, samples = face.predict(x, return_samples=True, seed=1)
+    num = {"DeepEnsemble": 5}.get(type(face).__name__, 20)
+    assert samples.shape[:2] == (num, N)
+    assert_close(mean, samples.mean(0))
+    assert_close(variance, samples.var(0))
+    assert variance.min() >= 0
+    assert variance.max() > 0
+    if classifies:
+        assert_close(samples.sum(-1), torch.ones(num, N, dtype=F64))
+    for again in (face.predict(x, seed=1), face.predict(x, return_all=True, seed=1)[:2]):
+        assert_close(again[0], mean)
+        assert_close(again[1], variance)
+
+
+@faces
+@pytest.mark.parametrize(
+    ("make", "shape", "likelihood", "classifies"),
+    [
+        (mlp, (4,), None, True),
+        (mlp, (4,), "regression", False),
+        (mlp, (4,), "classification", True),
+        (functools.partial(mlp, 1), (4,), None, False),
+        (functools.partial(signal, 3), (2, 5), None, False),
+        (functools.partial(signal, 3), (2, 5), "classification", True),
+    ],
+)
+def test_an_argument_says_whether_outputs_are_class_logits(make_face, make, shape, likelihood, classifies):
+    face, x = make_face(make, likelihood=likelihood), randn(N, *shape)
+    samples = face.predict(x, return_samples=True, seed=0)[2]
+    sums_to_one = any(
+        torch.allclose(samples.sum(axis), torch.ones((), dtype=F64)) for axis in range(2, samples.ndim)
+    )
+    assert sums_to_one == classifies
+
+
+@faces
+def test_seeds_and_the_global_state_govern_predictions(make_face):
+    face, x = make_face(mlp), randn(N, 4)
+    assert_close(face.predict(x, seed=4)[0], face.predict(x, seed=4)[0])
+    if not isinstance(face, DeepEnsemble):
+        assert not torch.allclose(face.predict(x, seed=4)[0], face.predict(x, seed=5)[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first = face.predict(x)[0]
+        torch.manual_seed(0)
+        assert_close(face.predict(x)[0], first)
+
+
+@faces
+@pytest.mark.parametrize("training", [True, False])
+def test_predicting_changes_nothing_and_makes_no_graph(make_face, training):
+    face, x = make_face(conv_net).train(training), randn(N, 2, 4, 4)
+    before = copy.deepcopy({k: v for k, v in face.state_dict().items() if isinstance(v, torch.Tensor)})
+    results = face.predict(x, return_samples=True, seed=0)
+    assert not any(result.requires_grad for result in results)
+    assert face.training == training
+    for name, value in before.items():
+        assert torch.equal(face.state_dict()[name], value)
+    assert all(p.grad is None for p in face.parameters())
+
+
+@faces
+def test_a_state_dict_makes_another_face_predict_the_same(make_face, tmp_path):
+    face, x = make_face(conv_net), randn(N, 2, 4, 4)
+    other = {
+        "MCDropout": lambda: MCDropout(seeded(conv_net, 9)),
+        "DeepEnsemble": lambda: DeepEnsemble(lambda: seeded(conv_net, 9)),
+        "SWAG": lambda: SWAG(seeded(conv_net, 9)),
+    }[type(face).__name__]()
+    torch.save(face.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for one, two in zip(face.predict(x, seed=0), other.predict(x, seed=0), strict=True):
+        assert_close(one, two)
+
+
+@faces
+def test_faces_are_modules_that_can_be_copied_and_converted(make_face):
+    face = make_face(mlp)
+    x = randn(N, 4)
+    assert_close(copy.deepcopy(face).predict(x, seed=0)[0], face.predict(x, seed=0)[0])
+    single = face.float()
+    assert single.predict(x.float(), seed=0)[0].dtype == torch.float32
+
+
+@faces
+def test_predictions_follow_the_model(make_face):
+    if make_face is FACES["swag"]:
+        pytest.skip("SWAG predicts with what was collected")
+    face, x = make_face(mlp), randn(N, 4)
+    before = face.predict(x, seed=0)[0]
+    nudged(face, 3, 0.5)
+    assert not torch.allclose(face.predict(x, seed=0)[0], before)
+
+
+@pytest.mark.parametrize("call", [MCDropout, SWAG, DeepEnsemble])
+def test_faces_refuse_what_they_cannot_use(call):
+    argument = (lambda: mlp()) if call is DeepEnsemble else mlp()
+    with pytest.raises(ValueError, match=rf"`{call.__name__}\(likelihood=\.\.\.\)`.*got 'logits'"):
+        call(argument, likelihood="logits")
+    with pytest.raises(TypeError, match=rf"`{call.__name__}\(model.*got (int|NoneType)"):
+        call(3 if call is DeepEnsemble else None)
+    if call is not DeepEnsemble:
+        with pytest.raises(ValueError, match=rf"`{call.__name__}\(num_samples=\.\.\.\)`.*at least 1, got 0"):
+            call(argument, num_samples=0)
+
+
+# MC dropout.
+
+
+def test_mc_dropout_predicts_as_the_posterior_does():
+    model, x = seeded(mlp), randn(N, 4)
+    fn, params = fb.make_functional(model)
+    for rate in (0.1, 0.5, None):
+        expected = fb.predict(
+            fn, params, fb.Dropout(rate=rate), x, likelihood=Categorical(), num_samples=30, seed=2
+        )
+        face = MCDropout(model, num_samples=30, dropout_rate=rate)
+        mean, variance = face.predict(x, seed=2)
+        assert_close(mean, expected.mean)
+        assert_close(variance, expected.epistemic_variance)
+        assert_close(face.predict_entropy(x, seed=2), expected.entropy)
+
+
+def test_mc_dropout_leaves_batch_norm_in_evaluation_mode():
+    model, x = seeded(conv_net), randn(N, 2, 4, 4)
+    face = MCDropout(model, dropout_rate=1e-9).train()
+    expected = copy.deepcopy(model).eval()(x).softmax(-1)
+    assert_close(face.predict(x, seed=0)[0], expected)
+
+
+def test_forward_of_mc_dropout_is_the_model():
+    model, x = seeded(mlp), randn(N, 4)
+    face = MCDropout(model).eval()
+    assert torch.equal(face(x), model(x))
+    face.train()
+    assert not torch.equal(face(x), face(x))
+
+
+def test_the_entropy_of_a_regression_is_refused():
+    with pytest.raises(ValueError, match="predict_entropy.*a classifier"):
+        MCDropout(seeded(functools.partial(mlp, 1))).predict_entropy(randn(N, 4))
+
+
+# Deep ensembles.
+
+
+def test_a_deep_ensemble_holds_modules_and_predicts_as_the_posterior_does():
+    face, x = ensemble(num_models=3), randn(N, 4)
+    assert isinstance(face.models, nn.ModuleList)
+    assert len(face.models) == 3
+    fn, members = fb.ensemble.from_modules(face.models)
+    expected = fb.predict(fn, None, members, x, likelihood=Categorical())
+    mean, variance = face.predict(x)
+    assert_close(mean, expected.mean)
+    assert_close(variance, expected.epistemic_variance)
+
+
+def test_diversity_is_the_variance_over_members_averaged_over_outputs():
+    face, x = ensemble(), randn(N, 4)
+    with torch.no_grad():
+        probs = torch.stack([model.eval()(x).softmax(-1) for model in face.models])
+    assert_close(face.diversity(x), probs.var(0).mean(-1))
+    assert face.diversity(x).shape == (N,)
+
+
+def test_forward_is_one_member_or_their_average():
+    face, x = ensemble().eval(), randn(N, 4)
+    outputs = torch.stack([model(x) for model in face.models])
+    assert_close(face(x), outputs.mean(0))
+    assert_close(face(x, model_idx=2), outputs[2])
+    assert face(x).requires_grad
+
+
+def test_training_a_member_is_plain_training_of_that_member_alone():
+    face = ensemble(functools.partial(mlp, 3, 0.0))
+    x, y = randn(20, 4), torch.randint(3, (20,), generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(x, y), batch_size=5)
+    before = copy.deepcopy(face.models)
+    expected = copy.deepcopy(face.models[1])
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for _ in range(3):
+        for batch_x, batch_y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(expected(batch_x), batch_y).backward()
+            optimizer.step()
+    sgd = torch.optim.SGD(face.models[1].parameters(), lr=0.1)
+    losses = face.train_member(1, loader, sgd, F.cross_entropy, num_epochs=3, device="cpu")
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+    for one, two in zip(face.models[1].parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, two)
+    for k in (0, 2, 3, 4):
+        for one, two in zip(face.models[k].parameters(), before[k].parameters(), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_training_a_member_leaves_its_mode_and_refuses_what_cannot_train_it():
+    face = ensemble(num_models=2).eval()
+    batches = [(randn(4, 4), torch.tensor([0, 1, 2, 0]))]
+    sgd = torch.optim.SGD(face.models[0].parameters(), lr=0.1)
+    face.train_member(0, batches, sgd, F.cross_entropy)
+    assert not face.models[0].training
+    with pytest.raises(ValueError, match=r"`train_member\(1, \.\.\., optimizer\)`.*models\[1\]"):
+        face.train_member(1, batches, sgd, F.cross_entropy)
+    with pytest.raises(IndexError, match="below the number of members 2, got 2"):
+        face.train_member(2, batches, sgd, F.cross_entropy)
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        face.train_member(0, [], sgd, F.cross_entropy)
+    with pytest.raises(IndexError, match="got 5"):
+        face(randn(2, 4), model_idx=5)
+
+
+# SWAG.
+
+
+def test_swag_predicts_as_the_gaussian_of_its_snapshots_does():
+    model, x = seeded(mlp), randn(N, 4)
+    face = SWAG(model, num_samples=10, max_models=3, var_clamp=1e-4)
+    fn, params = fb.make_functional(model)
+    state, trained = fb.swag.init(params, rank=3), copy.deepcopy(model)
+    for step in range(6):
+        nudged(trained, step)
+        face.collect_model(trained)
+        state = fb.swag.update(state, dict(trained.named_parameters()))
+    gaussian = fb.swag.posterior(state, scale=0.5, var_floor=1e-4)
+    expected = fb.predict(fn, None, gaussian, x, likelihood=Categorical(), num_samples=10, seed=1)
+    mean, variance = face.predict(x, seed=1)
+    assert_close(mean, expected.mean)
+    assert_close(variance, expected.epistemic_variance)
+    draw = face.sample_parameters(seed=1)
+    assert draw.keys() == params.keys()
+    for name, leaf in gaussian.sample(1, seed=1).items():
+        assert_close(draw[name], leaf[0])
+
+
+def test_snapshots_are_not_changed_by_later_training():
+    model = seeded(mlp)
+    face = SWAG(model)
+    for step in range(3):
+        face.collect_model(nudged(model, step))
+    before = face.sample_parameters(seed=0)
+    nudged(model, 7, 10.0)
+    for name, leaf in face.sample_parameters(seed=0).items():
+        assert torch.equal(leaf, before[name])
+
+
+def test_swag_says_that_a_snapshot_is_missing():
+    face = SWAG(seeded(mlp))
+    with pytest.raises(
+        RuntimeError, match=r"`SWAG\.predict` needs a snapshot: call `collect_model\(model\)`"
+    ):
+        face.predict(randn(N, 4))
+    with pytest.raises(RuntimeError, match=r"`SWAG\.sample_parameters` needs a snapshot"):
+        face.sample_parameters()
+    with pytest.raises(RuntimeError, match="needs a snapshot"):
+        face.refresh_batch_norm((randn(N, 4), torch.zeros(N)))
+
+
+def test_refreshed_batch_norm_is_that_of_the_function():
+    model, x = seeded(conv_net), randn(N, 2, 4, 4)
+    data = randn(12, 2, 4, 4, seed=5), torch.zeros(12).long()
+    face = swag(model, num_samples=4)
+    plain = face.predict(x, seed=0)[0]
+    face.refresh_batch_norm(data, seed=0)
+    fn, params = fb.make_functional(model)
+    draws = fb.to_ensemble(face._gaussian("predict"), 4, seed=0)
+    expected = fb.predict(
+        fn, params, fb.refresh_batch_norm(fn, params, draws, data), x, likelihood=Categorical()
+    )
+    assert_close(face.predict(x)[0], expected.mean)
+    assert not torch.allclose(face.predict(x)[0], plain)
+    face.collect_model(nudged(model, 9))  # what was refreshed belongs to the snapshots before
+    assert not torch.allclose(face.predict(x, seed=0)[0], expected.mean)
+
+
+def test_forward_of_swag_is_the_model():
+    model, x = seeded(mlp), randn(N, 4)
+    face = SWAG(model).eval()
+    assert torch.equal(face(x), model(x))
