@@ -13,6 +13,7 @@ import funcbayes as fb
 from funcbayes import swag, training
 from funcbayes.covariances import Diagonal, LowRankPlusDiagonal
 from funcbayes.ensemble import member_seeds
+from funcbayes.swag._state import _AT_ONCE
 
 F64 = torch.float64
 SHAPES = {"w": (2, 3), "b": (2,), "gain": ()}  # ranks 2, 1, 0
@@ -213,7 +214,7 @@ def test_a_snapshot_is_copied(n):
 def test_no_more_snapshots_are_kept_than_a_few_beyond_the_rank():
     for rank in (0, 1, 5):
         state = collected(snapshots(40), rank)
-        assert rank <= len(state.recent) < rank + 4
+        assert rank <= len(state.recent) < rank + _AT_ONCE
 
 
 def test_two_ways_from_one_state_do_not_meet():

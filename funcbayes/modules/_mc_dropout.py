@@ -53,8 +53,8 @@ class MCDropout(Predicting):
         prediction = self._prediction(x, seed)
         if prediction.likelihood is None:
             raise ValueError(
-                "`MCDropout.predict_entropy(x)` should be asked of a classifier; these outputs are values. If "
-                "they are class logits: `MCDropout(model, likelihood='classification')`."
+                "`MCDropout.predict_entropy(x)` should be asked of a classifier; these outputs are values. "
+                "If they are class logits: `MCDropout(model, likelihood='classification')`."
             )
         return prediction.entropy
 

@@ -20,70 +20,37 @@ import torch
 from torch import Tensor
 
 from .._functorch import is_inside_transform
-from .._tree import Params, map_leaves
-
-# Entries worked on at a time: what is read again for the next snapshot stays in a cache.
-_BLOCK = 1 << 16
+from .._tree import Params
 
 
 def differences(leaves: Sequence[Tensor], origins: Sequence[Tensor]) -> list[Tensor]:
     """``y = theta - theta_1`` of every leaf, contiguous and in at least float32."""
     wide = [leaf if leaf.dtype.itemsize >= 4 else leaf.float() for leaf in leaves]
     starts = [origin.to(leaf.dtype) for origin, leaf in zip(origins, wide, strict=True)]
-    # Many small leaves in one call, which transforms do not know.
     found = map(torch.sub, wide, starts) if is_inside_transform() else torch._foreach_sub(wide, starts)
     return [y.contiguous() for y in found]
 
 
 def summed(total: Params, squares: Params, shifts: Sequence[Params]) -> tuple[Params, Params]:
     """Add trees ``y_t`` to the sums of ``y_t`` and of ``y_t ** 2``; new tensors."""
-    if is_inside_transform():
-        for shift in shifts:
-            total, squares = map_leaves(torch.add, total, shift), map_leaves(_with_square, squares, shift)
-        return total, squares
-    return _summed_in_blocks(total, squares, shifts)
+    structure: Any = optree.tree_structure(total)
+    sums, sums_of_squares, *rows = map(optree.tree_leaves, (total, squares, *shifts))
+    if is_inside_transform():  # which the calls for many leaves at once do not know
+        for row in rows:
+            sums = [*map(torch.add, sums, row)]
+            sums_of_squares = [*map(_with_square, sums_of_squares, row)]
+        return structure.unflatten(sums), structure.unflatten(sums_of_squares)
+    first, *others = rows
+    sums = torch._foreach_add(sums, first)
+    sums_of_squares = torch._foreach_addcmul(sums_of_squares, first, first)
+    for row in others:  # into tensors that were made here
+        torch._foreach_add_(sums, row)
+        torch._foreach_addcmul_(sums_of_squares, row, row)
+    return structure.unflatten(sums), structure.unflatten(sums_of_squares)
 
 
 def _with_square(squares: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(squares, shift, shift)
-
-
-def _summed_in_blocks(total: Params, squares: Params, shifts: Sequence[Params]) -> tuple[Params, Params]:
-    """In one pass through memory.
-
-    Small leaves are joined first, because a call for each would cost more than its numbers.
-    """
-    trees = [optree.tree_leaves(tree) for tree in (total, squares, *shifts)]
-    sums: list[Any] = [None] * len(trees[0])
-    sums_of_squares = list(sums)
-    groups: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(trees[0]):
-        alone = i if leaf.numel() > _BLOCK else None
-        groups.setdefault((leaf.dtype, leaf.device, alone), []).append(i)
-    for places in groups.values():
-        own = [[leaves[i] for i in places] for leaves in trees]
-        for out, flat in zip((sums, sums_of_squares), _summed_flat(*map(_joined, own)), strict=True):
-            parts = flat.split([leaf.numel() for leaf in own[0]])
-            for i, part, leaf in zip(places, parts, own[0], strict=True):
-                out[i] = part.view(leaf.shape)
-    structure: Any = optree.tree_structure(total)
-    return structure.unflatten(sums), structure.unflatten(sums_of_squares)
-
-
-def _joined(leaves: Sequence[Tensor]) -> Tensor:
-    return leaves[0].view(-1) if len(leaves) == 1 else torch.cat([leaf.view(-1) for leaf in leaves])
-
-
-def _summed_flat(total: Tensor, squares: Tensor, *shifts: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of vectors."""
-    new_total, new_squares = torch.empty_like(total), torch.empty_like(squares)
-    size = _BLOCK if total.device.type == "cpu" else max(1, total.numel())
-    blocks = zip(*(v.split(size) for v in (total, squares, new_total, new_squares, *shifts)), strict=True)
-    for s, q, new_s, new_q, *ys in blocks:
-        for y in ys:
-            s = torch.add(s, y, out=new_s)
-            q = torch.addcmul(q, y, y, out=new_q)
-    return new_total, new_squares
 
 
 def moments(

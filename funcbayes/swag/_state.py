@@ -21,8 +21,9 @@ from .._tree import (
 )
 from ._moments import differences, summed
 
-# So many snapshots leave the buffer at a time: they are then added to the sums in one pass through memory.
-_AT_ONCE = 4
+# So many snapshots leave the buffer at a time: of their sums only the first asks for new memory, and fresh
+# memory costs more than what is written into it.
+_AT_ONCE = 8
 
 
 @pytree_dataclass
