@@ -75,6 +75,26 @@ def ensemble():
     return fb.Ensemble(params(7), torch.arange(1.0, 8.0, dtype=torch.float64))
 
 
+def factors(rank):
+    return optree.tree_map(lambda leaf: randn(*leaf.shape, rank, seed=leaf.ndim), params())
+
+
+def low_rank():
+    return fb.covariances.LowRankPlusDiagonal(positive(params(seed=7)), factors(3))
+
+
+def kronecker():
+    eye = {"w": torch.eye(2), "b": torch.eye(2), "gain": torch.eye(1)}
+    return fb.covariances.Kronecker.from_factors(params(), eye, {"w": torch.eye(3)}, prior_precision=2.0)
+
+
+def swag_state():
+    state = fb.swag.init(params(), rank=2)
+    for seed in range(13):
+        state = fb.swag.update(state, {**params(seed=seed), "mean": fb.Fixed(randn(2, seed=seed))})
+    return state
+
+
 def ensemble_of_one():
     return fb.Ensemble(params(1))
 
@@ -92,6 +112,14 @@ POSTERIORS = {
     "dropout": lambda: fb.Dropout(0.1, where=["enc.*", "dec.*"], shared_mask=True),
     "dropout of the model": lambda: fb.Dropout(),
     "draw with masks": lambda: fb.Dropout(0.2).draws(torch.arange(3), 4),
+    "gaussian of low rank": lambda: fb.Gaussian(params(), low_rank()),
+    "gaussian of low-rank precision": lambda: fb.Gaussian(
+        params(), fb.covariances.LowRankPrecision(positive(params(seed=7)), factors(2))
+    ),
+    "gaussian dense": lambda: fb.Gaussian(params(), fb.covariances.Dense(factors(9))),
+    "gaussian kronecker": lambda: fb.Gaussian(params(), kronecker()),
+    "state of swag": lambda: swag_state(),
+    "swag": lambda: fb.swag.posterior(swag_state()),
     "mixture": lambda: fb.mixture(gaussian(), fb.Point(params()), ensemble_of_one(), weights=[1, 2, 3]),
     "join": lambda: fb.join(gaussian(), fb.Dropout(0.1, where="a.*")),
     "mixture of joins": lambda: fb.mixture(fb.join(gaussian(), fb.Dropout()), fb.Dropout(0.5)),
@@ -183,7 +211,8 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(make, tmp_path):
 
 def test_every_posterior_and_likelihood_of_the_package_makes_a_round_trip_here():
     tested = {type(make()) for make in (POSTERIORS | LIKELIHOODS).values()}
-    public = [v for room in (fb, fb.likelihoods) for v in vars(room).values() if isinstance(v, type)]
+    rooms = (fb, fb.likelihoods, fb.swag)
+    public = [v for room in rooms for v in vars(room).values() if isinstance(v, type)]
     nodes = {v for v in public if v in NODE_TYPES.values()}
     assert nodes - {fb.Fixed} <= tested
 

@@ -178,3 +178,36 @@ def test_a_divergence_of_or_from_a_singular_posterior_is_refused(make):
     for q, p in ((certain, other), (other, certain)):
         with pytest.raises(ValueError, match="can be sampled but has no inverse"):
             kl(q, p)
+
+
+# Joins.
+
+
+def split(posterior, *groups):
+    return fb.join(*(fb.restrict(posterior, list(names)) for names in groups))
+
+
+@pytest.mark.parametrize("make_q", MAKERS.values(), ids=MAKERS.keys())
+def test_the_divergence_from_a_join_is_that_from_the_normal_it_is(make_q):
+    q, p = posterior(make_q, TREES["plain"], 0), posterior(MAKERS["diagonal"], TREES["plain"], 1)
+    assert_close(kl(q, split(p, ["w"], ["b", "gain"])), kl(q, p))
+
+
+@pytest.mark.parametrize("name", ["diagonal", "kronecker"])
+def test_the_divergence_of_a_join_is_the_sum_of_those_of_its_parts(name):
+    q, p = posterior(MAKERS["diagonal"], TREES["plain"], 0), posterior(MAKERS[name], TREES["plain"], 1)
+    for one in (p, split(p, ["w"], ["b", "gain"]), split(p, ["b"], ["gain"], ["w"])):
+        assert_close(kl(split(q, ["w"], ["b", "gain"]), one), kl(q, p))
+
+
+def test_joins_without_a_closed_form_are_refused():
+    q = posterior(MAKERS["diagonal"], TREES["plain"], 0)
+    low_rank = posterior(MAKERS["low_rank_plus_diagonal"], TREES["plain"], 1)
+    joined = split(q, ["w"], ["b", "gain"])
+    with pytest.raises(NotImplementedError, match="no closed form for Join and Gaussian"):
+        kl(joined, low_rank)
+    ensemble = fb.restrict(Ensemble({k: v[None] for k, v in q.mean.items()}), "w")
+    with pytest.raises(NotImplementedError, match="Ensemble"):
+        kl(fb.join(ensemble, fb.restrict(q, ["b", "gain"])), joined)
+    with pytest.raises(ValueError, match="'w' is missing"):
+        kl(fb.restrict(q, ["b", "gain"]), joined)

@@ -198,6 +198,19 @@ CALLS: dict[str, Callable[[World, int | None], Any]] = {
     "point": lambda w, seed: point(fb.Point(w.params)),
     "covariance": lambda w, seed: covariance(w.posterior.covariance, w.params),
     "to": lambda w, seed: fb.to(w.posterior, dtype=torch.float32),
+    "low_rank_covariance": lambda w, seed: covariance(low_rank(w.params), w.params),
+    "gaussian_of_low_rank": lambda w, seed: densities(fb.Gaussian(w.params, low_rank(w.params)), w.params),
+    "kl": lambda w, seed: fb.kl(fb.Gaussian(w.params, low_rank(w.params)), w.posterior),
+    "swag_update": lambda w, seed: fb.swag.update(fb.swag.init(w.params), w.params),
+    "swag_posterior": lambda w, seed: fb.swag.posterior(swag_state(w.params)),
+    "swag_fit": lambda w, seed: fb.swag.fit(
+        w.fn, w.params, (w.x, w.y), Categorical(), optimizer=SGD, num_epochs=3, batch_size=3, seed=seed
+    ),
+    "swag_fit_stacked": lambda w, seed: fb.swag.fit(
+        w.fn, w.members, (w.x, w.y), Categorical(), optimizer=SGD, num_epochs=3, stacked=True, seed=seed
+    ),
+    "refresh_batch_norm": lambda w, seed: fb.refresh_batch_norm(w.fn, None, w.ensemble, (w.x, w.y)),
+    "modules_mc_dropout": lambda w, seed: fb.modules.MCDropout(w.module).predict(w.x, seed=seed),
     "mixture": lambda w, seed: fb.mixture(w.posterior, w.ensemble, weights=[1, 3]).sample(7, seed=seed),
     "moments_of_a_mixture": lambda w, seed: moments(fb.mixture(w.posterior, w.ensemble), w.params),
     "stacked_mixture": lambda w, seed: fb.mixture(
@@ -315,6 +328,8 @@ CALLS |= {
 }  # fmt: skip
 HAS_NO_SEED = {
     *("make_functional", "fn", "predict_with_an_ensemble", "draws", "moments", "members", "log_prob"),
+    *("low_rank_covariance", "gaussian_of_low_rank", "kl"),
+    *("swag_update", "swag_posterior", "refresh_batch_norm"),
     *("bootstrap_rows", "select", "prune"),
     *("moments_of_a_mixture", "moments_of_a_join", "temper", "restrict", "linearize"),
     *("point", "covariance", "to", "metrics_of_tensors", "member_seeds", "from_modules", "save", "load"),
@@ -402,6 +417,22 @@ def methods_of(case, seed):
 
 def point(posterior):
     return posterior.mean, posterior.variance, posterior.atoms(), posterior.sample(3, seed=0)
+
+
+def low_rank(params):
+    factors = {k: torch.stack([v, v**2], -1) for k, v in params.items()}
+    return fb.covariances.LowRankPlusDiagonal({k: v**2 + 0.1 for k, v in params.items()}, factors)
+
+
+def densities(posterior, params):
+    return [posterior.log_prob(params), posterior.entropy(), posterior.variance, posterior.sample(3, seed=0)]
+
+
+def swag_state(params):
+    state = fb.swag.init(params, rank=2)
+    for step in range(4):
+        state = fb.swag.update(state, {k: v + step * v**2 for k, v in params.items()})
+    return state
 
 
 def moments(posterior, params):

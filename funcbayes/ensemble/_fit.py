@@ -3,19 +3,18 @@
 import functools
 
 import torch
-from torch import Tensor
 
 from .._checks import check_model, positive_int
 from .._functional import Model
 from .._random import resolve_seed
-from .._tree import Fixed, Params, Where, map_leaves, named_leaves
+from .._tree import Params, Where, map_leaves
 from ..likelihoods import Likelihood
 from ..posteriors import Ensemble
 from ..training._data import Data, open_data
 from ..training._early_stopping import EarlyStopping, Validation
 from ..training._objective import MapObjective
 from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
-from ..training._several import member_seeds, minimize_several
+from ..training._several import count_members, member_seeds, minimize_several
 
 
 def fit(
@@ -120,7 +119,7 @@ def fit(
         has_validation=validation is not None,
     )
     check_model(fn, options.call)
-    num_members = _check_members(members)
+    num_members = count_members(members, f"{options.call}(fn, members, ...)")
     if chunk_size is not None:
         chunk_size = positive_int(chunk_size, "ensemble.fit(chunk_size=...)")
     if bootstrap and share_batches:
@@ -168,28 +167,3 @@ def _watcher(
     """One for some of the members, in the order in which they are trained."""
     made.append(EarlyStopping(held_out, patience, members.stop - members.start, members.start))
     return made[-1]
-
-
-def _check_members(members: Params) -> int:
-    """Number of members, on which all leaves agree."""
-    tensors = {
-        name: leaf.tensor if isinstance(leaf, Fixed) else leaf for name, leaf in named_leaves(members).items()
-    }
-    if not tensors:
-        raise ValueError(
-            "`ensemble.fit(fn, members, ...)` should be given at least one leaf, got an empty tree."
-        )
-    sizes = {
-        name: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None
-        for name, leaf in tensors.items()
-    }
-    first, expected = next(iter(sizes.items()))
-    for name, size in sizes.items():
-        if not size or size != expected:
-            raise ValueError(
-                "`ensemble.fit(fn, members, ...)` should be given leaves with one leading axis over the "
-                f"members; {first!r} has {expected or 'none'}, {name!r} has {size or 'none'}. "
-                "Write `fn, members = ensemble.init(make_module, num_members)`."
-            )
-    assert expected is not None
-    return expected

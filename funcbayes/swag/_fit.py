@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from .._checks import check_model, positive_int
 from .._functional import Model
@@ -27,7 +26,7 @@ from ..training._fit import for_one, with_member_axis
 from ..training._loop import minimize
 from ..training._objective import MapObjective
 from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
-from ..training._several import member_seeds, minimize_several
+from ..training._several import count_members, member_seeds, minimize_several
 from ._posterior import check_scales, posterior
 from ._state import State, init, update
 
@@ -146,7 +145,7 @@ def fit(
     )
     check_model(fn, _CALL)
     members = params if stacked else map_leaves(with_member_axis, params)
-    num = _num_networks(members) if stacked else 1
+    num = count_members(members, f"{_CALL}(fn, params, ..., stacked=True)") if stacked else 1
     if chunk_size is not None:
         chunk_size = positive_int(chunk_size, f"{_CALL}(chunk_size=...)")
     source = open_data(data, batch_size=batch_size, num_streams=num, call=_CALL)
@@ -243,20 +242,3 @@ def _check_some_are_collected(source: Source, seed: int, num_epochs: int, every:
             f"`{_CALL}(collect_every=...)` should be at most {available}, the number of {interval}s after "
             f"`start_epoch`, or there is no snapshot; got {every}."
         )
-
-
-def _num_networks(members: Params) -> int:
-    """The length of the leading axis, on which all leaves agree."""
-    tensors = {k: v.tensor if isinstance(v, Fixed) else v for k, v in named_leaves(members).items()}
-    sizes = {k: v.shape[0] if isinstance(v, Tensor) and v.ndim else None for k, v in tensors.items()}
-    first = next(iter(sizes), "")
-    for name, size in sizes.items():
-        if not size or size != sizes[first]:
-            raise ValueError(
-                f"`{_CALL}(fn, params, ..., stacked=True)` should be given leaves with one leading axis over "
-                f"the networks; {first!r} has {sizes[first] or 'none'}, {name!r} has {size or 'none'}. Write "
-                "`fn, params = ensemble.init(make_module, num_members)`."
-            )
-    if not sizes:
-        raise ValueError(f"`{_CALL}(fn, params, ...)` should be given at least one leaf, got an empty tree.")
-    return int(sizes[first] or 0)

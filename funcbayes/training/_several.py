@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .._random import fold
-from .._tree import Params, Where, index, map_leaves, parameters_of
+from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of
 from ._data import Source
 from ._loop import Watcher, minimize
 from ._objective import Objective
@@ -34,6 +35,32 @@ def member_seeds(seed: int, num_members: int) -> tuple[int, ...]:
         True
     """
     return tuple(fold(fold(seed, "member"), k) for k in range(num_members))
+
+
+def count_members(members: Params, call: str) -> int:
+    """Length of the leading axis, on which all leaves agree.
+
+    Args:
+        members: Every leaf with a leading axis ``K``.
+        call: The public call with its arguments, for messages.
+    """
+    leaves = {
+        name: leaf.tensor if isinstance(leaf, Fixed) else leaf for name, leaf in named_leaves(members).items()
+    }
+    if not leaves:
+        raise ValueError(f"`{call}` should be given at least one leaf, got an empty tree.")
+    sizes = {
+        name: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else 0 for name, leaf in leaves.items()
+    }
+    first, expected = next(iter(sizes.items()))
+    for name, size in sizes.items():
+        if not size or size != expected:
+            raise ValueError(
+                f"`{call}` should be given leaves with one leading axis over the members; {first!r} has "
+                f"{expected or 'none'}, {name!r} has {size or 'none'}. "
+                "Write `fn, members = ensemble.init(make_module, num_members)`."
+            )
+    return expected
 
 
 def minimize_several(
