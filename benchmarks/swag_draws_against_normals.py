@@ -1,7 +1,7 @@
 """Thirty-two draws of a SWAG Gaussian cost at most 1.5 times their normals and one matrix product.
 
-"Theirs" is what no way of drawing can do without: the normals of one million parameters, made by torch
-into one tensor and one generator a draw, and the product `(32, 20) @ (20, 1M)`.
+"Theirs" is what no way of drawing can do without: the normals of one million parameters, from one generator
+a draw, made by the function and in the threads that draws are made by, and the product `(32, 20) @ (20, 1M)`.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funcbayes import swag
+from funcbayes._random import fold, normal
 
 from ._measure import Result, compare
 
@@ -36,10 +37,8 @@ def _drawing(case: str, shapes: dict[str, tuple[int, int]], repeats: int) -> Res
     factors, shared = torch.randn(RANK, NUM_PARAMS), torch.randn(NUM_SAMPLES, RANK)
 
     def theirs() -> tuple[Tensor, Tensor]:
-        normals = torch.empty(NUM_SAMPLES, NUM_PARAMS)
-        for row in normals:
-            row.normal_(generator=generator)
-        return normals, shared @ factors
+        keys = fold(0, torch.arange(NUM_SAMPLES))
+        return normal(keys, (NUM_PARAMS,)), shared @ factors
 
     def ours() -> dict[str, Tensor]:
         return posterior.sample(NUM_SAMPLES, seed=0)
