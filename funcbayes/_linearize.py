@@ -12,7 +12,7 @@ from ._checks import check_model
 from ._functional import Model
 from ._functorch import load_forward_rules
 from ._intercept import UnfusedAttention
-from ._tree import Params, difference, merge, parameters_of, select
+from ._tree import Params, difference, map_named, merge, parameters_of, select
 
 
 def linearize(fn: Model, params: Params) -> "LinearizedModel":
@@ -74,11 +74,14 @@ class LinearizedModel:
         # no tangent, and none is worth a pass through the layers before the first that has one.
         names = [name for name in location if given[name] is not location[name]]
         others = merge(self.params, select(params, lambda name, leaf: name not in names))
-        chosen = select(self.params, lambda name, leaf: name in names)
         if not names:
             return self.fn(others, x)
+        chosen = map_named(
+            lambda name, leaf: leaf.to(given[name].dtype),  # in which `params` may have been converted
+            select(self.params, lambda name, leaf: name in names),
+        )
         leaves, structure = optree.tree_flatten(chosen)
-        tangents = [given[name] - location[name] for name in parameters_of(chosen)]
+        tangents = [given[name] - leaf for name, leaf in parameters_of(chosen).items()]
 
         def at(*values: Tensor) -> Any:
             with UnfusedAttention():

@@ -62,7 +62,8 @@ def predict(
 
     Returns:
         The prediction. It is differentiable in ``params``, ``posterior`` and ``x`` where gradients are
-        enabled and one of these requires them.
+        enabled and one of these requires them; but not in weights of mixtures and ensembles by which draws
+        are allocated.
 
     Raises:
         TypeError: If an argument is of the wrong kind, or the model does not return one tensor.

@@ -53,6 +53,8 @@ def sample_function(
             "`sample_function(fn, params, posterior)` should be given a posterior, got "
             f"{type(posterior).__name__}."
         )
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise TypeError(f"`sample_function(index=...)` should be an int, got {type(index).__name__}.")
     index = operator.index(index)
     if index < 0:
         raise ValueError(f"`sample_function(index=...)` should be at least 0, got {index}.")

@@ -34,6 +34,7 @@ import funcbayes as fb
 from funcbayes import Dropout, Ensemble, Fixed, Gaussian, Join, Mixture, Point
 from funcbayes.covariances import Diagonal
 from funcbayes.likelihoods import Categorical
+from funcbayes.posteriors import _allocation
 from funcbayes.posteriors._allocation import allocate, allocate_ranked
 
 ALL = POSTERIORS | WITH_FIXED | RAGGED | DROPOUTS
@@ -167,6 +168,48 @@ def test_two_mixtures_in_a_join_visit_every_pair_of_components(weights, other_we
         seen = torch.bincount((2 * draws["a"] + draws["b"]).long(), minlength=4).reshape(2, 2)
         # Choices of the two sites are unrelated: at worst as independent draws would be.
         assert ((seen - n * p).abs() < 5 * (n * p * (1 - p)).sqrt()).all()
+
+
+def test_rare_choices_of_two_sites_in_a_join_meet_as_often_as_they_should():
+    one, other = (
+        fb.mixture(*(Point({name: torch.tensor(float(i))}) for i in range(2)), weights=[0.9, 0.1])
+        for name in "ab"
+    )
+    joined, n = fb.join(one, other), 20_000
+    seen = torch.tensor(
+        [float((draws["a"] * draws["b"]).sum()) for draws in (joined.sample(n, seed=s) for s in range(12))]
+    )
+    # As for independent draws, or better: not in step for ever.
+    assert ((seen - n * 0.01).abs() < 5 * math.sqrt(n * 0.01 * 0.99)).all()
+    assert (seen.mean() - n * 0.01).abs() < 5 * math.sqrt(n * 0.01 * 0.99 / len(seen))
+
+
+def test_the_gradient_of_a_density_in_the_weights_is_that_of_its_logarithm():
+    components = [around(linear_model(), k) for k in (1, 3, 5)]
+    at = components[1].mean
+
+    def log_density(weights):
+        return Mixture(tuple(components), weights).log_prob(at)
+
+    for weights in ([0.2, 0.5, 0.3], [0.0, 1.0, 1.0]):
+        w = torch.tensor(weights, dtype=F64)
+        densities = torch.stack([component.log_prob(at) for component in components])
+        p = (densities - densities.max()).exp()
+        expected = p / (w @ p) - 1 / w.sum()  # of log(sum w p / sum w)
+        assert_close(torch.func.grad(log_density)(w), expected)
+
+
+def test_the_mean_of_a_mixture_leaves_integers_out_and_averages_what_all_components_have():
+    values = [
+        Point({"w": torch.tensor(float(k)), "n": Fixed(torch.tensor(k)), "m": Fixed(torch.tensor(2.0 * k))})
+        for k in (3, 5)
+    ]
+    mean = fb.mixture(*values).mean
+    assert set(mean) == {"w", "m"}
+    assert mean["w"] == 4.0
+    assert mean["m"].tensor == 8.0
+    without = Point({"w": torch.tensor(1.0)})
+    assert set(fb.mixture(values[0], without).mean) == {"w"}
 
 
 def test_a_nested_mixture_has_the_moments_and_density_of_the_flat_one():
@@ -328,6 +371,16 @@ def test_a_gaussian_head_and_dropout_before_it_act_together():
     assert weights.std(0).min() > 0
 
 
+def test_dropouts_on_different_layers_act_together():
+    net = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Flatten(), torch.nn.Dropout(0.1)).double()
+    fn, params = fb.make_functional(net)
+    x = torch.ones(400, 50, dtype=F64)
+    joined = fb.join(Dropout(rate=0.2, where="0"), Dropout(rate=0.5, where="2"))
+    dropped = fb.predict(fn, params, joined, x, num_samples=2, seed=0).samples.eq(0).double().mean()
+    p = 1 - 0.8 * 0.5
+    assert abs(dropped - p) < 5 * math.sqrt(p * (1 - p) / 40_000)
+
+
 def test_a_join_with_one_ensemble_uses_each_member_once():
     m = linear_model()
     joined = fb.join(Point({"b": m.params["b"] + 1}), Ensemble(members(zoo.all_but_head(m).mean, 4)))
@@ -444,6 +497,14 @@ def test_tempering_twice_multiplies_the_temperatures_and_one_changes_nothing():
     twice, once = fb.temper(fb.temper(posterior, 0.5), 6.0), fb.temper(posterior, 3.0)
     optree.tree_map(assert_close, twice.variance, once.variance)
     assert_draws_equal(fb.temper(posterior, 1.0), posterior)
+
+
+def test_tempering_is_differentiable_in_the_temperature():
+    posterior = gaussian(linear_params())
+    temperature = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    total = sum(v.sum() for v in fb.temper(posterior, temperature).variance.values())
+    expected = sum(v.sum() for v in posterior.variance.values())
+    assert_close(torch.autograd.grad(total, temperature)[0], expected)
 
 
 def test_a_join_is_tempered_part_by_part_and_points_stay():
@@ -681,6 +742,28 @@ ERRORS = {
         ValueError,
         r"'b' is covered by 0 and 1.*restrict",
     ),
+    "join_of_dropouts": (
+        lambda: fb.join(Dropout(rate=0.1), Dropout(rate=0.6, where="0")),
+        ValueError,
+        r"act on different layers; one of these acts on all.*Dropout\(where=\.\.\.\)",
+    ),
+    "mixture_weights_text": (
+        lambda: fb.mixture(point(w=2), point(w=2), weights="ab"),
+        TypeError,
+        "should have numbers, got str",
+    ),
+    "temper_several": (
+        lambda: fb.temper(gaussian(linear_params()), torch.ones(2)),
+        TypeError,
+        r"one number, got \(2,\)",
+    ),
+    "temper_text": (lambda: fb.temper(gaussian(linear_params()), "x"), TypeError, "one number, got str"),
+    "temper_bool": (lambda: fb.temper(gaussian(linear_params()), True), TypeError, "one number, got bool"),
+    "function_of_bool": (
+        lambda: fb.sample_function(linear, None, gaussian(linear_params()), index=True),
+        TypeError,
+        "should be an int, got bool",
+    ),
     "temper_zero": (
         lambda: fb.temper(gaussian(linear_params()), 0.0),
         ValueError,
@@ -765,6 +848,14 @@ def test_ranked_choices_mapped_over_sites_are_those_of_each(weights):
     for site, k in itertools.product(range(6), range(4)):
         one = allocate_ranked(indices[k : k + 1], w, 3, torch.tensor(site))
         assert (choices[site, k], ranks[site, k]) == (one[0][0], one[1][0])
+
+
+@pytest.mark.parametrize("weights", [None, [0.2, 0.5, 0.3]])
+def test_blocks_sorted_one_by_one_are_those_sorted_together(weights, monkeypatch):
+    w, indices = None if weights is None else torch.tensor(weights), torch.tensor([3, 0, 11, 5, 200, 3])
+    expected = allocate(indices, w, 3, 9)
+    monkeypatch.setattr(_allocation, "_DIRECT_NUMEL", 0)
+    assert torch.equal(allocate(indices, w, 3, 9), expected)
 
 
 def test_posteriors_made_of_others_show_what_they_are_made_of():

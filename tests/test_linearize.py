@@ -95,6 +95,18 @@ def test_what_is_fixed_is_taken_from_the_parameters_given_and_not_expanded_in():
     assert not torch.allclose(fn_lin(at, x), with_statistics(at, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linearized_model_is_evaluated_in_the_dtype_that_is_asked_for(dtype):
+    model = MODELS["mlp"]()
+    fn_lin, x = fb.linearize(model.fn, model.params), model.inputs(3)
+    for posterior in (gaussian(model.params), zoo.head_only(model)):
+        options = {"num_samples": 4, "seed": 0}
+        got = fb.predict(fn_lin, model.params, posterior, x, dtype=dtype, **options).samples
+        assert got.dtype == dtype
+        expected = fb.predict(fn_lin, model.params, posterior, x, **options).samples
+        assert_close(got.double(), expected, rtol=0.1, atol=0.1)
+
+
 def test_models_expanded_at_many_points_are_those_expanded_at_each():
     points, x = zoo.members(linear_params(), 3), randn(5, 3)
     at = randn_like(linear_params(), 8)

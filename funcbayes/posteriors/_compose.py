@@ -35,7 +35,7 @@ def temper(posterior: Posterior, temperature: float | Tensor) -> Posterior:
 
     Raises:
         TypeError: If the posterior has no density of which a power could be drawn from: mixtures,
-            ensembles and dropout.
+            ensembles and dropout; or if the temperature is no number.
         ValueError: If the temperature is not positive and finite.
 
     Example:
@@ -45,12 +45,7 @@ def temper(posterior: Posterior, temperature: float | Tensor) -> Posterior:
         tensor([0.2500, 0.2500])
     """
     _check_posterior(posterior, "temper(posterior, ...)")
-    looked_at = not isinstance(temperature, Tensor) or is_concrete(temperature)
-    if looked_at and not (0 < float(temperature) < math.inf):
-        raise ValueError(
-            f"`temper(posterior, temperature)` should have a temperature that is positive and finite, got "
-            f"{float(temperature)}."
-        )
+    _check_temperature(temperature)
     if isinstance(posterior, Gaussian):
         return Gaussian(posterior.mean, posterior.covariance.scaled(temperature))
     if isinstance(posterior, Point):
@@ -61,6 +56,21 @@ def temper(posterior: Posterior, temperature: float | Tensor) -> Posterior:
         f"`temper(posterior, temperature)` should be given a Gaussian, got {type(posterior).__name__}, a "
         "power of which is of no family that can be drawn from. Temper Gaussians before mixing them."
     )
+
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    is_number = isinstance(temperature, float | int) and not isinstance(temperature, bool)
+    if not is_number and not (isinstance(temperature, Tensor) and not temperature.ndim):
+        what = tuple(temperature.shape) if isinstance(temperature, Tensor) else type(temperature).__name__
+        raise TypeError(f"`temper(posterior, temperature)` should have one number, got {what}.")
+    if isinstance(temperature, Tensor) and not is_concrete(temperature):
+        return
+    value = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    if not 0 < value < math.inf:
+        raise ValueError(
+            "`temper(posterior, temperature)` should have a temperature that is positive and finite, got "
+            f"{value}."
+        )
 
 
 def restrict(posterior: Posterior, where: Where) -> Posterior:

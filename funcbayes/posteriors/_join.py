@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._intercept import DropoutMasks
 from .._random import Seed
 from .._tree import MISSING, Params, is_missing, map_leaves, merge, pytree_dataclass
 from ._interface import Draw, Posterior, covered_leaves, moment_of, structure_of
@@ -34,6 +35,13 @@ class Join(Posterior):
                         f"`join(*posteriors)` should be given posteriors over different leaves; {name!r} is "
                         f"covered by {owners[name]} and {k}. `restrict(posterior, where)` leaves leaves out."
                     )
+        for form in self.forms():
+            masks = [effect for effect in form.effects if isinstance(effect, DropoutMasks)]
+            if len(masks) > 1 and any(mask.where is None for mask in masks):
+                raise ValueError(
+                    "`join(*posteriors)` should be given one dropout, or several that act on different "
+                    "layers; one of these acts on all. Write `Dropout(where=...)` for each."
+                )
 
     def forms(self) -> list[Draw]:
         """All combinations of the parts'."""
@@ -98,14 +106,15 @@ def join(*posteriors: Posterior) -> Posterior:
     A Gaussian over the last layer and MC dropout before it, say.
 
     Args:
-        *posteriors: Posteriors that cover no leaf twice; :class:`~funcbayes.Dropout` covers none.
+        *posteriors: Posteriors that cover no leaf twice; :class:`~funcbayes.Dropout` covers none. Of several
+            dropouts that choose the same layer by ``where`` the first acts on it.
 
     Returns:
         A :class:`Join`; of a single posterior, that one.
 
     Raises:
         TypeError: If something else than posteriors is given.
-        ValueError: If there are none, or two cover the same leaf.
+        ValueError: If there are none, two cover the same leaf, or one of several dropouts acts on all layers.
 
     Example:
         >>> import torch, funcbayes as fb

@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable
 
-import optree
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from .._tree import (
     index,
     map_leaves,
     named_leaves,
+    parameters_of,
     pytree_dataclass,
     select,
     static,
@@ -38,11 +38,16 @@ class Mixture(Posterior):
         weights: Their probabilities ``(K,)``; given ones are divided by their sum. ``None`` makes
             them equal.
         has_equal_weights: Whether all components weigh the same.
+        names: Paths of the leaves that are covered, of which the sequence is a function.
+
+    The choice of components is no function of the weights that has a derivative: sampling gives weights no
+    gradient, ``log_prob`` and the moments do.
     """
 
     components: tuple[Posterior, ...]
     weights: Tensor = None  # type: ignore[assignment]  # a tensor once it has been made
     has_equal_weights: bool = static(default=False, init=False)
+    names: str = static(default="", init=False)
 
     def __post_init__(self) -> None:
         seen: dict[str, tuple[int, Tensor | Fixed]] = {}
@@ -63,6 +68,7 @@ class Mixture(Posterior):
         )
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "has_equal_weights", is_equal)
+        object.__setattr__(self, "names", ",".join(sorted(seen)))
 
     def forms(self) -> list[Draw]:
         """Those of the components."""
@@ -110,8 +116,7 @@ class Mixture(Posterior):
         return map_leaves(choose, *every)
 
     def _allocated(self, indices: Tensor, seed: Seed) -> tuple[Tensor, Tensor]:
-        names = sorted({name for c in self.components for name in covered_leaves(c)})
-        site = fold(fold(seed, "component"), ",".join(names))
+        site = fold(fold(seed, "component"), self.names)
         weights = None if self.has_equal_weights else self.probabilities()
         return allocate_ranked(indices, weights, len(self.components), site)
 
@@ -132,12 +137,21 @@ class Mixture(Posterior):
 
     @property
     def mean(self) -> Params:
-        """Mean of the covered parameters: ``sum_k w_k mean_k``."""
-        return self._average([moment_of(c, "mean") for c in self.components])
+        """Mean of the covered parameters: ``sum_k w_k mean_k``.
+
+        ``Fixed`` leaves that all components have are averaged too, integers left out.
+        """
+        self._check_one_coverage("mean")
+        means = [moment_of(c, "mean") for c in self.components]
+        common = set.intersection(
+            *({k for k, v in named_leaves(m).items() if _is_floating(v)} for m in means)
+        )
+        return self._average([_part(mean, common) for mean in means])
 
     @property
     def variance(self) -> Params:
         """Variance of each parameter: ``sum_k w_k (variance_k + (mean_k - mean)^2)``."""
+        self._check_one_coverage("variance")
         variances = [moment_of(c, "variance") for c in self.components]
         covered = set(named_leaves(variances[0]))
         means = [_part(moment_of(c, "mean"), covered) for c in self.components]
@@ -147,23 +161,25 @@ class Mixture(Posterior):
 
     def log_prob(self, params: Params) -> Tensor:
         """Log density ``log sum_k w_k p_k(params)``, a scalar."""
-        self._check_one_structure("log_prob")
+        self._check_one_coverage("log_prob")
         densities = torch.stack([component.log_prob(params) for component in self.components])
-        return torch.logsumexp(densities + self.probabilities().to(densities).log(), 0)
+        weights = self.probabilities().to(densities)
+        # Not logsumexp of `densities + log weights`: a weight of 0 has a derivative, its logarithm has none.
+        largest = torch.where(weights > 0, densities, -torch.inf).amax(0).detach()
+        return largest + (weights * (densities - largest).clamp_max(80.0).exp()).sum(0).log()
 
     def probabilities(self) -> Tensor:
         """Weights of the components in double precision, ``(K,)``."""
         return probabilities(self.weights, self.has_equal_weights)
 
     def _average(self, trees: list[Params]) -> Params:
-        self._check_one_structure("mean")
         weights = self.probabilities()
         return map_leaves(
             lambda *leaves: torch.tensordot(weights.to(leaves[0]), torch.stack(leaves), dims=1), *trees
         )
 
-    def _check_one_structure(self, name: str) -> None:
-        if len({optree.tree_structure(form.leaves) for form in self.forms()}) > 1:
+    def _check_one_coverage(self, name: str) -> None:
+        if len({frozenset(parameters_of(form.leaves)) for form in self.forms()}) > 1:
             raise NotImplementedError(
                 f"`{name}` is not defined for a Mixture whose components cover different leaves."
             )
@@ -233,6 +249,10 @@ def _component_seed(seed: Seed, k: int) -> Seed:
 def _by_choice(choices: Tensor) -> list[tuple[int, Tensor]]:
     """Positions of each alternative that occurs."""
     return [(k, (choices == k).nonzero()[:, 0]) for k in sorted(set(choices.tolist()))]
+
+
+def _is_floating(leaf: Tensor | Fixed) -> bool:
+    return (leaf.tensor if isinstance(leaf, Fixed) else leaf).is_floating_point()
 
 
 def _part(tree: Params, names: set[str]) -> Params:

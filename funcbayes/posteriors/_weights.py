@@ -20,7 +20,10 @@ def normalized(
     """
     if weights is None:
         return torch.full((count,), 1 / count, dtype=torch.float64, device=device), True
-    weights = torch.as_tensor(weights)
+    try:
+        weights = torch.as_tensor(weights)
+    except (TypeError, ValueError) as err:
+        raise TypeError(f"`{call}` should have numbers, got {type(weights).__name__}.") from err
     if weights.shape != (count,):
         raise ValueError(
             f"`{call}` should have one weight for each of {count} {of_what}, got shape "
