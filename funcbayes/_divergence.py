@@ -42,6 +42,7 @@ def kl(q: Posterior, p: Posterior) -> Tensor:
     for posterior in (q, p):
         if not isinstance(posterior, Posterior):
             raise TypeError(f"`kl(q, p)` should be given two posteriors, got {type(posterior).__name__}.")
+    q, p = _uncertain(q), _uncertain(p)
     if isinstance(q, Join) and isinstance(p, Gaussian) and isinstance(p.covariance, Diagonal | Kronecker):
         p = join(*_marginals(p, q))  # no leaf of it tells of another
     if isinstance(p, Join):
@@ -73,7 +74,7 @@ def kl(q: Posterior, p: Posterior) -> Tensor:
 def _kl_from_join(q: Posterior, p: Join) -> Tensor:
     if not isinstance(q, Gaussian | Join):
         raise NotImplementedError(f"`kl(q, p)` has no closed form for {type(q).__name__} and a Join.")
-    differing = difference(covered_leaves(q), covered_leaves(p))
+    differing = difference(_parameters(q), _parameters(p))
     if differing:
         raise ValueError(f"`kl(q, p)` should have posteriors over the same leaves; in `q` {differing}.")
     marginals = _marginals(q, p)
@@ -82,16 +83,26 @@ def _kl_from_join(q: Posterior, p: Join) -> Tensor:
 
 
 def _marginals(posterior: Posterior, like: Join) -> list[Posterior]:
-    """Marginals over the leaves of each part of ``like``."""
-    of_parts = [set(covered_leaves(part)) for part in like.parts]
+    """Marginals over the parameters of each part of ``like``."""
+    of_parts = [set(_parameters(part)) for part in like.parts]
     return [restrict(posterior, lambda name, _, own=own: name in own) for own in of_parts]
 
 
 def _entropy(posterior: Posterior) -> Tensor:
-    if isinstance(posterior, Join):
-        return torch.stack([_entropy(part) for part in posterior.parts]).sum()
-    if not isinstance(posterior, Gaussian):
-        raise NotImplementedError(
-            f"`kl(q, p)` has no closed form for a {type(posterior).__name__} in a Join."
-        )
-    return posterior.entropy()
+    parts = posterior.parts if isinstance(posterior, Join) else (posterior,)
+    return torch.stack([part.entropy() for part in parts if isinstance(part, Gaussian)]).sum()
+
+
+def _uncertain(posterior: Posterior) -> Posterior:
+    """A join of Gaussians without the parts that only hold values which every draw has."""
+    if not isinstance(posterior, Join):
+        return posterior
+    parts = [p for p in posterior.parts if _parameters(p) or any(form.effects for form in p.forms())]
+    for part in parts:
+        if not isinstance(part, Gaussian):
+            raise NotImplementedError(f"`kl(q, p)` has no closed form for a {type(part).__name__} in a Join.")
+    return join(*parts) if parts else posterior
+
+
+def _parameters(posterior: Posterior) -> dict[str, Tensor]:
+    return parameters_of(covered_leaves(posterior))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import F64, entry, gaussian, linear_params, randn, randn_like, stacked
 
 import funcbayes as fb
@@ -30,6 +31,14 @@ def nested(leaf):
     return [leaf("0", (2,)), MISSING, {"w": leaf("2.w", (3, 2))}, (MISSING, leaf("3.1", ()))]
 
 
+def hollow(leaf):
+    return {
+        "w": leaf("w", (3, 2)),
+        "no_rows": leaf("no_rows", (0, 3)),
+        "no_columns": leaf("no_columns", (2, 0)),
+    }
+
+
 class Tree(NamedTuple):
     """``build(leaf)`` makes a tree of ``leaf(path, shape)``; ``shapes`` are in the order of the package."""
 
@@ -41,6 +50,7 @@ TREES = {
     "plain": Tree(plain, {"b": (2,), "gain": (), "w": (2, 3)}),
     "conv": Tree(conv, {"bias": (2,), "conv": (2, 3, 2, 2)}),
     "nested": Tree(nested, {"0": (2,), "2.w": (3, 2), "3.1": ()}),
+    "hollow": Tree(hollow, {"no_columns": (2, 0), "no_rows": (0, 3), "w": (3, 2)}),
 }
 
 
@@ -60,7 +70,7 @@ def orthogonal(path, length, seed):
 def sides(shape):
     """Rows and columns that a leaf has as a matrix."""
     rows = shape[0] if shape else 1
-    return rows, math.prod(shape) // rows
+    return rows, math.prod(shape[1:])
 
 
 def diagonal(tree, seed=0):
@@ -541,6 +551,25 @@ def test_a_scale_is_differentiable():
 
 
 @every_maker
+@pytest.mark.filterwarnings("error")
+def test_a_scale_that_is_being_trained_keeps_its_gradient(make):
+    factor = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    scaled = make(TREES["plain"]).scaled(factor)
+    (gradient,) = torch.autograd.grad(scaled.to_dense().sum(), factor)
+    assert_close(gradient, naive(make(TREES["plain"])).sum())
+
+
+@every_maker
+def test_a_posterior_is_made_inside_of_transforms_and_on_the_meta_device(make):
+    covariance = make(TREES["plain"])
+    mean = vector_for(covariance)
+    made = vmap(lambda m, c: Gaussian(m, c).variance)(stacked(mean, mean), stacked(covariance, covariance))
+    assert_close(entry(made, 1), covariance.diagonal())
+    on_meta = Gaussian(fb.to(mean, device="meta"), fb.to(covariance, device="meta"))
+    assert {leaf.device.type for leaf in on_meta.variance.values()} == {"meta"}
+
+
+@every_maker
 def test_shapes_are_worked_out_on_the_meta_device(make):
     covariance = fb.to(make(TREES["conv"]), device="meta")
     posterior = Gaussian(vector_for(make(TREES["conv"])), make(TREES["conv"]))
@@ -583,6 +612,67 @@ def test_a_density_in_single_precision_survives_a_diagonal_that_is_tiny_beside_t
     assert (
         LowRankPrecision({"w": variance}, {"w": factors}).deviations(torch.arange(2), 0)["w"].isfinite().all()
     )
+
+
+def large_beside_the_diagonal(diagonal, size, rank, scale):
+    """A precision with factors of one length, and what its variances are on paper."""
+    columns = torch.linalg.qr(randn(size, rank)).Q
+    precision = {"w": torch.full((size,), diagonal, dtype=F64)}
+    along = columns.square().sum(-1) if rank < size else torch.ones(size, dtype=F64)
+    variance = (1 - along) / diagonal + along / (diagonal + scale**2)
+    return LowRankPrecision(precision, {"w": scale * columns}), {"w": variance}
+
+
+@pytest.mark.parametrize(("size", "rank"), [(3, 3), (5, 2), (40, 40), (70_000, 3)])
+@pytest.mark.parametrize(("diagonal", "scale"), [(1e-6, 1e5), (1e-4, 1e6), (1e-6, 1e6)])
+def test_variances_of_a_precision_with_factors_far_larger_than_its_diagonal(diagonal, size, rank, scale):
+    covariance, expected = large_beside_the_diagonal(diagonal, size, rank, scale)
+    assert_close(covariance.diagonal(), expected, rtol=1e-10, atol=0)
+    mapped = vmap(lambda q: q.diagonal())(stacked(covariance, covariance))
+    assert_close(mapped["w"][1], expected["w"], rtol=1e-10, atol=0)
+
+
+def test_a_variance_that_few_factors_determine_keeps_its_digits():
+    # One row along each factor has nearly all of it, the other rows have none or little.
+    diagonal, factors = torch.full((50,), 1e-8, dtype=F64), torch.zeros(50, 2, dtype=F64)
+    factors[7, 0], factors[31, 1], factors[11, 1] = 1e9, 1e9, 1e-2
+    variance = LowRankPrecision({"w": diagonal}, {"w": factors}).diagonal()["w"]
+    pair = torch.tensor([[1e-8 + 1e-4, 1e7], [1e7, 1e-8 + 1e18]], dtype=F64)
+    determinant = 1e-8 * (1e-8 + 1e-4 + 1e18)
+    expected = 1 / diagonal
+    expected[7] = 1 / (1e-8 + 1e18)
+    expected[11], expected[31] = pair[1, 1] / determinant, pair[0, 0] / determinant
+    assert_close(variance, expected, rtol=1e-10, atol=0)
+
+
+def test_factors_that_drown_the_diagonal_are_refused():
+    columns = torch.ones(6, 3, dtype=F64) * torch.tensor([1.0, 1 / 3, 0.7], dtype=F64)
+    covariance = LowRankPrecision({"w": torch.full((6,), 1e-14, dtype=F64)}, {"w": 1e10 * columns})
+    with pytest.raises(RuntimeError, match="diagonal part .* lost in rounding.* helps"):
+        covariance.logdet()
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor made while it is on."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not func.is_view:
+            self.size = max(self.size, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("name", ["low_rank_plus_diagonal", "dense"])
+def test_variances_of_low_rank_make_no_tensor_of_the_size_of_the_factors(name):
+    factors = {"w": torch.ones(30, 40, 10), "b": torch.ones(30, 10)}
+    ones = {"w": torch.ones(30, 40), "b": torch.ones(30)}
+    covariance = Dense(factors) if name == "dense" else LowRankPlusDiagonal(ones, factors)
+    with Largest() as largest:
+        variance = covariance.diagonal()
+    assert_close(variance["w"], torch.full((30, 40), 10.0 if name == "dense" else 11.0))
+    assert 0 < largest.size <= ones["w"].nbytes
 
 
 # Kronecker products.
@@ -764,6 +854,22 @@ ERRORS = {
         ValueError,
         r"should be one number, got shape \(2,\)",
     ),
+    "scale_of_one_number_with_an_axis": (
+        lambda: vmap(Diagonal(ONES).scaled)(torch.ones(2, 1)),
+        ValueError,
+        r"should be one number, got shape \(1,\)",
+    ),
+    "scale_is_text": (
+        lambda: Diagonal(ONES).scaled("2"),
+        TypeError,
+        r"`scaled\(factor\)` should be a number, got str\.",
+    ),
+    "scale_is_a_truth": (lambda: Dense(FACTORS).scaled(True), TypeError, r"be a number, got bool\."),
+    "scale_is_a_tensor_of_truth": (
+        lambda: Dense(FACTORS).scaled(torch.tensor(True)),
+        TypeError,
+        r"be a number, got torch\.bool\.",
+    ),
     "vector_of_another_shape": (
         lambda: Diagonal(ONES).matvec({"w": torch.ones(2, 3), "b": torch.ones(3)}),
         ValueError,
@@ -791,6 +897,16 @@ ERRORS = {
         ),
         ValueError,
         "`log_prob.*variance of 'b' is zero",
+    ),
+    "mean_of_another_dtype": (
+        lambda: Gaussian(with_leaf(ONES, w=torch.ones(2, 3, dtype=F64)), Diagonal(ONES)),
+        ValueError,
+        r"in it 'w' is torch\.float32 on cpu, not torch\.float64 on cpu\..*`funcbayes\.to",
+    ),
+    "mean_on_another_device": (
+        lambda: Gaussian(fb.to(ONES, device="meta"), Diagonal(ONES)),
+        ValueError,
+        r"in it 'b' is torch\.float32 on cpu, not torch\.float32 on meta\.",
     ),
     "mean_of_other_leaves": (
         lambda: Gaussian({"w": torch.ones(2, 3)}, Dense(FACTORS)),

@@ -12,7 +12,7 @@ from zoo import F64, linear_params, randn, stacked
 import funcbayes as fb
 from funcbayes import Dropout, Ensemble, Fixed, Gaussian, Point
 from funcbayes._divergence import kl
-from funcbayes.covariances import Diagonal, Kronecker
+from funcbayes.covariances import Dense, Diagonal, Kronecker, LowRankPrecision
 
 pairs = [pytest.param(q, p, id=f"{one}-{other}") for one, q in MAKERS.items() for other, p in MAKERS.items()]
 every_pair = pytest.mark.parametrize(("make_q", "make_p"), pairs)
@@ -119,6 +119,24 @@ def test_fixed_leaves_have_no_part_in_the_divergence():
     assert_close(kl(fixed, p), kl(q, p))
 
 
+@pytest.mark.parametrize(("diagonal", "scale"), [(1e-6, 1e5), (1e-4, 1e6)])
+@pytest.mark.parametrize("other", ["diagonal", "dense", "low_rank_precision"])
+def test_a_precision_with_factors_far_larger_than_its_diagonal_has_no_divergence_from_itself(
+    diagonal, scale, other
+):
+    zeros, precision = {"w": torch.zeros(3, dtype=F64)}, {"w": torch.full((3,), diagonal, dtype=F64)}
+    basis = torch.linalg.qr(randn(3, 3)).Q
+    variance = 1 / (diagonal + scale**2)
+    q = Gaussian(zeros, LowRankPrecision(precision, {"w": scale * basis}))
+    same = {
+        "diagonal": Diagonal({"w": torch.full((3,), variance, dtype=F64)}),
+        "dense": Dense({"w": variance**0.5 * torch.eye(3, dtype=F64)}),
+        "low_rank_precision": LowRankPrecision(precision, {"w": scale * torch.eye(3, dtype=F64)}),
+    }
+    for p in (q, Gaussian(zeros, same[other])):
+        assert_close(kl(q, p), torch.zeros((), dtype=F64), rtol=0, atol=1e-10)
+
+
 def test_leaves_of_a_long_list_keep_their_order():
     means = [[randn(2, seed=i + 50 * j) for i in range(12)] for j in range(2)]
     variances = [[randn(2, seed=i + 50 * j).exp() for i in range(12)] for j in range(2)]
@@ -200,6 +218,25 @@ def test_the_divergence_of_a_join_is_the_sum_of_those_of_its_parts(name):
         assert_close(kl(split(q, ["w"], ["b", "gain"]), one), kl(q, p))
 
 
+def with_fixed(posterior, *names):
+    return Gaussian(
+        {**posterior.mean, **{name: Fixed(torch.tensor(3)) for name in names}}, posterior.covariance
+    )
+
+
+def test_fixed_leaves_have_no_part_in_the_divergence_of_joins():
+    q, p = posterior(MAKERS["diagonal"], TREES["plain"], 0), posterior(MAKERS["diagonal"], TREES["plain"], 1)
+    groups = ["w"], ["b", "gain"]
+    fixed = Point({"n": Fixed(torch.tensor(3))})
+    members = Ensemble({"n": Fixed(torch.ones(4, 2))})
+    qs = [q, with_fixed(q, "n", "m"), split(q, *groups), fb.join(split(q, *groups), fixed), fb.join(q, fixed)]
+    ps = [split(p, *groups), split(with_fixed(p, "w.n"), ["w*"], ["b", "gain"])]
+    ps += [fb.join(part, extra) for part in (p, ps[0], with_fixed(p, "k")) for extra in (fixed, members)]
+    for one in qs:
+        for other in ps:
+            assert_close(kl(one, other), kl(q, p))
+
+
 def test_joins_without_a_closed_form_are_refused():
     q = posterior(MAKERS["diagonal"], TREES["plain"], 0)
     low_rank = posterior(MAKERS["low_rank_plus_diagonal"], TREES["plain"], 1)
@@ -209,5 +246,12 @@ def test_joins_without_a_closed_form_are_refused():
     ensemble = fb.restrict(Ensemble({k: v[None] for k, v in q.mean.items()}), "w")
     with pytest.raises(NotImplementedError, match="Ensemble"):
         kl(fb.join(ensemble, fb.restrict(q, ["b", "gain"])), joined)
+    masks = fb.to_ensemble(fb.join(Point({"n": Fixed(torch.tensor(3))}), Dropout()), 2, seed=0)
+    for random in (Dropout(), masks):
+        for pair in ((fb.join(q, random), q), (joined, fb.join(q, random))):
+            with pytest.raises(
+                NotImplementedError, match="no closed form for a (Dropout|Ensemble) in a Join"
+            ):
+                kl(*pair)
     with pytest.raises(ValueError, match="'w' is missing"):
         kl(fb.restrict(q, ["b", "gain"]), joined)

@@ -1,6 +1,7 @@
 """Checks of the trees that covariances are made of."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -100,12 +101,19 @@ def zero_variance(tree: Params) -> str | None:
 
 
 def positive_factor(factor: float | Tensor) -> float | Tensor:
-    """The argument of ``scaled``, refused if it is not positive."""
-    number = factor if not isinstance(factor, Tensor) or is_concrete(factor) else 1.0
-    if isinstance(number, Tensor) and number.ndim:
-        raise ValueError(f"`scaled(factor)` should be one number, got shape {tuple(number.shape)}.")
-    if not 0 < float(number) < math.inf:
-        raise ValueError(f"`scaled(factor)` should be positive and finite, got {float(number):.3g}.")
+    """The argument of ``scaled``, refused if it is no positive number."""
+    is_tensor = isinstance(factor, Tensor)
+    kind = str(factor.dtype) if is_tensor else type(factor).__name__
+    if kind in ("bool", "torch.bool") or not (is_tensor or isinstance(factor, numbers.Real)):
+        raise TypeError(f"`scaled(factor)` should be a number, got {kind}.")
+    if isinstance(factor, Tensor):
+        if factor.ndim:
+            raise ValueError(f"`scaled(factor)` should be one number, got shape {tuple(factor.shape)}.")
+        number = float(factor.detach()) if is_concrete(factor) else 1.0
+    else:
+        number = factor = float(factor)
+    if not 0 < number < math.inf:
+        raise ValueError(f"`scaled(factor)` should be positive and finite, got {number:.3g}.")
     return factor
 
 

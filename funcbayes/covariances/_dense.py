@@ -7,13 +7,13 @@ from torch import Tensor
 
 from .._functorch import is_concrete
 from .._random import Seed
-from .._tree import Params, map_named, named_leaves, pytree_dataclass
+from .._tree import Params, map_leaves, map_named, named_leaves, pytree_dataclass
 from ._checks import check_factors, positive_factor
 from ._flat import dtype_of, ravel_columns, without_columns
 from ._interface import Covariance, refuse_singular
 from ._noise import add_product, shared_noise
 from ._operator import Gram, Operator, inverse_transpose
-from ._parts import part, times_power
+from ._parts import part, squared_lengths, times_power
 
 
 @pytree_dataclass
@@ -59,6 +59,10 @@ class Dense(Covariance):
             return add_product(start, shared, factors[name])
 
         return map_named(deviate, like)
+
+    def diagonal(self) -> Params:
+        """Variance of each parameter, leaves ``s``."""
+        return map_leaves(lambda leaf: squared_lengths(leaf).to(leaf.dtype), self.factors)
 
     def operator(self) -> Operator:
         """``F F^T``."""

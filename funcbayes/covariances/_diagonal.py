@@ -11,7 +11,7 @@ from ._checks import check_variance, positive_factor, zero_variance
 from ._flat import ravel
 from ._interface import Covariance, refuse_singular
 from ._noise import leaf_noise, over
-from ._operator import Inverse, Operator, Sum
+from ._operator import Operator, Sum
 from ._parts import part, times_power
 
 
@@ -59,8 +59,8 @@ class Diagonal(Covariance):
     def inverse(self) -> Operator:
         """``diag(1 / variance)``."""
         refuse_singular(self)
-        variance = ravel(self.variance, self.like)
-        return Inverse(Sum(variance, variance.new_zeros(len(variance), 0)))
+        precision = 1 / ravel(self.variance, self.like)
+        return Sum(precision, precision.new_zeros(len(precision), 0))
 
     def singular(self) -> str | None:
         """Where a variance is zero."""

@@ -209,7 +209,7 @@ class Block:
 
     def turned(self, columns: Tensor) -> Tensor:
         """``(U (x) V)^T columns`` as ``(k, d_out, d_in)``, for columns ``(d_out d_in, k)``."""
-        return self.outputs.mT @ columns.mT.reshape(-1, *self.eigenvalues.shape) @ self.inputs
+        return self.outputs.mT @ columns.mT.reshape(columns.shape[1], *self.eigenvalues.shape) @ self.inputs
 
 
 @dataclass(frozen=True)

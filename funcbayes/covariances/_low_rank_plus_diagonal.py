@@ -12,7 +12,7 @@ from ._flat import ravel, ravel_columns
 from ._interface import Covariance, refuse_singular
 from ._noise import add_product, shared_noise
 from ._operator import Inverse, Operator, Sum
-from ._parts import part, times_power
+from ._parts import part, squared_lengths, times_power
 
 
 @pytree_dataclass
@@ -58,6 +58,15 @@ class LowRankPlusDiagonal(Covariance):
         shared = shared_noise(self.variance, rank, indices, seed)
         own = scaled_noise(self.variance, indices, seed)
         return map_named(lambda name, noise: add_product(noise, shared, factors[name]), own)
+
+    def diagonal(self) -> Params:
+        """Variance of each parameter, leaves ``s``."""
+        factors = named_leaves(self.factors)
+
+        def sum_of(name: str, variance: Tensor) -> Tensor:
+            return (squared_lengths(factors[name]) + variance).to(variance.dtype)
+
+        return map_named(sum_of, self.variance)
 
     def operator(self) -> Operator:
         """``diag(variance) + F F^T``."""

@@ -6,6 +6,11 @@ With ``A = diag(d) + F F^T`` and the capacitance ``C = I + F^T diag(1/d) F = L L
     det(A) = det(C) prod(d)                                           (Sylvester 1851)
 
 so that covariances and precisions of low rank are all a diagonal plus or minus a product of factors.
+
+The difference cancels where ``F F^T`` is far larger than ``diag(d)``. So quadratic forms and diagonals of
+inverses are sums of squares, never negative, with a relative error of some ``eps cond(C) + eps^2 |C|``. Only
+the trace of an inverse of low rank times another such, or Kronecker blocks, is a difference still: its error
+is relative to ``trace(diag(1/d) other)``, which may be larger.
 """
 
 import functools
@@ -14,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_BLOCK_ROWS = 1 << 16  # of factors multiplied at a time, where the product would have more numbers than they
 
 
 class Operator(ABC):
@@ -48,12 +55,11 @@ class Operator(ABC):
 
 def trace_of_product(one: Operator, other: Operator) -> Tensor:
     """``trace(one other)``, a scalar."""
-    for left, right in ((one, other), (other, one)):
-        parts = right.split()
-        if parts is not None:
-            diagonal, factors, sign = parts
-            return (left.diagonal() * diagonal).sum() + sign * left.quadratic(factors)
-    return one.trace_with(other)
+    splits = [(left, *parts) for left, right in ((one, other), (other, one)) if (parts := right.split())]
+    if not splits:
+        return one.trace_with(other)
+    left, diagonal, factors, sign = max(splits, key=lambda split: split[-1])  # a sum if one of them is
+    return (left.diagonal() * diagonal).sum() + sign * left.quadratic(factors)
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,16 @@ class Inverse(Operator):
 
     def diagonal(self) -> Tensor:
         """``(P,)``."""
-        diagonal, factors, _ = self.split()
-        return diagonal - factors.square().sum(-1)
+        d, (_, factors, _) = self.of.d, self.split()
+        leverage = factors.square().sum(-1) * d
+        diagonal = (1 - leverage) / d
+        # Leverages are from 0 to 1 and sum to at most R: fewer than 2 R exceed a half, where this cancels.
+        rows = leverage.detach().topk(min(2 * factors.shape[-1], len(d))).indices
+        return diagonal.scatter(0, rows, self._diagonal_at(rows)) if len(rows) else diagonal
 
     def quadratic(self, columns: Tensor) -> Tensor:
         """``trace(columns^T A columns)``, a scalar."""
-        # v^T A^-1 v = min_x sum (v - F x)^2 / d + |x|^2: a sum of squares, where Woodbury's difference
-        # cancels once F F^T is far larger than diag(d).
+        # v^T A^-1 v = min_x sum (v - F x)^2 / d + |x|^2, where Woodbury's difference would cancel.
         along, across = self._fit(columns)
         return (across.square() / self.of.d.unsqueeze(-1)).sum() + along.square().sum()
 
@@ -148,6 +157,19 @@ class Inverse(Operator):
         factors = (self.of.factors / self.of.d.unsqueeze(-1)) @ inverse_transpose(self.of.root)
         return 1 / self.of.d, factors, -1
 
+    def _diagonal_at(self, rows: Tensor) -> Tensor:
+        """Entries of the diagonal as quadratic forms of unit vectors, in blocks of rows of ``F``."""
+        d, factors = self.of.d, self.of.factors
+        along = torch.cholesky_solve((factors[rows] / d[rows].unsqueeze(-1)).mT, self.of.root)
+        total = along.square().sum(0)
+        numbers = torch.arange(len(d), device=d.device).unsqueeze(-1)
+        for number, scale, block in zip(
+            *(whole.split(_BLOCK_ROWS) for whole in (numbers, d.unsqueeze(-1), factors)), strict=True
+        ):
+            across = (number == rows).to(d.dtype) - block @ along
+            total = total + (across.square() / scale).sum(0)
+        return total
+
     def _fit(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The minimiser ``x = C^-1 F^T (v / d)``, and ``v - F x``, which is ``d A^-1 v``."""
         factors = self.of.factors
@@ -158,7 +180,13 @@ class Inverse(Operator):
 def root_of_capacitance(whitened: Tensor) -> Tensor:
     """Lower Cholesky factor of ``I + M^T M``, ``(R, R)``."""
     identity = torch.eye(whitened.shape[-1], dtype=whitened.dtype, device=whitened.device)
-    return torch.linalg.cholesky(identity + whitened.mT @ whitened)
+    try:
+        return torch.linalg.cholesky(identity + whitened.mT @ whitened)
+    except torch.linalg.LinAlgError as err:
+        raise RuntimeError(
+            "The diagonal part is lost in rounding beside the factors of low rank, which are far larger and "
+            "linearly dependent. A larger diagonal part, or fewer factors, helps."
+        ) from err
 
 
 def inverse_transpose(lower: Tensor) -> Tensor:

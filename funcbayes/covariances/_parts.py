@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .._tree import Params, map_leaves, named_leaves, select
@@ -21,6 +22,12 @@ def times_matrix(leaf: Tensor, matrix: Tensor) -> Tensor:
     """``leaf matrix`` for a leaf ``(*s, k)`` and a matrix ``(k, m)``, in the dtype of the leaf."""
     dtype = at_least_single(leaf.dtype)
     return (leaf.to(dtype) @ matrix.to(dtype)).to(leaf.dtype)
+
+
+def squared_lengths(leaf: Tensor) -> Tensor:
+    """Sums of squares along the last axis of a leaf ``(*s, k)``, in at least single precision."""
+    wide = leaf.to(at_least_single(leaf.dtype))
+    return torch.einsum("...k,...k->...", wide, wide)  # without a tensor of squares
 
 
 def part(tree: Params, like: Params, keep: Callable[[str, Tensor], bool]) -> Params:

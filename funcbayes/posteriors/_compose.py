@@ -76,7 +76,8 @@ def _check_temperature(temperature: float | Tensor) -> None:
 def restrict(posterior: Posterior, where: Where) -> Posterior:
     """Take the marginal of a posterior over some of its leaves; the model gets the others from ``params``.
 
-    This is not the posterior that a method finds with ``where``, which holds the other leaves fixed: for
+    Give ``predict`` parameters that belong to the posterior, most often its mean: the network that a method
+    started from may be far from it. This is not the posterior that a method finds with ``where``, which holds the other leaves fixed: for
     a posterior with correlations that one is narrower.
 
     Args:

@@ -35,7 +35,7 @@ class Gaussian(Posterior):
 
     Raises:
         TypeError: If a leaf of ``mean`` is not of floating point, or ``covariance`` is no covariance.
-        ValueError: If ``covariance`` has other leaves than ``mean``.
+        ValueError: If ``covariance`` has other leaves than ``mean``, another dtype or another device.
 
     Example:
         >>> import torch, funcbayes as fb
@@ -62,12 +62,21 @@ class Gaussian(Posterior):
                     f"{getattr(leaf, 'dtype', type(leaf).__name__)}. Leave it out, or pass it as "
                     "`fb.Fixed(tensor)`."
                 )
-        differing = difference(self.covariance.like, parameters_of(self.mean))
+        like, covered = named_leaves(self.covariance.like), parameters_of(self.mean)
+        differing = difference(like, covered)
         if differing:
             raise ValueError(
                 f"`Gaussian(mean, covariance)` should have a covariance over the parameters of `mean`; in it "
                 f"{differing}."
             )
+        for name, leaf in covered.items():
+            here, there = ((t.dtype, str(t.device)) for t in (like[name], leaf))
+            if here != there:
+                raise ValueError(
+                    "`Gaussian(mean, covariance)` should have a covariance in the dtype and on the device of "
+                    f"`mean`; in it {name!r} is {here[0]} on {here[1]}, not {there[0]} on {there[1]}. Write "
+                    "`funcbayes.to(covariance, dtype=..., device=...)`."
+                )
 
     def forms(self) -> list[Draw]:
         """The mean."""

@@ -23,7 +23,7 @@ Steps = tuple[Tensor | None, ...]  # one a leaf of x; None for a leaf that stays
 
 def steps_of(source: Source, fraction: float, call: str) -> Steps:
     """How far each entry of a row moves: a fraction of its range over the rows, by one pass over the data."""
-    if not 0 < fraction < math.inf:
+    if isinstance(fraction, bool) or not 0 < fraction < math.inf:
         raise ValueError(
             f"`{call}(adversarial=...)` should be a positive fraction of the inputs' range, or None, got "
             f"{fraction}. Lakshminarayanan et al. (2017) use 0.01."

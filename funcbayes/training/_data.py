@@ -41,7 +41,10 @@ class Source(Protocol):
         ...
 
     def plain_batches(self, device: torch.device | None) -> Iterator[Batch]:
-        """Every row, for looking at the data as they are: always the same batches, whatever the seeds."""
+        """Every row, for looking at the data as they are: always the same batches, whatever the seeds.
+
+        Of data in tensors a last row that would be alone joins the batch before.
+        """
         ...
 
 
@@ -178,8 +181,11 @@ class _Tensors:
             yield Batch(leaves, self.spec, dims)
 
     def plain_batches(self, device: torch.device | None) -> Iterator[Batch]:
-        for rows in torch.arange(self.n).split(self.batch_size):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        starts = [*range(0, self.n, self.batch_size)]
+        if len(starts) > 1 and self.batch_size > 1 and self.n - starts[-1] == 1:
+            del starts[-1]  # a single row, which has no variance, joins the batch before
+        for start, stop in zip(starts, [*starts[1:], self.n], strict=True):
+            part = slice(start, stop)
             leaves = [leaf[part] if _has_rows(leaf) else leaf for leaf in self.leaves]
             yield Batch([ready(leaf, device) for leaf in leaves], self.spec, [None] * len(leaves))
 

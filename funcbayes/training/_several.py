@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._random import fold
 from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of
+from ..posteriors import Ensemble
 from ._data import Source
 from ._loop import Watcher, minimize
 from ._objective import Objective
@@ -44,6 +45,8 @@ def count_members(members: Params, call: str) -> int:
         members: Every leaf with a leading axis ``K``.
         call: The public call with its arguments, for messages.
     """
+    if isinstance(members, Ensemble):
+        raise TypeError(f"`{call}` should be given a tree of parameters, got Ensemble. Write `.members`.")
     leaves = {
         name: leaf.tensor if isinstance(leaf, Fixed) else leaf for name, leaf in named_leaves(members).items()
     }
