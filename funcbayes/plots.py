@@ -78,7 +78,7 @@ def reliability_diagram(
     )
     ax.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel="confidence (highest probability)")
     ax.set_ylabel("accuracy; share of rows")
-    ax.set_title(f"expected calibration error {error:.3f}", fontsize="medium")
+    ax.set_title(f"ECE {error:.3f}", fontsize="medium")
     ax.set_aspect("equal")
     ax.legend(loc="upper left", fontsize="small")
     return ax

@@ -106,7 +106,7 @@ def test_moments_are_those_of_the_draws(make_face, make, shape, classifies):
         (mlp, (4,), "classification", True),
         (functools.partial(mlp, 1), (4,), None, False),
         (functools.partial(signal, 3), (2, 5), None, False),
-        (functools.partial(signal, 3), (2, 5), "classification", True),
+        (functools.partial(signal, 3), (2, 5), Categorical(class_axis=1), True),
     ],
 )
 def test_an_argument_says_whether_outputs_are_class_logits(make_face, make, shape, likelihood, classifies):
@@ -116,6 +116,26 @@ def test_an_argument_says_whether_outputs_are_class_logits(make_face, make, shap
         torch.allclose(samples.sum(axis), torch.ones((), dtype=F64)) for axis in range(2, samples.ndim)
     )
     assert sums_to_one == classifies
+
+
+@faces
+def test_one_logit_is_that_of_the_second_class(make_face):
+    face, x = make_face(functools.partial(mlp, 1), likelihood="classification"), randn(N, 4)
+    mean, _, samples = face.predict(x, return_samples=True, seed=0)
+    values = make_face(functools.partial(mlp, 1)).predict(x, return_samples=True, seed=0)[2]
+    assert_close(samples, values.sigmoid())
+    assert_close(mean, samples.mean(0))
+    if isinstance(face, MCDropout):
+        p = mean[:, 0]
+        expected = -(p * p.log() + (1 - p) * (1 - p).log())
+        assert_close(face.predict_entropy(x, seed=0).reshape(N), expected)
+
+
+@faces
+def test_more_axes_of_class_logits_need_to_be_told_apart(make_face):
+    face = make_face(functools.partial(signal, 3), likelihood="classification")
+    with pytest.raises(ValueError, match=r"which axis.*\(6, 3, 5\).*class_axis=1"):
+        face.predict(randn(N, 2, 5))
 
 
 @faces
@@ -289,6 +309,8 @@ def test_training_a_member_leaves_its_mode_and_refuses_what_cannot_train_it():
         face.train_member(1, batches, sgd, F.cross_entropy)
     with pytest.raises(IndexError, match="below the number of members 2, got 2"):
         face.train_member(2, batches, sgd, F.cross_entropy)
+    with pytest.raises(TypeError, match=r"re-iterable for several epochs.*list\(batches\)"):
+        face.train_member(0, iter(batches), sgd, F.cross_entropy, num_epochs=2)
     with pytest.raises(ValueError, match="at least one batch, got none"):
         face.train_member(0, [], sgd, F.cross_entropy)
     with pytest.raises(IndexError, match="got 5"):
@@ -327,6 +349,74 @@ def test_snapshots_are_not_changed_by_later_training():
     nudged(model, 7, 10.0)
     for name, leaf in face.sample_parameters(seed=0).items():
         assert torch.equal(leaf, before[name])
+
+
+def test_swag_predicts_with_the_buffers_of_what_was_collected():
+    held, trained, x = seeded(conv_net), seeded(conv_net), randn(N, 2, 4, 4)
+    face = SWAG(held, likelihood="regression", num_samples=2, scale=1e-12, var_clamp=0.0)
+    for step in range(3):
+        nudged(trained, step).train()(randn(8, 2, 4, 4, seed=step))  # which moves the statistics
+        face.collect_model(trained)
+    fn, _ = fb.make_functional(trained)
+    mean = {**face._gaussian("predict").mean}
+    expected = fn({**mean, **{k: fb.Fixed(b) for k, b in trained.named_buffers()}}, x)
+    assert_close(face.predict(x, seed=0)[0], expected.detach(), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        held[1].running_mean.add_(5.0)
+    assert_close(face.predict(x, seed=0)[0], expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_refreshed_draws_are_kept_by_a_state_dict_and_follow_the_dtype():
+    face, x = swag(seeded(conv_net), num_samples=4), randn(N, 2, 4, 4)
+    face.refresh_batch_norm((randn(12, 2, 4, 4, seed=5), torch.zeros(12).long()), seed=0)
+    other = SWAG(seeded(conv_net, 9))
+    other.load_state_dict(face.state_dict())
+    assert_close(other.predict(x)[0], face.predict(x)[0])
+    expected = face.predict(x)[0].float()
+    assert_close(face.float().predict(x.float())[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_of_another_architecture_is_refused_and_changes_nothing():
+    face = swag(seeded(mlp))
+    before = face.sample_parameters(seed=0)
+    with pytest.raises(ValueError, match="same architecture"):
+        face.load_state_dict(swag(seeded(conv_net)).state_dict(), strict=False)
+    for name, leaf in face.sample_parameters(seed=0).items():
+        assert_close(leaf, before[name])
+
+
+def test_wrapped_modules_are_collected_as_what_is_inside():
+    model = seeded(mlp)
+    face, other = SWAG(model), SWAG(model)
+    for step in range(3):
+        nudged(model, step)
+        face.collect_model(nn.DataParallel(model))
+        other.collect_model(model)
+    for name, leaf in face.sample_parameters(seed=0).items():
+        assert torch.equal(leaf, other.sample_parameters(seed=0)[name])
+    with pytest.raises(ValueError, match=r"`SWAG\.collect_model\(model\)`.*architecture"):
+        face.collect_model(seeded(conv_net))
+
+
+@pytest.mark.parametrize(
+    "argument", [{"var_clamp": -1.0}, {"scale": 0.0}, {"max_models": -1}, {"scale": "x"}]
+)
+def test_swag_refuses_bad_numbers_before_any_training(argument):
+    with pytest.raises(ValueError, match=rf"`SWAG\({next(iter(argument))}=\.\.\.\)`"):
+        SWAG(seeded(mlp), **argument)
+
+
+def test_one_module_is_no_ensemble():
+    shared = seeded(mlp)
+    with pytest.raises(ValueError, match="a new module at every call"):
+        DeepEnsemble(lambda: shared, num_models=3)
+
+
+def test_a_rate_can_be_changed_later():
+    face, x = MCDropout(seeded(mlp)), randn(N, 4)
+    low = face.predict(x, seed=0)[1].mean()
+    face.dropout_rate = 0.7
+    assert face.predict(x, seed=0)[1].mean() > 2 * low
 
 
 def test_swag_says_that_a_snapshot_is_missing():

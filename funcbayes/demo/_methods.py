@@ -124,7 +124,8 @@ def fit_swag_and_dropout(task: Task, seed: int, rate: float) -> Fitted:
     fn, params = make_functional(module)
     params = training.fit(fn, params, task.data, task.likelihood, seed=seed, **task.training)
     last = list(params)[-1].rpartition(".")[0]
-    head = restrict(_collected(task, seed, fn, params), f"{last}.*")
+    collected = _collected(task, seed, fn, params)
+    head, params = restrict(collected, f"{last}.*"), collected.mean
     module.load_state_dict(params)
     module.train()
 

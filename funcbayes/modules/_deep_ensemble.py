@@ -12,13 +12,14 @@ from .._random import Seed
 from .._tree import Params, stack
 from ..metrics import diversity
 from ..posteriors import Ensemble, Posterior, to
-from ._predicting import Outputs, Predicting, check_module
+from ._predicting import Outputs, Predicting, check_module, unwrapped
 
 
 class DeepEnsemble(Predicting):
     """Networks trained from different starts, Lakshminarayanan et al. (2017).
 
-    To train all members at once in vectorised steps use :func:`funcbayes.ensemble.fit`.
+    Members may be trained by :meth:`train_member` or elsewhere, so predicting is never refused. To train all
+    members at once in vectorised steps use :func:`funcbayes.ensemble.fit`.
 
     Args:
         model_fn: Builds a new module at every call, with weights from torch's global random state.
@@ -38,7 +39,7 @@ class DeepEnsemble(Predicting):
     """
 
     def __init__(
-        self, model_fn: Callable[[], nn.Module], num_models: int = 5, *, likelihood: Outputs | None = None
+        self, model_fn: Callable[[], nn.Module], num_models: int = 5, *, likelihood: Outputs = None
     ) -> None:
         super().__init__("DeepEnsemble", likelihood, None)
         if isinstance(model_fn, nn.Module) or not callable(model_fn):
@@ -47,10 +48,14 @@ class DeepEnsemble(Predicting):
                 f"{type(model_fn).__name__}. Write `lambda: Net(...)`."
             )
         num_models = positive_int(num_models, "DeepEnsemble(num_models=...)")
-        self.models = nn.ModuleList(
-            check_module(model_fn(), "DeepEnsemble(model_fn)") for _ in range(num_models)
-        )
-        self._fn, _ = make_functional(self.models[0])
+        models = [check_module(model_fn(), "DeepEnsemble(model_fn)") for _ in range(num_models)]
+        if len({id(model) for model in models}) < num_models:
+            raise ValueError(
+                "`DeepEnsemble(model_fn)` should be given a function that builds a new module at every call; "
+                "this one returns one module again."
+            )
+        self.models = nn.ModuleList(models)
+        self._fn, _ = make_functional(unwrapped(models[0]))
 
     def forward(self, x: Any, model_idx: int | None = None) -> Any:
         """Evaluate one member, or average the outputs of all members (logits too: see ``predict``)."""
@@ -82,6 +87,7 @@ class DeepEnsemble(Predicting):
 
         Raises:
             IndexError: If there is no such member.
+            TypeError: If ``train_loader`` can be gone through once only, and there are several epochs.
             ValueError: If the optimizer holds none of its parameters, or there are no batches.
         """
         model = self.models[self._member(model_idx, "train_member")]
@@ -90,6 +96,11 @@ class DeepEnsemble(Predicting):
             raise ValueError(
                 f"`train_member({model_idx}, ..., optimizer)` should be given an optimizer of "
                 f"`models[{model_idx}].parameters()`, got one of other tensors."
+            )
+        if num_epochs != 1 and hasattr(type(train_loader), "__next__"):
+            raise TypeError(
+                "`train_member(train_loader=...)` should be a re-iterable for several epochs, got "
+                f"{type(train_loader).__name__}, which can be gone through once. Write `list(batches)`."
             )
         if device is None:
             device = next(model.parameters()).device
@@ -135,5 +146,6 @@ class DeepEnsemble(Predicting):
             )
         return model_idx
 
-    def _posterior(self) -> tuple[FunctionalModule, Params, Posterior]:
-        return self._fn, None, Ensemble(stack([self._fn.values_of(model) for model in self.models]))
+    def _posterior(self) -> tuple[FunctionalModule, Params, Posterior, int | None]:
+        members = stack([self._fn.values_of(unwrapped(model)) for model in self.models])
+        return self._fn, None, Ensemble(members), None

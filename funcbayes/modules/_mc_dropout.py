@@ -8,7 +8,7 @@ from .._functional import FunctionalModule, make_functional
 from .._random import Seed
 from .._tree import Params
 from ..posteriors import Dropout, Posterior
-from ._predicting import Outputs, Predicting, check_module
+from ._predicting import Outputs, Predicting, check_module, unwrapped
 
 
 class MCDropout(Predicting):
@@ -36,13 +36,13 @@ class MCDropout(Predicting):
         num_samples: int = 20,
         dropout_rate: float | None = 0.1,
         *,
-        likelihood: Outputs | None = None,
+        likelihood: Outputs = None,
     ) -> None:
         super().__init__("MCDropout", likelihood, num_samples)
         self.model = check_module(model, "MCDropout(model)")
         self.dropout_rate = dropout_rate
-        self._dropout = Dropout(rate=dropout_rate)
-        self._fn, _ = make_functional(model)
+        Dropout(rate=dropout_rate)  # refuses a rate that is none
+        self._fn, _ = make_functional(unwrapped(model))
 
     def forward(self, x: Any) -> Any:
         """Evaluate the model as it is: with its own dropout in training mode, without in evaluation mode."""
@@ -51,12 +51,13 @@ class MCDropout(Predicting):
     def predict_entropy(self, x: Any, *, seed: Seed | None = None) -> Tensor:
         """Entropy of the averaged class probabilities in nats, ``(N,)``; for classifiers."""
         prediction = self._prediction(x, seed)
-        if prediction.likelihood is None:
+        if prediction.likelihood is None or not prediction.likelihood.is_discrete:
             raise ValueError(
                 "`MCDropout.predict_entropy(x)` should be asked of a classifier; these outputs are values. "
                 "If they are class logits: `MCDropout(model, likelihood='classification')`."
             )
         return prediction.entropy
 
-    def _posterior(self) -> tuple[FunctionalModule, Params, Posterior]:
-        return self._fn, self._fn.values_of(self.model), self._dropout
+    def _posterior(self) -> tuple[FunctionalModule, Params, Posterior, int | None]:
+        values = self._fn.values_of(unwrapped(self.model))
+        return self._fn, values, Dropout(rate=self.dropout_rate), self.num_samples

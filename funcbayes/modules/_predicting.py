@@ -11,10 +11,10 @@ from .._predict import predict
 from .._prediction import Prediction
 from .._random import Seed
 from .._tree import Params
-from ..likelihoods import Categorical
+from ..likelihoods import Bernoulli, Categorical, Likelihood
 from ..posteriors import Posterior
 
-Outputs = Literal["classification", "regression"]
+Outputs = Literal["classification", "regression"] | Likelihood | None
 Summary = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]  # mean, variance, and perhaps draws
 
 
@@ -25,23 +25,35 @@ def check_module(module: Any, call: str) -> nn.Module:
     return module
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside what parallel training or ``torch.compile`` put around it."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
+
+
 class Predicting(nn.Module):
     """A module that predicts with draws of a posterior; a class says which, in ``_predict_with``."""
 
-    def __init__(self, call: str, likelihood: Outputs | None, num_samples: int | None) -> None:
+    def __init__(self, call: str, likelihood: Outputs, num_samples: int | None) -> None:
         super().__init__()
-        if likelihood not in ("classification", "regression", None):
+        is_known = isinstance(likelihood, str | None) and likelihood in ("classification", "regression", None)
+        if not is_known and not isinstance(likelihood, Likelihood):
             raise ValueError(
-                f"`{call}(likelihood=...)` should be 'classification', 'regression' or None, got "
-                f"{likelihood!r}."
+                f"`{call}(likelihood=...)` should be 'classification', 'regression', None or a likelihood, "
+                f"got {likelihood!r}."
             )
         if num_samples is not None:
             positive_int(num_samples, f"{call}(num_samples=...)")
         self.likelihood = likelihood
         self.num_samples = num_samples
 
-    def _posterior(self) -> tuple[FunctionalModule, Params, Posterior]:
-        """The arguments of ``predict``."""
+    def _posterior(self) -> tuple[FunctionalModule, Params, Posterior, int | None]:
+        """The arguments of ``predict``: model, parameters, posterior, number of draws."""
         raise NotImplementedError
 
     def predict(
@@ -66,17 +78,29 @@ class Predicting(nn.Module):
             return mean, variance
         samples = prediction.samples
         if prediction.likelihood is not None:
-            samples = prediction.likelihood.mean(samples)
+            samples = torch.func.vmap(prediction.likelihood.mean)(samples)  # axes are counted from the rows
         return mean, variance, samples
 
     def _prediction(self, x: Any, seed: Seed | None) -> Prediction:
-        fn, params, posterior = self._posterior()
+        fn, params, posterior, num_samples = self._posterior()
         with torch.no_grad():
-            prediction = predict(fn, params, posterior, x, num_samples=self.num_samples, seed=seed)
-        return prediction.under(Categorical()) if self._is_classifier(prediction) else prediction
+            prediction = predict(fn, params, posterior, x, num_samples=num_samples, seed=seed)
+        likelihood = self._likelihood_of(prediction.samples.shape[1:])
+        return prediction if likelihood is None else prediction.under(likelihood)
 
-    def _is_classifier(self, prediction: Prediction) -> bool:
-        if self.likelihood is not None:
-            return self.likelihood == "classification"
-        shape = prediction.samples.shape[1:]
-        return len(shape) == 2 and shape[1] > 1
+    def _likelihood_of(self, shape: torch.Size) -> Likelihood | None:
+        """What outputs ``(N, ...)`` are; ``None`` for values."""
+        if isinstance(self.likelihood, Likelihood):
+            return self.likelihood
+        is_classifier = self.likelihood == "classification"
+        if self.likelihood is None:
+            is_classifier = len(shape) == 2 and shape[1] > 1
+        if not is_classifier:
+            return None
+        if len(shape) > 2:
+            raise ValueError(
+                "`predict(x)` should know which axis of the outputs holds the classes, where there are more "
+                f"than two; these are {tuple(shape)}. Write `likelihood=Categorical(class_axis=1)`, say."
+            )
+        # One logit is that of the second of two classes.
+        return Categorical() if len(shape) == 2 and shape[1] > 1 else Bernoulli()
