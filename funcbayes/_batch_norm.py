@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,23 +25,24 @@ from ._tree import (
     stack,
 )
 from ._warning import levels_to_the_user
-from .posteriors import Ensemble
+from .posteriors import Ensemble, Mixture
 from .training._batch import Batch
-from .training._data import Data, open_data
+from .training._data import Data, Source, open_data
 from .training._together import equal_parts
 
 _CALL = "refresh_batch_norm"
+_Members = TypeVar("_Members", Ensemble, Mixture)
 
 
 def refresh_batch_norm(
     fn: Model,
     params: Params | None,
-    ensemble: Ensemble,
+    ensemble: _Members,
     data: Data,
     *,
     batch_size: int | None = None,
     chunk_size: int | None = None,
-) -> Ensemble:
+) -> _Members:
     """Find the BatchNorm statistics of every member of an ensemble, by one pass over the data.
 
     Draws of a Gaussian, and averages of weights, need statistics of their own: those of training belong to
@@ -53,21 +54,23 @@ def refresh_batch_norm(
     Args:
         fn: Pure model.
         params: What the members do not cover; may be ``None``.
-        ensemble: Members, of ``to_ensemble(posterior, num_samples)`` say. Their effects play no part.
+        ensemble: Members, of ``to_ensemble(posterior, num_samples)`` say; or a mixture of ensembles, as it
+            makes of members that cover different leaves. Their effects play no part.
         data: As in :func:`funcbayes.training.fit`. Tensors are gone through in order; a loader is given the
             same random state at every call. ``y`` is not used.
         batch_size: Rows a batch, for data in tensors; ``None`` for one batch of all rows. Larger batches give
-            a better estimate of the variance.
+            a better estimate of the variance. A last batch of one row, which has none, joins the one before.
         chunk_size: Members evaluated at a time; ``None`` to choose by the sizes of intermediates.
 
     Returns:
-        The ensemble with the same weights, whose members hold the statistics as ``Fixed``, leaves
-        ``(K, ...)``, and the number of batches where a layer counts them. A model without running
+        The ensemble, or mixture, with the same weights, whose members hold the statistics as ``Fixed``,
+        leaves ``(K, ...)``, and the number of batches where a layer counts them. A model without running
         statistics leaves the ensemble as it is. Nothing is changed in place.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If data are empty, or ``batch_size`` is out of range.
+        ValueError: If data are empty, ``batch_size`` is out of range, or the model cannot take a batch of
+            one row.
         RuntimeError: If statistics are not finite.
 
     Example:
@@ -82,14 +85,33 @@ def refresh_batch_norm(
         tensor([3., 3., 3.])
     """
     check_model(fn, _CALL)
-    if not isinstance(ensemble, Ensemble):
-        raise TypeError(
-            f"`{_CALL}(fn, params, ensemble, data)` should be given an Ensemble, got "
-            f"{type(ensemble).__name__}. Write `to_ensemble(posterior, num_samples)`."
-        )
+    parts = _ensembles(ensemble)
     if chunk_size is not None:
         chunk_size = positive_int(chunk_size, f"{_CALL}(chunk_size=...)")
     source = open_data(data, batch_size=batch_size, num_streams=1, call=_CALL)
+    refreshed = [_refreshed(fn, params, part, source, chunk_size) for part in parts]
+    if all(new is part for new, part in zip(refreshed, parts, strict=True)):
+        return ensemble
+    if isinstance(ensemble, Mixture):
+        return dataclasses.replace(ensemble, components=tuple(refreshed))
+    return refreshed[0]
+
+
+def _ensembles(given: Any) -> list[Ensemble]:
+    parts: Any = given.components if isinstance(given, Mixture) else (given,)
+    for part in parts:
+        if not isinstance(part, Ensemble):
+            found = f"a Mixture with a {type(part).__name__}" if part is not given else type(part).__name__
+            raise TypeError(
+                f"`{_CALL}(fn, params, ensemble, data)` should be given an Ensemble, or a Mixture of such, "
+                f"got {found}. Write `to_ensemble(posterior, num_samples)`."
+            )
+    return list(parts)
+
+
+def _refreshed(
+    fn: Model, params: Params | None, ensemble: Ensemble, source: Source, chunk_size: int | None
+) -> Ensemble:
     with torch.inference_mode(False), torch.no_grad():
         run = _Run(fn, params, ensemble, chunk_size)
         total, num_rows, num_batches = None, 0, 0
@@ -147,6 +169,8 @@ class _Run:
 
     def statistics(self, batch: Batch) -> Params:
         """Those of one batch, leaves ``(K, ...)``."""
+        if batch.rows == 1:
+            self._alone(0, batch)  # what no member can be evaluated on is no fault of `vmap`
         while self._kind != "loop":
             kind = self._kind or ("channels_last" if batch.rows >= 4 else "rows_first")
             try:
@@ -161,8 +185,17 @@ class _Run:
         return stack([select(self._alone(k, batch), _is_statistic) for k in range(self.num_members)])
 
     def _alone(self, k: int, batch: Batch) -> Params:
-        with forked(0):  # a model may draw noise in training
-            return self._one(index(self.members, k), index(self._start, k), batch)
+        try:
+            with forked(0):  # a model may draw noise in training
+                return self._one(index(self.members, k), index(self._start, k), batch)
+        except Exception as err:  # whatever a layer raises that has one value to normalise by
+            if batch.rows != 1:
+                raise
+            raise ValueError(
+                f"`{_CALL}(data=...)` should give batches of several rows to a model that cannot take a "
+                "single one, as BatchNorm1d cannot; got a batch of one row. Write `drop_last=True` for a "
+                "loader, or choose another batch size."
+            ) from err
 
     def _one(self, member: Params, start: Params, batch: Batch) -> Params:
         params = merge(merge(self.params, member), merge(start, self.counts))

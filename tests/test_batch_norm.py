@@ -173,6 +173,43 @@ def test_batches_weigh_what_rows_they_have():
     assert got["0.num_batches_tracked"].tensor.tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_a_last_row_that_would_be_alone_joins_the_batch_before(chunk_size):
+    fn, ensemble, _ = ensemble_of(ConvNet)
+    x = randn(11, 1, 5, 5)
+    got = refresh(fn, ensemble, (x, torch.zeros(11)), batch_size=5, chunk_size=chunk_size)
+    expected = refresh(fn, ensemble, [(part, torch.zeros(len(part))) for part in x.split([5, 6])])
+    assert_equal(got, expected)
+    assert got.members["last.num_batches_tracked"].tensor.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
+def test_of_a_mixture_of_ensembles_each_is_refreshed(weights):
+    fn, ensemble, _ = ensemble_of(ConvNet)
+    data = (randn(N, 1, 5, 5), torch.zeros(N))
+    params = {k: v[0] for k, v in ensemble.members.items() if not isinstance(v, fb.Fixed)}
+    parts = [
+        fb.Ensemble({k: v[:2] for k, v in ensemble.members.items() if k.startswith(name)})
+        for name in ("dense", "head")
+    ]
+    mixed = fb.mixture(*parts, weights=weights)
+    got = refresh(fn, mixed, data, params=params)
+    assert isinstance(got, fb.Mixture)
+    assert got.has_equal_weights == mixed.has_equal_weights
+    torch.testing.assert_close(got.weights, mixed.weights)
+    for part, refreshed in zip(parts, got.components, strict=True):
+        assert_equal(refreshed, refresh(fn, part, data, params=params))
+
+
+def test_what_to_ensemble_makes_of_different_leaves_is_refreshed():
+    fn, ensemble, _ = ensemble_of(ConvNet)
+    params = {k: v[0] for k, v in ensemble.members.items() if not isinstance(v, fb.Fixed)}
+    parts = [fb.Point({k: params[k]}) for k in ("dense.weight", "head.weight")]
+    draws = fb.to_ensemble(fb.mixture(*parts), 6, seed=0)
+    got = refresh(fn, draws, (randn(N, 1, 5, 5), torch.zeros(N)), params=params)
+    assert all("norm.running_mean" in part.members for part in got.components)
+
+
 def test_statistics_that_members_had_before_do_not_matter():
     fn, ensemble, _ = ensemble_of(ConvNet)
     data = (randn(N, 1, 5, 5), torch.zeros(N))
@@ -334,6 +371,17 @@ def test_draws_of_swag_are_refreshed():
     ("call", "error", "words"),
     [
         (lambda fn, e, d: refresh(fn, fb.Point(e.member(0)), d), TypeError, "Write `to_ensemble(posterior"),
+        (
+            lambda fn, e, d: refresh(fn, fb.mixture(e, fb.Point(e.member(0))), d),
+            TypeError,
+            "got a Mixture with a Point",
+        ),
+        (
+            lambda fn, e, d: refresh(fn, e, [d, (d[0][:1], d[1][:1])]),
+            ValueError,
+            "Write `drop_last=True`",
+        ),
+        (lambda fn, e, d: refresh(fn, e, d, batch_size=1), ValueError, "another batch size"),
         (lambda fn, e, d: refresh(ConvNet(), e, d), TypeError, "got an nn.Module"),
         (lambda fn, e, d: refresh(fn, e, iter([d])), TypeError, "should be a re-iterable"),
         (lambda fn, e, d: refresh(fn, e, []), ValueError, "`refresh_batch_norm(data=...)`"),

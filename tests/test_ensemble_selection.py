@@ -243,6 +243,10 @@ ERRORS = {
     "fraction": ({"num_members": 1.5}, TypeError, "(num_members=...)` should be an int"),
     "module": ({"fn": nn.Linear(4, 2)}, TypeError, "got an nn.Module"),
     "posterior": ({"ensemble": fb.Point({"w": torch.ones(2)})}, TypeError, "given an Ensemble, got P"),
+    "mixture": (
+        {"ensemble": fb.mixture(*(fb.Ensemble({name: torch.ones(2)}) for name in "wb"))},
+        TypeError, "got a Mixture. If its components do",
+    ),
     "likelihood": ({"likelihood": nn.CrossEntropyLoss()}, TypeError, "(likelihood=...)` should be one of"),
     "empty": ({"data": []}, ValueError, "(data=...)` should give at least one batch"),
     "tensor": ({"data": torch.ones(3, 4)}, TypeError, "(data=...)` should be an (x, y) tuple of tensors"),

@@ -13,7 +13,7 @@ import funcbayes as fb
 from funcbayes import swag, training
 from funcbayes.covariances import Diagonal, LowRankPlusDiagonal
 from funcbayes.ensemble import member_seeds
-from funcbayes.swag._state import _AT_ONCE
+from funcbayes.swag._state import block_size
 
 F64 = torch.float64
 SHAPES = {"w": (2, 3), "b": (2,), "gain": ()}  # ranks 2, 1, 0
@@ -166,6 +166,54 @@ def test_variances_survive_a_drift_away_from_the_first_snapshot():
     torch.testing.assert_close(variance, theta.var(0, unbiased=False), rtol=1e-3, atol=0)
 
 
+def starting_far_away(start, n):
+    values = 0.05 * torch.randn(n, 16, generator=seeded(0))
+    values[0] = start
+    return values
+
+
+def decaying(n):
+    return 0.05 * 0.99 ** torch.arange(n)[:, None] + 1e-3 * torch.randn(n, 16, generator=seeded(0))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(starting_far_away, 1e3, 20_000),
+        functools.partial(starting_far_away, 10.0, 20_000),
+        functools.partial(decaying, 5000),
+    ],
+)
+def test_variances_survive_many_snapshots_after_a_first_that_is_far_away(make, rank):
+    values = make()
+    q = swag.posterior(collected([{"w": value} for value in values], rank), scale=1.0)
+    expected = values.double().var(0, unbiased=False)
+    torch.testing.assert_close(q.covariance.variance["w"].double(), expected, rtol=2e-4, atol=0)
+
+
+def test_a_diagonal_covariance_keeps_few_snapshots():
+    assert max(len(collected(snapshots(n), 0).recent) for n in range(1, 20)) <= 4
+
+
+def test_a_shared_state_is_updated_by_mapped_snapshots():
+    trees, runs = snapshots(7), [snapshots(6, seed) for seed in (1, 2)]
+    state = collected(trees, 0)
+
+    def fitted(run):
+        for tree in run:
+            state_of_run.append(swag.update(state_of_run[-1], tree))
+        return swag.posterior(state_of_run[-1])
+
+    state_of_run = [state]
+    stacked = [{k: torch.stack([run[t][k] for run in runs]) for k in SHAPES} for t in range(6)]
+    mapped = vmap(fitted)(stacked)
+    for k, run in enumerate(runs):
+        alone = swag.posterior(collected([*trees, *run], 0))
+        for got, expected in zip(tensors(mapped), tensors(alone), strict=True):
+            torch.testing.assert_close(got[k], expected)
+
+
 @pytest.mark.parametrize("n", [1, 4, 9])
 def test_what_init_is_given_is_no_snapshot(n):
     ones = [{"w": torch.ones(3)}] * n
@@ -214,7 +262,7 @@ def test_a_snapshot_is_copied(n):
 def test_no_more_snapshots_are_kept_than_a_few_beyond_the_rank():
     for rank in (0, 1, 5):
         state = collected(snapshots(40), rank)
-        assert rank <= len(state.recent) < rank + _AT_ONCE
+        assert rank <= len(state.recent) < rank + block_size(rank)
 
 
 def test_two_ways_from_one_state_do_not_meet():
@@ -315,6 +363,8 @@ def test_a_state_and_its_posterior_are_saved_and_loaded(tmp_path):
             "'w' has shape (3, 2), not (2, 3)",
         ),
         (lambda: fitted_to(scale=0.0), ValueError, "`swag.posterior(scale=...)` should be positive"),
+        (lambda: fitted_to(scale="x"), TypeError, "posterior(scale=...)` should be a number, got str."),
+        (lambda: fitted_to(var_floor="x"), TypeError, "(var_floor=...)` should be a number, got str."),
         (lambda: fitted_to(scale=float("inf")), ValueError, "positive and finite, got inf"),
         (
             lambda: fitted_to(var_floor=-1e-3),

@@ -17,7 +17,7 @@ from .._tree import Params, device_of, index
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..likelihoods._layout import wide
-from ..posteriors import Ensemble
+from ..posteriors import Ensemble, Mixture
 from ..training._data import Data
 from ..training._early_stopping import open_rows
 
@@ -225,6 +225,12 @@ def _chosen(ensemble: Ensemble, kept: Tensor, weights: Tensor) -> Ensemble:
 
 def _check(fn: Model, ensemble: Ensemble, likelihood: Likelihood, call: str) -> None:
     check_model(fn, call)
+    if isinstance(ensemble, Mixture):
+        raise TypeError(
+            f"`{call}(fn, params, ensemble, ...)` should be given an Ensemble, whose members cover the same "
+            "leaves, got a Mixture. If its components do, `to_ensemble(posterior, num_samples)` makes an "
+            "Ensemble of it; if they do not, choose among the members of one component at a time."
+        )
     if not isinstance(ensemble, Ensemble):
         raise TypeError(
             f"`{call}(fn, params, ensemble, ...)` should be given an Ensemble, got "

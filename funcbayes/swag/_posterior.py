@@ -1,6 +1,7 @@
 """The Gaussian that the snapshots give."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import optree
@@ -12,7 +13,7 @@ from .._tree import Params, merge, named_leaves
 from ..covariances import Diagonal, LowRankPlusDiagonal
 from ..posteriors import Gaussian
 from ._moments import moments, scale_of_columns
-from ._state import State
+from ._state import State, block_size
 
 
 def posterior(state: State, scale: float = 0.5, var_floor: float = 1e-30) -> Gaussian:
@@ -56,11 +57,16 @@ def posterior(state: State, scale: float = 0.5, var_floor: float = 1e-30) -> Gau
             "takes shapes only. Write `state = swag.update(state, params)` for each."
         )
     num_columns = min(n - 1, state.rank)
-    trees = (state.origin, state.total, state.squares, *state.recent)
+    trees = (state.origin, state.mean, state.squares, *state.recent)
     by_leaf = zip(*map(optree.tree_leaves, trees), strict=True)
     means, variances, factors = [], [], []
-    for name, (origin, total, squares, *recent) in zip(named_leaves(state.origin), by_leaf, strict=True):
-        shift, var, columns = moments(total, squares, recent, n - len(recent), num_columns)
+    for name, (origin, mean, squares, *recent) in zip(named_leaves(state.origin), by_leaf, strict=True):
+        shift, var, columns = moments(
+            *(mean, squares, n - len(recent), recent),
+            size=block_size(state.rank),
+            origin=origin,
+            keep=num_columns,
+        )
         mean = (origin.to(shift.dtype) + shift).to(origin.dtype)
         _check_finite(name, mean, var)
         means.append(mean)
@@ -78,6 +84,9 @@ def posterior(state: State, scale: float = 0.5, var_floor: float = 1e-30) -> Gau
 
 def check_scales(scale: float, var_floor: float, call: str) -> None:
     """Refuse what would give no covariance."""
+    for name, value in (("scale", scale), ("var_floor", var_floor)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"`{call}({name}=...)` should be a number, got {type(value).__name__}.")
     if not 0 < scale < math.inf:
         raise ValueError(f"`{call}(scale=...)` should be positive and finite, got {scale}.")
     if not 0 <= var_floor < math.inf:

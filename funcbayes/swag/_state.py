@@ -19,33 +19,40 @@ from .._tree import (
     select,
     static,
 )
-from ._moments import differences, summed
+from ._moments import differences, merged
 
-# So many snapshots leave the buffer at a time: of their sums only the first asks for new memory, and fresh
-# memory costs more than what is written into it.
-_AT_ONCE = 8
+
+def block_size(rank: int) -> int:
+    """How many snapshots leave the buffer at a time.
+
+    Merging a block makes a few new tensors, and fresh memory costs more than what is written into it, so
+    that larger blocks are cheaper. Where no deviations are kept the buffer is all that takes much memory.
+    """
+    return 8 if rank else 5
 
 
 @pytree_dataclass
 class State:
-    """Snapshots seen so far: the latest as they are, of those before only sums.
+    """Snapshots seen so far: the latest as they are, of those before only moments.
 
     Trees have the parameters of a snapshot as leaves, in at least float32 but for ``origin``. An update
-    adds to ``recent`` and shares the rest; now and then it adds the oldest of ``recent`` to the sums.
+    adds to ``recent`` and shares the rest; now and then it merges the oldest block of ``recent`` with the
+    moments.
 
     Attributes:
         origin: The first snapshot, ``theta_1``; zeros before there is one.
-        total: Sum of ``theta_t - theta_1`` over the snapshots that are no longer in ``recent``.
-        squares: Sum of ``(theta_t - theta_1) ** 2`` over the same.
-        recent: ``theta_t - theta_1`` of the latest snapshots, oldest first: at least ``rank`` of them, if
-            there were as many.
+        mean: Mean of ``theta_t - theta_1`` over the snapshots that are no longer in ``recent``.
+        squares: Sum of the squared deviations of the same from their mean.
+        recent: The latest snapshots, oldest first: at least ``rank`` of them, if there were as many. They
+            come in blocks of ``block_size(rank)``, of which the last may be unfinished: the first snapshot of
+            a block as it is, the others less the first.
         fixed: The ``Fixed`` leaves of the latest snapshot.
         num_snapshots: How many there were, ``n``.
         rank: How many deviations the covariance will have at most.
     """
 
     origin: Params
-    total: Params
+    mean: Params
     squares: Params
     recent: tuple[Params, ...]
     fixed: Params
@@ -80,8 +87,8 @@ def init(params: Params, rank: int = 20) -> State:
     with torch.inference_mode(False), torch.no_grad():
         like = select(params, lambda _, leaf: is_parameter(leaf))
         origin = map_leaves(_zeros, like)
-        total, squares = (map_leaves(_wide_zeros, like) for _ in range(2))
-        return State(origin, total, squares, (), {}, 0, operator.index(rank))
+        mean, squares = (map_leaves(_wide_zeros, like) for _ in range(2))
+        return State(origin, mean, squares, (), {}, 0, operator.index(rank))
 
 
 def _zeros(leaf: Tensor) -> Tensor:
@@ -89,8 +96,12 @@ def _zeros(leaf: Tensor) -> Tensor:
 
 
 def _wide_zeros(leaf: Tensor) -> Tensor:
-    # A sum in half precision would not move any more after some hundred snapshots.
-    return _zeros(leaf).to(torch.promote_types(leaf.dtype, torch.float32))
+    # A mean in half precision would not move any more after some hundred snapshots.
+    return _wide(_zeros(leaf))
+
+
+def _wide(leaf: Tensor) -> Tensor:
+    return leaf.to(torch.promote_types(leaf.dtype, torch.float32))
 
 
 def update(state: State, params: Params) -> State:
@@ -119,16 +130,23 @@ def update(state: State, params: Params) -> State:
         leaves = _parameters_like(state, named)
         structure: Any = optree.tree_structure(state.origin)
         origin = state.origin if state.num_snapshots else structure.unflatten([*map(_copy, leaves)])
-        shifts = differences(leaves, optree.tree_leaves(origin))
-        recent = (*state.recent, structure.unflatten(shifts))
+        size, place = block_size(state.rank), len(state.recent) % block_size(state.rank)
+        if place:
+            row = differences(leaves, optree.tree_leaves(state.recent[-place]))
+        elif state.num_snapshots:
+            row = [*map(_wide_copy, leaves)]
+        else:
+            row = [*map(_wide, optree.tree_leaves(origin))]  # the same memory where it can be
+        recent = (*state.recent, structure.unflatten(row))
         fixed: Params = {}
         if len(named) > len(leaves):
             fixed = map_leaves(torch.clone, select(params, lambda _, leaf: isinstance(leaf, Fixed)))
-        total, squares, rank = state.total, state.squares, state.rank
-        if len(recent) == rank + _AT_ONCE:
-            total, squares = summed(total, squares, recent[:_AT_ONCE])
-            recent = recent[_AT_ONCE:]
-        return State(origin, total, squares, recent, fixed, state.num_snapshots + 1, rank)
+        mean, squares, n = state.mean, state.squares, state.num_snapshots + 1
+        if len(recent) == state.rank + size:
+            count, block = n - len(recent), recent[:size]
+            mean, squares = merged(mean, squares, count, block, origin, is_last_spare=not state.rank)
+            recent = recent[size:]
+        return State(origin, mean, squares, recent, fixed, n, state.rank)
 
 
 def _parameters_like(state: State, named: dict[str, Any]) -> list[Tensor]:
@@ -145,3 +163,8 @@ def _parameters_like(state: State, named: dict[str, Any]) -> list[Tensor]:
 
 def _copy(leaf: Tensor) -> Tensor:
     return leaf.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _wide_copy(leaf: Tensor) -> Tensor:
+    wide = _wide(leaf.detach())
+    return _copy(wide) if wide.dtype == leaf.dtype else wide.contiguous()
