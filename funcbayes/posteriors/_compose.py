@@ -77,8 +77,8 @@ def restrict(posterior: Posterior, where: Where) -> Posterior:
     """Take the marginal of a posterior over some of its leaves; the model gets the others from ``params``.
 
     Give ``predict`` parameters that belong to the posterior, most often its mean: the network that a method
-    started from may be far from it. This is not the posterior that a method finds with ``where``, which holds the other leaves fixed: for
-    a posterior with correlations that one is narrower.
+    started from may be far from it. This is not the posterior that a method finds with ``where``, which
+    holds the other leaves fixed: for a posterior with correlations that one is narrower.
 
     Args:
         posterior: Any posterior over leaves.
