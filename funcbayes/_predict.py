@@ -270,7 +270,8 @@ def _plan(
         weights = torch.cat([weights for _, weights in atoms])
         positions = torch.arange(len(weights)).split([len(weights) for _, weights in atoms])
         return weights, [
-            (at, functools.partial(_take, draw)) for at, (draw, _) in zip(positions, atoms, strict=True)
+            (at, functools.partial(_take, draw, len(at)))
+            for at, (draw, _) in zip(positions, atoms, strict=True)
         ]
     count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
     indices = torch.arange(count)
@@ -282,7 +283,9 @@ def _plan(
     return weights, [group(positions) for positions in posterior.structures(indices, seed).values()]
 
 
-def _take(draw: Draw, part: Tensor) -> Draw:
+def _take(draw: Draw, count: int, part: Tensor) -> Draw:
+    if len(part) == count:
+        return draw
     # Parts are consecutive, and a slice is a view where indexing would copy the members.
     return map_leaves(lambda leaf: leaf[int(part[0]) : int(part[-1]) + 1], draw)
 
