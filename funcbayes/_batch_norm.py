@@ -16,6 +16,7 @@ from ._random import forked
 from ._tree import (
     Fixed,
     Params,
+    concatenate,
     device_of,
     index,
     map_leaves,
@@ -177,7 +178,7 @@ class _Run:
                 if self._parts is None:
                     self._parts = self._chosen_parts(batch)
                 found = [self._together(part, batch, kind) for part in self._parts]
-                return map_leaves(lambda *parts: torch.cat(parts), *found)
+                return concatenate(found)
             except Exception as error:  # of a batching rule, or of `vmap`; a loop that works is an answer
                 if kind == "vmap":
                     self._warn(error)

@@ -2,12 +2,10 @@
 
 import functools
 
-import torch
-
 from .._checks import check_model, positive_int
 from .._functional import Model
 from .._random import resolve_seed
-from .._tree import Params, Where, map_leaves
+from .._tree import Params, Where, concatenate
 from ..likelihoods import Likelihood
 from ..posteriors import Ensemble
 from ..training._data import Data, open_data
@@ -157,7 +155,7 @@ def fit(
         watch=make_watcher,
     )
     if watchers:
-        trained = map_leaves(lambda *parts: torch.cat(parts), *(stopping.best() for stopping in watchers))
+        trained = concatenate([stopping.best() for stopping in watchers])
     return Ensemble(trained)
 
 

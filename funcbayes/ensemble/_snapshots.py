@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .._checks import check_model, positive_int
 from .._functional import Model
 from .._random import resolve_seed
-from .._tree import Params, Where, map_leaves
+from .._tree import Params, Where, concatenate, map_leaves
 from ..likelihoods import Likelihood
 from ..posteriors import Ensemble
 from ..training._data import Data, open_data
@@ -131,7 +131,7 @@ def fit_snapshots(
             f"`{_CALL}(callback=...)` should let the first cycle come to its end, after {epochs_per_cycle} "
             "epochs: there is no member before that."
         )
-    return Ensemble(map_leaves(lambda *parts: torch.cat(parts), *snapshots.kept))
+    return Ensemble(concatenate([*snapshots.kept]))
 
 
 class _Cosine:

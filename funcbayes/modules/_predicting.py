@@ -37,7 +37,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 class Predicting(nn.Module):
-    """A module that predicts with draws of a posterior; a class says which, in ``_predict_with``."""
+    """A module that predicts with draws of a posterior; a class says which, in ``_posterior``."""
 
     def __init__(self, call: str, likelihood: Outputs, num_samples: int | None) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ from .._tree import (
     unbind,
 )
 from ._allocation import allocate_ranked
-from ._interface import Draw, Posterior, covered_leaves, moment_of, structure_of
+from ._interface import Draw, Posterior, covered_leaves, in_order, moment_of, structure_of
 from ._weights import normalized, probabilities
 
 
@@ -100,10 +100,9 @@ class Mixture(Posterior):
         if not is_concrete(choices):
             return self._selected(choices, ranks, seed)
         chosen = _by_choice(choices)
-        parts = [self.components[k].draws(ranks[at], _component_seed(seed, k)) for k, at in chosen]
-        whole = concatenate(parts)
-        order = torch.cat([at for _, at in chosen])
-        return whole if bool((order[1:] > order[:-1]).all()) else index(whole, order.argsort())
+        return in_order(
+            [(at, self.components[k].draws(ranks[at], _component_seed(seed, k))) for k, at in chosen]
+        )
 
     def _selected(self, choices: Tensor, ranks: Tensor, seed: Seed) -> Draw:
         """Draws where the choices cannot be looked at: of all components, each keeping its own."""

@@ -12,6 +12,7 @@ from .._tree import (
     Fixed,
     Params,
     Where,
+    concatenate,
     index,
     is_parameter,
     map_leaves,
@@ -182,7 +183,7 @@ def fit(
             f"`{_CALL}(callback=...)` should let training go on to the first snapshot; it ended before."
         )
     with torch.inference_mode(False):
-        state: State = map_leaves(lambda *parts: torch.cat(parts), *states)
+        state: State = concatenate(states)
         return posterior(state if stacked else index(state, 0), scale, var_floor)
 
 

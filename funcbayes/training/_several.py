@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._random import fold
-from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of
+from .._tree import Fixed, Params, Where, concatenate, index, named_leaves, parameters_of
 from ..posteriors import Ensemble
 from ._data import Source
 from ._loop import Watcher, minimize
@@ -125,7 +125,7 @@ def minimize_several(
         for number, k in enumerate(slice(k, k + 1) for k in range(num))
     ]
     with torch.inference_mode(False):
-        return map_leaves(lambda *parts: torch.cat(parts), *alone)
+        return concatenate(alone)
 
 
 def _is_large(members: Params) -> bool:
