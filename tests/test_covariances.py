@@ -14,6 +14,7 @@ from zoo import F64, entry, gaussian, linear_params, randn, randn_like, stacked
 
 import funcbayes as fb
 from funcbayes import MISSING, Gaussian
+from funcbayes._tree import named_leaves as leaves_of, select
 from funcbayes.covariances import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, LowRankPrecision
 
 # Leaves by path in the order of the package, each with what is around it.
@@ -101,6 +102,22 @@ def kronecker(tree, seed=0):
     )
 
 
+def kronecker_lacking(first):
+    """Of four leaves in a row one lacks the output basis, one both, one the input basis, one none."""
+
+    def make(tree, seed=0):
+        whole = kronecker(tree, seed)
+
+        def lacking(basis, numbers):
+            order = list(tree.shapes)
+            return select(basis, lambda path, _: (order.index(path) + first) % 4 not in numbers)
+
+        outputs, inputs = lacking(whole.output_basis, (0, 1)), lacking(whole.input_basis, (1, 2))
+        return Kronecker(whole.variance, outputs, inputs)
+
+    return make
+
+
 def psd(path, length, seed):
     root = randn(length, length, seed=seed + sum(map(ord, path)))
     return root @ root.T
@@ -113,6 +130,21 @@ def kronecker_from_factors(tree, seed=0):
         tree.build(lambda path, shape: psd(path, sides(shape)[1], seed + 1)),
         prior_precision=0.7,
         temperature=2.0,
+    )
+
+
+def kronecker_from_diagonal_factors(tree, seed=0):
+    """Diagonal in the outputs of matrices and in the inputs of others."""
+
+    def factor(path, length, diagonal, seed):
+        matrix = psd(path, length, seed)
+        return matrix.diagonal() if diagonal else matrix
+
+    return Kronecker.from_factors(
+        tree.build(lambda path, shape: torch.zeros(shape, dtype=F64)),
+        tree.build(lambda path, shape: factor(path, sides(shape)[0], len(shape) == 2, seed)),
+        tree.build(lambda path, shape: factor(path, sides(shape)[1], len(shape) != 2, seed + 1)),
+        prior_precision=0.7,
     )
 
 
@@ -133,6 +165,9 @@ MAKERS = {
     "low_rank_precision_of_rank_0": low_rank_precision(0),
     "kronecker": kronecker,
     "kronecker_from_factors": kronecker_from_factors,
+    "kronecker_lacking_bases": kronecker_lacking(0),
+    "kronecker_lacking_other_bases": kronecker_lacking(2),
+    "kronecker_from_diagonal_factors": kronecker_from_diagonal_factors,
     "dense": dense(0),
     "dense_with_more_columns_than_rows": dense(4),
 }
@@ -150,10 +185,6 @@ every_singular = pytest.mark.parametrize("make", SINGULAR.values(), ids=SINGULAR
 
 
 # The matrix, entry by entry.
-
-
-def leaves_of(tree):
-    return {path: leaf for path, leaf in fb._tree.named_leaves(tree).items()}
 
 
 def rows_of(tree):
@@ -179,9 +210,13 @@ def naive(covariance) -> Tensor:
     if isinstance(covariance, Kronecker):
         blocks = []
         for path, variance in leaves_of(covariance.variance).items():
-            basis = torch.kron(
-                leaves_of(covariance.output_basis)[path], leaves_of(covariance.input_basis)[path]
+            outputs, inputs = (
+                leaves_of(tree).get(path, torch.eye(length, dtype=F64))
+                for tree, length in zip(
+                    (covariance.output_basis, covariance.input_basis), sides(variance.shape), strict=True
+                )
             )
+            basis = torch.kron(outputs.contiguous(), inputs.contiguous())
             blocks.append(basis @ torch.diag(variance.reshape(-1)) @ basis.T)
         return torch.block_diag(*blocks)
     low_rank, inverted = covariance, isinstance(covariance, LowRankPrecision)
@@ -711,11 +746,75 @@ def test_input_factors_of_biases_and_scalars_may_be_left_out():
     assert_close(with_ones.diagonal()["gain"], torch.tensor(1 / 3, dtype=F64))
 
 
+@every_tree
+def test_a_factor_given_as_a_vector_is_the_diagonal_matrix_and_has_no_basis(tree):
+    zeros = tree.build(lambda path, shape: torch.zeros(shape, dtype=F64))
+    trees = [
+        tree.build(lambda path, shape, side=side: psd(path, sides(shape)[side], side).diagonal())
+        for side in (0, 1)
+    ]
+    matrices = [optree.tree_map(torch.diag, vectors) for vectors in trees]
+    short = Kronecker.from_factors(zeros, *trees, 0.3, temperature=0.5)
+    assert not leaves_of(short.output_basis)
+    assert not leaves_of(short.input_basis)
+    assert_close(short.to_dense(), Kronecker.from_factors(zeros, *matrices, 0.3, 0.5).to_dense())
+    expected = [
+        1 / (torch.outer(*(leaves_of(vectors)[path] for vectors in trees)) / 0.5 + 0.3)
+        for path in tree.shapes
+    ]
+    assert_close(joined(short.diagonal()), torch.cat([leaf.flatten() for leaf in expected]))
+    assert torch.equal(short.to_dense(), torch.diag(joined(short.diagonal())))
+
+
+@every_tree
+def test_without_bases_draws_are_those_of_a_diagonal(tree):
+    variance = tree.build(numbers(0, kind=positive))
+    one, other = (c.deviations(torch.arange(5), 3) for c in (Kronecker(variance, {}, {}), Diagonal(variance)))
+    assert torch.equal(joined_draws(one), joined_draws(other))
+
+
+@pytest.mark.parametrize("tree", [TREES["plain"], TREES["nested"]], ids=["plain", "nested"])
+def test_components_that_lack_bases_are_mixed_from_a_stack(tree):
+    covariances = [kronecker_lacking(0)(tree, seed) for seed in range(3)]
+    parts = [Gaussian(vector_for(one, seed), one) for seed, one in enumerate(covariances)]
+    one, other = fb.mixture(stacked(*parts), stacked=True), fb.mixture(*parts)
+    assert torch.equal(joined_draws(one.sample(8, seed=0)), joined_draws(other.sample(8, seed=0)))
+    for component, covariance in zip(one.components, covariances, strict=True):
+        assert_close(component.covariance.to_dense(), naive(covariance))
+
+
+def test_a_basis_may_be_marked_as_missing_in_a_dict():
+    covariance = kronecker(TREES["plain"])
+    outputs = with_leaf(covariance.output_basis, w=MISSING)
+    marked = Kronecker(covariance.variance, outputs, covariance.input_basis)
+    del outputs["w"]
+    absent = Kronecker(covariance.variance, outputs, covariance.input_basis)
+    assert torch.equal(marked.to_dense(), absent.to_dense())
+    assert torch.equal(marked.restricted(lambda path, _: path == "w").to_dense(), marked.to_dense()[-6:, -6:])
+
+
+def test_the_curvature_of_an_embedding_makes_no_matrix_over_its_tokens():
+    params = {"embedding": torch.zeros(30_000, 16), "head": torch.zeros(16, 16)}
+    counts = torch.arange(30_000.0)
+    outputs, inputs = ({"embedding": leaf, "head": torch.eye(16)} for leaf in (counts, torch.eye(16)))
+    with Largest() as largest:
+        covariance = Kronecker.from_factors(params, outputs, inputs, prior_precision=1.0)
+        posterior = fb.temper(Gaussian(params, covariance), 0.5)
+        at = posterior.sample(1, seed=0)
+        posterior.log_prob(entry(at, 0))
+        fb.kl(posterior, Gaussian(params, covariance))
+        fb.restrict(posterior, "embedding").entropy()
+    assert_close(posterior.variance["embedding"][:, 1], 0.5 / (counts + 1))
+    assert largest.size <= 2 * 8 * params["embedding"].numel()
+
+
 def test_eigenvalues_that_rounding_made_negative_count_as_zero():
     params = {"w": torch.zeros(2, 2, dtype=F64)}
     factor = {"w": torch.diag(torch.tensor([1.0, -1e-9], dtype=F64))}
     variance = Kronecker.from_factors(params, factor, factor, 0.5).diagonal()["w"]
     assert_close(variance, torch.tensor([[1 / 1.5, 2.0], [2.0, 2.0]], dtype=F64))
+    vector = {"w": factor["w"].diagonal()}
+    assert_close(Kronecker.from_factors(params, vector, factor, 0.5).diagonal()["w"], variance)
 
 
 def test_the_prior_of_a_kronecker_product_is_differentiable():
@@ -811,10 +910,40 @@ ERRORS = {
         ValueError,
         r"`Kronecker\(\.\.\., input_basis\)`.*'w' has shape \(2, 2\), not \(3, 3\)",
     ),
-    "basis_missing": (
-        lambda: Kronecker(ONES, {"w": torch.eye(2)}, EYES[1]),
+    "basis_of_a_leaf_that_is_not_there": (
+        lambda: Kronecker({"w": torch.ones(2, 3)}, EYES[0], {}),
         ValueError,
-        r"`Kronecker\(\.\.\., output_basis, \.\.\.\)`.*'b' is missing",
+        r"`Kronecker\(\.\.\., output_basis, \.\.\.\)`.*'b' is not expected\. A leaf may be missing",
+    ),
+    "basis_is_a_vector": (
+        lambda: Kronecker(ONES, {"b": torch.ones(2)}, {}),
+        ValueError,
+        r"'b' has shape \(2,\), not \(2, 2\)",
+    ),
+    "basis_is_none": (
+        lambda: Kronecker(ONES, None, {}),
+        TypeError,
+        "output_basis.*not have None.*`{}` if all",
+    ),
+    "basis_of_a_leaf_is_none": (
+        lambda: Kronecker(ONES, {}, {"w": None}),
+        TypeError,
+        r"`Kronecker\(\.\.\., input_basis\)`.*leave the leaf out",
+    ),
+    "basis_not_finite": (
+        lambda: Kronecker(ONES, {}, {"w": torch.full((3, 3), math.nan)}),
+        ValueError,
+        r"`Kronecker\(\.\.\., input_basis\)` should be finite; 'w'",
+    ),
+    "factor_missing": (
+        lambda: Kronecker.from_factors(ONES, {"w": torch.eye(2)}, EYES[1], 1.0),
+        ValueError,
+        "grad_cov=.*'b' is missing",
+    ),
+    "diagonal_factor_of_another_length": (
+        lambda: Kronecker.from_factors(ONES, with_leaf(EYES[0], w=torch.ones(3)), EYES[1], 1.0),
+        ValueError,
+        r"grad_cov=.*as a vector; 'w' has shape \(3,\), not \(2,\)",
     ),
     "factor_of_another_shape": (
         lambda: Kronecker.from_factors(ONES, with_leaf(EYES[0], b=torch.eye(3)), EYES[1], 1.0),

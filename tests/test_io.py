@@ -118,6 +118,10 @@ POSTERIORS = {
     ),
     "gaussian dense": lambda: fb.Gaussian(params(), fb.covariances.Dense(factors(9))),
     "gaussian kronecker": lambda: fb.Gaussian(params(), kronecker()),
+    "gaussian kronecker without bases": lambda: fb.Gaussian(
+        params(),
+        fb.covariances.Kronecker(positive(params(seed=7)), {"w": torch.eye(2), "b": fb.MISSING}, {}),
+    ),
     "state of swag": lambda: swag_state(),
     "swag": lambda: fb.swag.posterior(swag_state()),
     "mixture": lambda: fb.mixture(gaussian(), fb.Point(params()), ensemble_of_one(), weights=[1, 2, 3]),

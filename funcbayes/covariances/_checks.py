@@ -2,7 +2,9 @@
 
 import math
 import numbers
+from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -73,14 +75,39 @@ def check_factors(tree: Params, call: str, like: Params | None = None) -> None:
 
 
 def check_matrices(tree: Params, lengths: dict[str, int], call: str) -> None:
-    """Refuse matrices that are not ``(d, d)`` with ``d`` by path, or not finite."""
+    """Refuse what is neither ``(d, d)`` nor ``(d,)``, with ``d`` by path, or not finite."""
     check_leaves(tree, call)
-    expected = {name: torch.empty(d, d, device="meta") for name, d in lengths.items()}
+    given = named_leaves(tree)
+    expected = {
+        name: torch.empty((d,) if name in given and given[name].ndim == 1 else (d, d), device="meta")
+        for name, d in lengths.items()
+    }
     differing = difference(tree, expected)
     if differing:
         raise ValueError(
             f"`{call}` should have a square matrix for each leaf, of the length of its first axis for "
-            f"outputs and the product of its others for inputs; {differing}."
+            "outputs and the product of its others for inputs, or the diagonal of one as a vector; "
+            f"{differing}."
+        )
+    check_finite(tree, call)
+
+
+def check_bases(tree: Params, lengths: dict[str, int], call: str) -> None:
+    """Refuse what is not ``(d, d)``, with ``d`` by path, or not finite; bases may be missing."""
+    whole: Any = tree
+    if any(leaf is None for leaf in optree.tree_leaves(whole, none_is_leaf=True)):
+        raise TypeError(
+            f"`{call}` should not have None in it. For an identity leave the leaf out of a dict, or write "
+            "`funcbayes.MISSING`; `{}` if all are identities."
+        )
+    check_leaves(tree, call)
+    given = named_leaves(tree)
+    expected = {name: torch.empty(d, d, device="meta") for name, d in lengths.items() if name in given}
+    differing = difference(tree, expected)
+    if differing:
+        raise ValueError(
+            f"`{call}` should have square matrices, of the length of a leaf's first axis for outputs and the "
+            f"product of its others for inputs; {differing}. A leaf may be missing, for an identity."
         )
     check_finite(tree, call)
 

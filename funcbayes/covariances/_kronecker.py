@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._functorch import is_concrete
 from .._random import Seed
-from .._tree import Params, map_named, named_leaves, pytree_dataclass
-from ._checks import check_matrices, check_variance, positive_factor, zero_variance
+from .._tree import Params, map_named, named_leaves, pytree_dataclass, select
+from ._checks import check_bases, check_matrices, check_variance, positive_factor, zero_variance
 from ._diagonal import scaled_noise
 from ._flat import as_double, at_least_single
 from ._interface import Covariance, refuse_singular
@@ -28,10 +28,14 @@ class Kronecker(Covariance):
     the variance belongs to their joint eigenbasis, entry by entry: a prior that was added to the
     eigenvalues (:meth:`from_factors`) and corrected eigenvalues (EKFAC; George et al. 2018) fit alike.
 
+    A basis that is not there is the identity. The rows of an embedding, say, are uncorrelated, and the
+    identity over 30,000 tokens is not stored.
+
     Attributes:
         variance: Variance along each pair of eigenvectors, in squared units of the parameter; leaves ``s``.
-        output_basis: ``U``, eigenvectors as columns, leaves ``(d_out, d_out)``.
-        input_basis: ``V``, eigenvectors as columns, leaves ``(d_in, d_in)``.
+        output_basis: ``U``, eigenvectors as columns, leaves ``(d_out, d_out)``. Where a leaf is missing
+            (absent in a dict, ``MISSING`` in other containers) the identity; ``{}`` if all are.
+        input_basis: ``V``, eigenvectors as columns, leaves ``(d_in, d_in)``, or missing likewise.
 
     Raises:
         TypeError: If a leaf is not a tensor of floating point.
@@ -56,7 +60,7 @@ class Kronecker(Covariance):
             (self.input_basis, 1, "Kronecker(..., input_basis)"),
         ):
             lengths = {name: sides(leaf)[side] for name, leaf in named_leaves(self.variance).items()}
-            check_matrices(tree, lengths, call)
+            check_bases(tree, lengths, call)
 
     @classmethod
     def from_factors(
@@ -71,10 +75,10 @@ class Kronecker(Covariance):
 
         Args:
             params: Shapes and dtypes of the parameters, leaves ``s``; its numbers are not read.
-            grad_cov: ``G``, positive semi-definite, leaves ``(d_out, d_out)``. Eigenvalues that rounding
-                made negative count as zero.
-            input_cov: ``A``, likewise, leaves ``(d_in, d_in)``. Leaves ``s`` with fewer than two axes have
-                ``(1, 1)``, or none for a factor of 1.
+            grad_cov: ``G``, positive semi-definite, leaves ``(d_out, d_out)``, or ``(d_out,)`` for a diagonal
+                one, which has no basis. Eigenvalues that rounding made negative count as zero.
+            input_cov: ``A``, likewise, leaves ``(d_in, d_in)`` or ``(d_in,)``. Leaves ``s`` with fewer than
+                two axes have ``d_in = 1``, or none for a factor of 1.
             prior_precision: In one over squared units of the parameter: one number, or a tree with one
                 number a leaf.
             temperature: Divides the curvature and not the prior.
@@ -83,14 +87,16 @@ class Kronecker(Covariance):
             ValueError: If a factor has another shape or is not finite, or a precision is not positive.
         """
         leaves = named_leaves(params)
-        ones = {name: leaf.new_ones(1, 1) for name, leaf in leaves.items() if leaf.ndim < 2}
+        ones = {name: leaf.new_ones(1) for name, leaf in leaves.items() if leaf.ndim < 2}
         outputs, inputs = named_leaves(grad_cov), {**ones, **named_leaves(input_cov)}
         for tree, side, name in ((outputs, 0, "grad_cov"), (inputs, 1, "input_cov")):
             lengths = {path: sides(leaf)[side] for path, leaf in leaves.items()}
             check_matrices(tree, lengths, f"Kronecker.from_factors(..., {name}=...)")
         prior = one_number_a_leaf(prior_precision, leaves, "Kronecker.from_factors(prior_precision=...)")
 
-        variance, output_basis, input_basis = {}, {}, {}
+        variance: dict[str, Tensor] = {}
+        output_basis: dict[str, Tensor | None] = {}
+        input_basis: dict[str, Tensor | None] = {}
         for name, leaf in leaves.items():
             output_values, output_basis[name] = eigen(outputs[name], leaf.dtype)
             input_values, input_basis[name] = eigen(inputs[name], leaf.dtype)
@@ -102,11 +108,7 @@ class Kronecker(Covariance):
                     f"{precision.detach().min():.3g}. Write a larger `prior_precision`."
                 )
             variance[name] = (1 / precision).reshape(leaf.shape).to(leaf.dtype)
-        trees = (
-            map_named(lambda name, leaf, found=found: found[name], params)
-            for found in (variance, output_basis, input_basis)
-        )
-        return cls(*trees)
+        return cls(*(tree_like(params, found) for found in (variance, output_basis, input_basis)))
 
     @property
     def like(self) -> Params:
@@ -120,9 +122,9 @@ class Kronecker(Covariance):
         def deviate(name: str, noise: Tensor) -> Tensor:
             wide = at_least_single(noise.dtype)
             blocks = as_matrix(noise, 1).to(wide)  # (S, d_out, d_in)
-            rotated = rotate(blocks, inputs[name].to(wide)).mT
-            rotated = rotate(rotated, outputs[name].to(wide)).mT
-            return rotated.reshape(noise.shape).to(noise.dtype)
+            for bases in (inputs, outputs):
+                blocks = (rotate(blocks, bases[name].to(wide)) if name in bases else blocks).mT
+            return blocks.reshape(noise.shape).to(noise.dtype)
 
         return map_named(deviate, scaled_noise(self.variance, indices, seed))
 
@@ -150,14 +152,13 @@ class Kronecker(Covariance):
         return Kronecker(*(part(tree, self.like, keep) for tree in fields))
 
     def _blocks(self, eigenvalues_of: Callable[[Tensor], Tensor]) -> "Blocks":
-        outputs, inputs = named_leaves(self.output_basis), named_leaves(self.input_basis)
+        outputs, inputs = (
+            {name: as_double(basis) for name, basis in named_leaves(tree).items()}
+            for tree in (self.output_basis, self.input_basis)
+        )
         return Blocks(
             tuple(
-                Block(
-                    eigenvalues_of(as_double(as_matrix(leaf))),
-                    as_double(outputs[name]),
-                    as_double(inputs[name]),
-                )
+                Block(eigenvalues_of(as_double(as_matrix(leaf))), outputs.get(name), inputs.get(name))
                 for name, leaf in named_leaves(self.variance).items()
             )
         )
@@ -174,10 +175,19 @@ def as_matrix(leaf: Tensor, leading: int = 0) -> Tensor:
     return leaf.reshape(*leaf.shape[:leading], shape[:1].numel(), shape[1:].numel())
 
 
-def eigen(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, not below zero, and eigenvectors, in the matrix' dtype or ``dtype``, the wider one."""
-    wide = at_least_single(torch.promote_types(matrix.dtype, dtype))
-    values, vectors = torch.linalg.eigh(matrix.to(wide))
+def tree_like(params: Params, found: dict[str, Any]) -> Params:
+    """The leaves ``found``, by path, in a tree like ``params``; ``None`` for one that is missing."""
+    there = select(params, lambda name, leaf: found[name] is not None)
+    return map_named(lambda name, leaf: found[name], there)
+
+
+def eigen(factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues, not below zero, and eigenvectors, in the factor's dtype or ``dtype``, the wider one.
+
+    A factor with one axis is a diagonal: its eigenvectors are those of the identity, ``None``.
+    """
+    factor = factor.to(at_least_single(torch.promote_types(factor.dtype, dtype)))
+    values, vectors = (factor, None) if factor.ndim == 1 else torch.linalg.eigh(factor)
     return values.clamp_min(0), vectors
 
 
@@ -201,15 +211,20 @@ def one_number_a_leaf(value: float | Tensor | Params, leaves: dict[str, Tensor],
 
 @dataclass(frozen=True)
 class Block:
-    """``(U (x) V) diag(eigenvalues) (U (x) V)^T`` with eigenvalues ``(d_out, d_in)``."""
+    """``(U (x) V) diag(eigenvalues) (U (x) V)^T``, eigenvalues ``(d_out, d_in)``; ``None``: an identity."""
 
     eigenvalues: Tensor
-    outputs: Tensor
-    inputs: Tensor
+    outputs: Tensor | None
+    inputs: Tensor | None
 
     def turned(self, columns: Tensor) -> Tensor:
         """``(U (x) V)^T columns`` as ``(k, d_out, d_in)``, for columns ``(d_out d_in, k)``."""
-        return self.outputs.mT @ columns.mT.reshape(columns.shape[1], *self.eigenvalues.shape) @ self.inputs
+        rows = columns.mT.reshape(columns.shape[1], *self.eigenvalues.shape)
+        return between(transposed(self.outputs), rows, self.inputs)
+
+    def turned_back(self, rows: Tensor) -> Tensor:
+        """``(U (x) V) rows`` as columns, for rows ``(k, d_out, d_in)``."""
+        return between(self.outputs, rows, transposed(self.inputs)).flatten(1).mT
 
 
 @dataclass(frozen=True)
@@ -221,16 +236,15 @@ class Blocks(Operator):
     def times(self, columns: Tensor) -> Tensor:
         """``A columns``, ``(P, k)``."""
         products = [
-            (block.outputs @ (block.eigenvalues * block.turned(rows)) @ block.inputs.mT).flatten(1).mT
-            for block, rows in self._rows(columns)
+            block.turned_back(block.eigenvalues * block.turned(rows)) for block, rows in self._rows(columns)
         ]
         return torch.cat(products) if products else columns
 
     def diagonal(self) -> Tensor:
         """``(P,)``."""
         parts = [
-            (block.outputs.square() @ block.eigenvalues @ block.inputs.square().mT).flatten()
-            for block in self.blocks
+            between(overlaps(None, b.outputs), b.eigenvalues, overlaps(b.inputs, None)).flatten()
+            for b in self.blocks
         ]
         return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -248,13 +262,32 @@ class Blocks(Operator):
             return super().trace_with(other)
         terms = []
         for one, two in zip(self.blocks, other.blocks, strict=True):
-            outputs, inputs = (one.outputs.mT @ two.outputs).square(), (one.inputs.mT @ two.inputs).square()
-            terms.append((one.eigenvalues * (outputs @ two.eigenvalues @ inputs.mT)).sum())
+            outputs, inputs = overlaps(one.outputs, two.outputs), overlaps(two.inputs, one.inputs)
+            terms.append((one.eigenvalues * between(outputs, two.eigenvalues, inputs)).sum())
         return total(terms)
 
     def _rows(self, columns: Tensor) -> list[tuple[Block, Tensor]]:
         lengths = [block.eigenvalues.numel() for block in self.blocks]
         return list(zip(self.blocks, columns.split(lengths), strict=True))
+
+
+def between(left: Tensor | None, middle: Tensor, right: Tensor | None) -> Tensor:
+    """``left middle right``, where ``None`` is the identity."""
+    product = middle if left is None else left @ middle
+    return product if right is None else product @ right
+
+
+def transposed(basis: Tensor | None) -> Tensor | None:
+    """``basis^T``."""
+    return None if basis is None else basis.mT
+
+
+def overlaps(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    """Entries of ``one^T two``, squared."""
+    if one is None or two is None:
+        product = two if one is None else one.mT
+        return None if product is None else product.square()
+    return (one.mT @ two).square()
 
 
 def total(terms: list[Tensor]) -> Tensor:
