@@ -15,20 +15,20 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import optree
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from ._functional import Model
 from ._functorch import map_first_axis
-from ._intercept import Batching, LargestBatched, with_dropout
+from ._intercept import Batching, DropoutMasks, LargestBatched, with_dropout
+from ._linearize import Linearization, with_linearization
 from ._random import Seed, fold, forked
-from ._tree import Params, device_of, index, merge, num_rows, tensors, unbind
+from ._tree import Params, device_of, index, is_repeated, merge, num_rows, tensors, unbind
 from ._warning import levels_to_the_user
-from .posteriors import Draw
+from .posteriors import Draw, to
 
 # Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
 _BUDGET = {"cpu": 16 << 20, "other": 256 << 20}
@@ -37,6 +37,7 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 _HOPELESS = 1.25
 _TRIALS = 3  # timings of a mechanism before it is judged; the best of them counts
 
+_T = TypeVar("_T")
 Kind = Literal["loop", "vmap", "rows_first", "channels_last"]
 
 
@@ -109,6 +110,7 @@ def evaluate(
     key: Hashable,
     noise: Seed = 0,
     first_row: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Evaluate draws of one structure.
 
@@ -122,11 +124,12 @@ def evaluate(
         key: What the structure of the draws depends on; equal keys share what was learned.
         noise: Seed of what the model draws from torch's random state, if it does so.
         first_row: Number of the first row of ``x`` in a larger data set.
+        dtype: In which linearised draws are evaluated; everything else has it already.
 
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
     """
-    run = _Run(fn, params, x, make_draws, numbers, key, noise, first_row)
+    run = _Run(fn, params, x, make_draws, numbers, key, noise, first_row, dtype)
     if chunk_size is not None:
         yield from run.fixed(chunk_size)
     elif len(numbers) == 1:
@@ -148,9 +151,11 @@ class _Run:
         key: Hashable,
         noise: Seed,
         first_row: int,
+        dtype: torch.dtype | None,
     ) -> None:
         self.fn, self.params, self.x = fn, params, x
         self.make_draws, self.numbers, self.first_row = make_draws, numbers, first_row
+        self.dtype = dtype
         self.num_draws = num_draws = len(numbers)
         self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
         self.cell = (key, num_draws, signature(x), torch.get_num_threads(), torch.is_grad_enabled())
@@ -283,21 +288,21 @@ class _Run:
         self, draws: Draw, mechanism: Mechanism, start: int, seen: LargestBatched | None = None
     ) -> Tensor:
         if self.tuner.row_axes is None:
-            whole = merge(self.params, index(draws.leaves, 0)) if draws.effects else None
-            self.tuner.row_axes = [masks.find_rows(self.fn, whole, self.x) for masks in draws.effects]
+            masks = _of_kind(DropoutMasks, draws)
+            whole = to(merge(self.params, index(draws.leaves, 0)), dtype=self.dtype) if masks else None
+            self.tuner.row_axes = [mask.find_rows(self.fn, whole, self.x) for mask in masks]
         if mechanism.kind == "loop":
             numbers = self.numbers[start:].tolist()
             outputs = [self._alone(draw, n) for draw, n in zip(unbind(draws), numbers, strict=False)]
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
         rules = Batching(mechanism.kind, seen)
+        mapped, shared = _apart(draws)
 
         def one(draw: Draw) -> Tensor:
             with rules:
-                return self._one(draw)
+                return self._one(Draw(draw.leaves, draw.effects + shared))
 
-        if seen is not None:  # the first time; torch then loads decompositions that mapping may need
-            return vmap(one)(draws)
-        return map_first_axis(one, draws, tensors(draws)[0].shape[0])
+        return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
 
     def _alone(self, draw: Draw, number: int) -> Tensor:
         """One draw outside ``vmap``; what the model draws for itself is a function of the draw, too."""
@@ -315,9 +320,11 @@ class _Run:
 
     def _one(self, draw: Draw) -> Tensor:
         fn = self.fn
-        if draw.effects:
-            located = zip(draw.effects, self.tuner.row_axes or (), strict=True)
-            fn = with_dropout(fn, [masks.at_rows(self.first_row, axes) for masks, axes in located])
+        if masks := _of_kind(DropoutMasks, draw):
+            located = zip(masks, self.tuner.row_axes or (), strict=True)
+            fn = with_dropout(fn, [mask.at_rows(self.first_row, axes) for mask, axes in located])
+        if around := _of_kind(Linearization, draw):  # of the model with its masks
+            fn = with_linearization(fn, around, self.dtype)
         outputs = fn(merge(self.params, draw.leaves), self.x)
         if not isinstance(outputs, Tensor):
             raise TypeError(
@@ -344,6 +351,17 @@ def _owner(fn: Model) -> Any:
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
     for begin in range(start, stop, size):
         yield slice(begin, min(begin + size, stop))
+
+
+def _apart(draws: Draw) -> tuple[Draw, tuple[Linearization, ...]]:
+    """Draws without the centers that all of them have, and these: the model is evaluated there once."""
+    centers = [e for e in _of_kind(Linearization, draws) if all(map(is_repeated, tensors(e)))]
+    mapped = tuple(effect for effect in draws.effects if effect not in centers)
+    return Draw(draws.leaves, mapped), tuple(index(center, 0) for center in centers)
+
+
+def _of_kind(kind: type[_T], draw: Draw) -> list[_T]:
+    return [effect for effect in draw.effects if isinstance(effect, kind)]
 
 
 def _has_images(x: Any) -> bool:

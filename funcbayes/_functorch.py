@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]  # made in C++, without stubs
 from torch._C._functorch import TransformType
+from torch._functorch.vmap import lazy_load_decompositions
 
 _T = TypeVar("_T")
 
@@ -62,6 +63,19 @@ def unwrap(tensor: Tensor, level: int) -> tuple[Tensor, int | None]:
     return tensor, None
 
 
+def unwrap_change(tensor: Tensor) -> tuple[Tensor, int | None]:
+    """As :func:`unwrap` at the innermost ``vmap``, and inside ``jvp`` of the tangent, if there is one."""
+    if not is_inside_transform():
+        return tensor, None
+    if _functorch.peek_interpreter_stack().key() == TransformType.Jvp:
+        primal, tangent = torch._VF._unpack_dual(tensor, level=0)  # type: ignore[attr-defined]
+        tensor = primal if tangent is None else tangent
+    while _functorch.is_gradtrackingtensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    level = _functorch.maybe_get_level(tensor)
+    return (tensor, None) if level is None else unwrap(tensor, level)
+
+
 def map_first_axis(function: Callable[[_T], Tensor], tree: _T, size: int) -> Tensor:
     """``torch.func.vmap`` over the first axis of every leaf, without the cost of what it is general in.
 
@@ -73,6 +87,7 @@ def map_first_axis(function: Callable[[_T], Tensor], tree: _T, size: int) -> Ten
     Returns:
         Results with the mapped axis first.
     """
+    lazy_load_decompositions()
     whole: Any = tree
     leaves, structure = optree.tree_flatten(whole)
     level = _functorch._vmap_increment_nesting(size, "error")

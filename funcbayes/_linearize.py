@@ -1,6 +1,8 @@
 """First-order Taylor models."""
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optree
@@ -12,7 +14,18 @@ from ._checks import check_model
 from ._functional import Model
 from ._functorch import load_forward_rules
 from ._intercept import UnfusedAttention
-from ._tree import Params, difference, map_named, merge, parameters_of, select
+from ._tree import (
+    MISSING,
+    Params,
+    difference,
+    map_leaves,
+    map_named,
+    merge,
+    parameters_of,
+    pytree_dataclass,
+    select,
+    static,
+)
 
 
 def linearize(fn: Model, params: Params) -> "LinearizedModel":
@@ -76,17 +89,72 @@ class LinearizedModel:
         others = merge(self.params, select(params, lambda name, leaf: name not in names))
         if not names:
             return self.fn(others, x)
-        chosen = map_named(
+        center = map_named(
             lambda name, leaf: leaf.to(given[name].dtype),  # in which `params` may have been converted
             select(self.params, lambda name, leaf: name in names),
         )
-        leaves, structure = optree.tree_flatten(chosen)
-        tangents = [given[name] - leaf for name, leaf in parameters_of(chosen).items()]
+        deviation = map_named(lambda name, leaf: given[name] - leaf, center)
+        return _expanded(self.fn, others, center, deviation, x)
 
-        def at(*values: Tensor) -> Any:
-            with UnfusedAttention():
-                return self.fn(merge(others, structure.unflatten(values)), x)
 
-        load_forward_rules()
-        pushed: Any = jvp(at, tuple(leaves), tuple(tangents))
-        return optree.tree_map(torch.add, *pushed)
+@pytree_dataclass
+class Linearization:
+    """An effect on how a model is called: it is replaced by its first-order expansion in some parameters.
+
+    Attributes:
+        center: Values of these parameters, around which it is expanded; with a leading axis, one a draw.
+            All other leaves are held where the draw, or ``params``, has them.
+        label: Numbers of the components of mixtures, outermost first, whose center this is. Draws of one
+            pass have one label, and so one center: the model is evaluated there once, not once a draw.
+    """
+
+    center: Params
+    label: tuple[int, ...] = static(default=())
+
+    def of_component(self, k: int) -> "Linearization":
+        """The same in component ``k`` of a mixture."""
+        return replace(self, label=(k, *self.label))
+
+    def restricted(self, keep: Callable[[str, Any], bool]) -> "Linearization":
+        """The part of it in the parameters that satisfy ``keep(path, leaf)``."""
+        return replace(self, center=select(self.center, keep))
+
+
+def with_linearization(
+    fn: Model, effects: Sequence[Linearization], dtype: torch.dtype | None = None
+) -> Callable[[Params, Any], Any]:
+    """``fn`` expanded around the centers of all effects at once.
+
+    Args:
+        fn: Pure model.
+        effects: Over different parameters; unbatched (or batched by a surrounding ``vmap``).
+        dtype: In which to evaluate ``fn``. Deviations from the center are found before they are rounded to
+            it, because they may be smaller than what is rounded off of a parameter.
+
+    Returns:
+        A function of ``(params, x)``, with all parameters of the centers in ``params``.
+    """
+    center = functools.reduce(merge, (effect.center for effect in effects), MISSING)
+
+    def expanded(params: Params, x: Any) -> Any:
+        given = parameters_of(params)
+        deviation = map_named(lambda name, leaf: given[name] - leaf, center)
+        if dtype is None:
+            return _expanded(fn, params, center, deviation, x)
+        at, change = (map_leaves(lambda leaf: leaf.to(dtype), tree) for tree in (center, deviation))
+        return _expanded(fn, params, at, change, x)
+
+    return expanded
+
+
+def _expanded(fn: Model, params: Params, center: Params, deviation: Params, x: Any) -> Any:
+    """``f + J deviation``, with ``f`` and its Jacobian at ``params`` that have ``center`` in their place."""
+    leaves, structure = optree.tree_flatten(center)
+
+    def at(*values: Tensor) -> Any:
+        with UnfusedAttention():
+            return fn(merge(params, structure.unflatten(values)), x)
+
+    load_forward_rules()
+    pushed: Any = jvp(at, tuple(leaves), tuple(optree.tree_leaves(deviation)))
+    return optree.tree_map(torch.add, *pushed)

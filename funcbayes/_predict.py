@@ -13,10 +13,23 @@ from ._checks import check_model, positive_int
 from ._engine import evaluate, signature
 from ._functional import Model
 from ._functorch import is_inside_transform
+from ._linearize import Linearization
 from ._prediction import Prediction, concatenate
 from ._random import Seed, resolve_seed
 from ._statistics import Streamed, Summary
-from ._tree import Fixed, Params, as_tree, device_of, map_leaves, merge, missing_path, named_leaves, tensors
+from ._tree import (
+    Fixed,
+    Params,
+    as_tree,
+    device_of,
+    map_leaves,
+    map_named,
+    merge,
+    missing_path,
+    named_leaves,
+    parameters_of,
+    tensors,
+)
 from .likelihoods import Likelihood
 from .likelihoods._checks import check_is_likelihood
 from .posteriors import Draw, Posterior, to
@@ -235,7 +248,16 @@ def _predict(
             checked = _fitting(make_draws, params, dtype)
             key = (number, *signature(posterior), dtype)
             for part, outputs in evaluate(
-                fn, params, x, checked, positions, chunk_size, key=key, noise=seed, first_row=first_row
+                fn,
+                params,
+                x,
+                checked,
+                positions,
+                chunk_size,
+                key=key,
+                noise=seed,
+                first_row=first_row,
+                dtype=dtype,
             ):
                 collect.add(positions[part], outputs)
         return collect.prediction()
@@ -304,9 +326,16 @@ def _fitting(
                 _check_fit(draw.leaves, params)
             _check_complete(draw.leaves, params)
             is_checked = True
-        return draw if dtype is None else Draw(to(draw.leaves, dtype=dtype), draw.effects)
+        return draw if dtype is None else _converted(draw, dtype)
 
     return make
+
+
+def _converted(draw: Draw, dtype: torch.dtype) -> Draw:
+    """``draw`` in ``dtype``, but for leaves whose deviations from a center are still to be found."""
+    later = {name for e in draw.effects if isinstance(e, Linearization) for name in parameters_of(e.center)}
+    leaves = map_named(lambda name, leaf: leaf if name in later else to(leaf, dtype=dtype), draw.leaves)
+    return Draw(leaves, draw.effects)
 
 
 def _check_fit(leaves: Params, params: Params) -> None:

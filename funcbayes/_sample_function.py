@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._checks import check_model
 from ._functional import Model
+from ._intercept import DropoutMasks
 from ._predict import predict
 from ._random import Seed, resolve_seed
 from ._tree import Params
@@ -59,7 +60,8 @@ def sample_function(
     if index < 0:
         raise ValueError(f"`sample_function(index=...)` should be at least 0, got {index}.")
     draw = posterior.draws(torch.tensor([index]), resolve_seed(seed))
-    if any(not getattr(effect, "shared_mask", True) for effect in draw.effects):
+    masks = [effect for effect in draw.effects if isinstance(effect, DropoutMasks)]
+    if not all(mask.shared_mask for mask in masks):
         raise ValueError(
             "`sample_function(fn, params, posterior)` should be given a posterior whose draws are functions "
             "of x; the masks of this dropout differ from row to row. Write `Dropout(shared_mask=True)`."

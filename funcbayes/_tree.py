@@ -267,8 +267,24 @@ def unbind(tree: _T) -> list[_T]:
 
 
 def index(tree: Any, i: int | slice | Tensor) -> Any:
-    """Entry or entries ``i`` of the leading axis of every leaf."""
-    return optree.tree_map(lambda leaf: leaf[i], tree)
+    """Entry or entries ``i`` of the leading axis of every leaf; what is :func:`repeated` stays so."""
+
+    def entries(leaf: Tensor) -> Tensor:
+        if not isinstance(i, Tensor) or not i.ndim:
+            return leaf[i]
+        return repeated(leaf[0], len(i)) if is_repeated(leaf) else leaf[i.to(leaf.device)]
+
+    return optree.tree_map(entries, tree)
+
+
+def repeated(leaf: Tensor, count: int) -> Tensor:
+    """``leaf`` with a leading axis along which it is the same, without copies: all have one place."""
+    return leaf.expand(max(count, 2), *leaf.shape)[:count]  # expanded to one entry, it would look like any
+
+
+def is_repeated(leaf: Tensor) -> bool:
+    """Whether the entries of the leading axis are one and the same: see :func:`repeated`."""
+    return leaf.ndim > 0 and leaf.stride(0) == 0 and len(leaf) > 0
 
 
 def concatenate(trees: Sequence[Any]) -> Any:

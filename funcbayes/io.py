@@ -8,7 +8,8 @@ are looked up among those that the package registered, and their fields are set 
 JSON numbers, strings, booleans and ``null`` stand for themselves. Everything else is an object of one
 entry: ``{"tensor": name}``, ``{"float": "inf"}``, ``{"list": [...]}``, ``{"tuple": [...]}``,
 ``{"size": [...]}``, ``{"dict": [[key, value], ...]}``, ``{"ordered_dict": [[key, value], ...]}`` or
-``{"node": [class name, {field: value}]}``. Dtypes that not every safetensors has are stored as others of
+``{"node": [class name, {field: value}]}``. A tensor that is the same all along its first axis is stored
+once, ``{"repeated": [tensor, length]}``. Dtypes that not every safetensors has are stored as others of
 the same bits: ``{"complex": name}`` as pairs of reals, ``{"uint16": name}`` and the like as signed.
 """
 
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ._functorch import is_concrete
-from ._tree import NODE_TYPES
+from ._tree import NODE_TYPES, is_repeated, repeated
 
 FORMAT_VERSION = 1
 _ENTRY = "funcbayes"
@@ -130,6 +131,8 @@ class _Writer:
         if isinstance(value, float):  # np.float64 is one too
             return float(value) if math.isfinite(value) else {"float": repr(float(value))}
         if isinstance(value, Tensor):
+            if is_concrete(value) and value.layout == torch.strided and is_repeated(value):
+                return {"repeated": [self.encode(value[0], path), len(value)]}
             return self._tensor(value, path)
         kind = _SEQUENCES.get(type(value))
         if kind is not None:
@@ -299,6 +302,7 @@ class _Reader:
             "uint16": lambda name: self._tensor(name).view(torch.uint16),
             "uint32": lambda name: self._tensor(name).view(torch.uint32),
             "uint64": lambda name: self._tensor(name).view(torch.uint64),
+            "repeated": lambda content: repeated(self.decode(content[0]), content[1]),
             "float": float,
             "list": self._items,
             "tuple": lambda items: tuple(self._items(items)),

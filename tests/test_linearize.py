@@ -7,7 +7,6 @@ import pytest
 import torch
 import zoo
 from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from zoo import LOOPED_MODELS, MODELS, gaussian, linear, linear_params, randn, randn_like, shifted
 
@@ -18,15 +17,7 @@ ALL = MODELS | {name: make for name, (_, make) in LOOPED_MODELS.items()}
 
 def expansion(model, params, x):
     """``f(theta) + J (params - theta)`` by two backward passes through the module itself."""
-    leaves, structure = optree.tree_flatten(model.params)
-    steps = [a - b for a, b in zip(optree.tree_leaves(params), leaves, strict=True)]
-
-    def run(*values):
-        return model.run(structure.unflatten(values), x)
-
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
-        outputs, change = torch.autograd.functional.jvp(run, tuple(leaves), tuple(steps))
-    return outputs + change
+    return zoo.expanded(model.run, params, [model.params], x)
 
 
 @pytest.mark.parametrize("name", ALL)

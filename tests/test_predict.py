@@ -195,7 +195,8 @@ def test_exactly_the_number_of_draws_asked_for_is_used(name):
     model = MODELS["mlp_dropout"]()
     posterior, x = (POSTERIORS | zoo.DROPOUTS)[name](model), model.inputs(2)
     atoms = {"point": 1, "ensemble": 5, "ensemble_weighted": 5, "ensemble_head_only": 5}
-    default = (atoms | {"fixed_draws": 6, "dropout_fixed": 4}).get(name, 32)
+    fixed = {"fixed_draws": 6, "linearized_fixed_draws": 6, "dropout_fixed": 4}
+    default = (atoms | fixed).get(name, 32)
     for num_samples in (1, 2, 31, 33, None):
         for chunk_size in (None, 4):
             got = fb.predict(

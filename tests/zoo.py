@@ -5,6 +5,8 @@
 """
 
 from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from typing import Any, NamedTuple
 
 import optree
@@ -13,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funcbayes as fb
-from funcbayes._intercept import with_dropout
+from funcbayes._intercept import DropoutMasks, with_dropout
+from funcbayes._linearize import Linearization
 from funcbayes.covariances import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, LowRankPrecision
 
 F64 = torch.float64
@@ -398,6 +402,11 @@ def all_but_head(model):
     return gaussian(covering(model.params, lambda path: not path.startswith(model.head)))
 
 
+def linearized(posterior):
+    """The same Gaussian, over the linearised model."""
+    return fb.Gaussian(posterior.mean, posterior.covariance, linearized=True)
+
+
 def around(model, seed, scale=0.2):
     """A Gaussian with a mean and variances of its own."""
     mean = shifted(model.params, randn_like(model.params, seed, scale))
@@ -499,20 +508,31 @@ POSTERIORS: dict[str, Callable[[Model], fb.Posterior]] = {
     "join_of_mixtures": joined_mixtures,
     "tempered": lambda model: fb.temper(gaussian(model.params), 0.5),
     "fixed_draws": lambda model: fb.to_ensemble(mixed_weighted(model), 6, seed=1),
+    "linearized": lambda model: linearized(around(model, 1)),
+    "linearized_head_only": lambda model: linearized(head_only(model)),
+    "linearized_fixed_draws": lambda model: fb.to_ensemble(linearized(around(model, 1)), 6, seed=1),
+    "join_linearized": lambda model: fb.join(
+        linearized(head_only(model)), fb.Ensemble(members(all_but_head(model).mean))
+    ),
 }
-# Draws that differ in what they cover: only `predict` can take them together.
+# Draws that differ in what they cover, or are linearised around: only `predict` can take them together.
 RAGGED: dict[str, Callable[[Model], fb.Posterior]] = {
     "mixture_ragged": mixed_ragged,
+    "mixture_linearized": lambda model: fb.mixture(
+        linearized(around(model, 1)), around(model, 2), linearized(around(model, 3)), weights=[2, 1, 1]
+    ),
 }
 WITH_FIXED: dict[str, Callable[[Model], fb.Posterior]] = {
     "gaussian_fixed": with_fixed,
     "ensemble_fixed": varying_fixed,
+    "linearized_fixed": lambda model: linearized(with_fixed(model)),
 }
 DROPOUTS: dict[str, Callable[[Model], fb.Posterior]] = {
     "dropout": lambda model: fb.Dropout(),
     "dropout_rate": lambda model: fb.Dropout(rate=0.5),
     "dropout_shared_mask": lambda model: fb.Dropout(shared_mask=True),
     "dropout_and_head": lambda model: fb.join(head_only(model), fb.Dropout()),
+    "dropout_and_linearized_head": lambda model: fb.join(linearized(head_only(model)), fb.Dropout()),
     "dropout_fixed": lambda model: fb.to_ensemble(fb.join(fb.Dropout(), head_only(model)), 4, seed=2),
 }
 
@@ -549,8 +569,27 @@ def expected_samples(model, posterior, x, num_samples, seed) -> Tensor:
         draw = draws[i]
         params = overlaid(model.params, draw.leaves)
         run = model.run
-        if draw.effects:
-            located = [m.at_rows(0, m.find_rows(model.fn, params, x)) for m in draw.effects]
+        masks = [effect for effect in draw.effects if isinstance(effect, DropoutMasks)]
+        centers = [effect.center for effect in draw.effects if isinstance(effect, Linearization)]
+        if masks:
+            located = [m.at_rows(0, m.find_rows(model.fn, params, x)) for m in masks]
             run = with_dropout(model.fn, located)
-        outputs.append(run(params, x))
+        outputs.append(expanded(run, params, centers, x) if centers else run(params, x))
     return torch.stack(outputs)
+
+
+def expanded(run, params, centers, x):
+    """``f + J (params - centers)``, with ``f`` at ``params`` that have all ``centers`` in their place.
+
+    By two backward passes through ``run``.
+    """
+    leaves, structure = optree.tree_flatten(centers)
+    given = [reduce(getitem, path[1:], params) for path in optree.tree_paths(centers)]
+
+    def moved(*values):
+        return run(reduce(overlaid, structure.unflatten(values), params), x)
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
+        steps = tuple(a - b for a, b in zip(given, leaves, strict=True))
+        outputs, change = torch.autograd.functional.jvp(moved, tuple(leaves), steps)
+    return outputs + change

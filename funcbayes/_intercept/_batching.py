@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import is_concrete, unwrap, vmap_level, wrap
+from .._functorch import is_concrete, unwrap, unwrap_change, vmap_level, wrap
 from ._attention import open_attention
 from ._call import Handler, Interception
 
@@ -30,10 +30,10 @@ class LargestBatched:
     def __init__(self) -> None:
         self.nbytes = 0
 
-    def see(self, result: Any, level: int) -> None:
-        """Take note of a result."""
+    def see(self, result: Any) -> None:
+        """Take note of a result; where a model is linearised, of how it changes."""
         if isinstance(result, Tensor):
-            physical, axis = unwrap(result, level)
+            physical, axis = unwrap_change(result)
             if axis is not None:
                 self.nbytes = max(self.nbytes, physical.nbytes // physical.shape[axis])
 
@@ -59,8 +59,8 @@ class Batching(Interception):
         result = super().__torch_function__(func, types, args, kwargs)
         if func in _RESHAPES and isinstance(args[0], Tensor) and isinstance(result, Tensor):
             self.note_copy(args[0], result)
-        if self.seen is not None and (level := vmap_level()) is not None:
-            self.seen.see(result, level)
+        if self.seen is not None:
+            self.seen.see(result)
         return result
 
     def note_copy(self, base: Tensor, result: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._checks import positive_int
 from .._functorch import is_concrete
+from .._linearize import Linearization
 from .._random import Seed, resolve_seed
 from .._tree import Params, Where, index, matcher, named_leaves, parameters_of, select
 from ._dropout import Dropout
@@ -47,7 +48,7 @@ def temper(posterior: Posterior, temperature: float | Tensor) -> Posterior:
     _check_posterior(posterior, "temper(posterior, ...)")
     _check_temperature(temperature)
     if isinstance(posterior, Gaussian):
-        return Gaussian(posterior.mean, posterior.covariance.scaled(temperature))
+        return dataclasses.replace(posterior, covariance=posterior.covariance.scaled(temperature))
     if isinstance(posterior, Point):
         return posterior
     if isinstance(posterior, Join):
@@ -86,7 +87,7 @@ def restrict(posterior: Posterior, where: Where) -> Posterior:
 
     Returns:
         A posterior of the same kind. Where no leaf has correlations with those left out, its draws
-        are those of ``posterior``.
+        are those of ``posterior``. Of a linearised one the leaves that are kept stay so.
 
     Raises:
         TypeError: If the posterior is dropout, which covers no leaves, or has it as a part.
@@ -131,11 +132,13 @@ def _restricted(posterior: Posterior, where: Where) -> Posterior | None:
         kept = select(posterior.params, chosen)
         return Point(kept) if named_leaves(kept) else None
     if isinstance(posterior, Ensemble):
-        if posterior.effects:
-            raise _without_leaves("an Ensemble with effects")
+        if not all(isinstance(effect, Linearization) for effect in posterior.effects):
+            raise _without_leaves("an Ensemble with dropout masks")
         names = _names(index(posterior.members, 0), where)
         members = select(posterior.members, lambda name, _: name in names)
-        return dataclasses.replace(posterior, members=members) if names else None
+        kept = [effect.restricted(lambda name, _: name in names) for effect in posterior.effects]
+        effects = tuple(effect for effect in kept if named_leaves(effect.center))
+        return dataclasses.replace(posterior, members=members, effects=effects) if names else None
     if isinstance(posterior, Gaussian):
         mean = select(posterior.mean, chosen)
         if not named_leaves(mean):
@@ -143,7 +146,8 @@ def _restricted(posterior: Posterior, where: Where) -> Posterior | None:
         names = set(parameters_of(mean))
         if not names:  # but values that every draw has
             return Point(mean)
-        return Gaussian(mean, posterior.covariance.restricted(lambda name, _: name in names))
+        covariance = posterior.covariance.restricted(lambda name, _: name in names)
+        return dataclasses.replace(posterior, mean=mean, covariance=covariance)
     if isinstance(posterior, Dropout):
         raise _without_leaves("Dropout")
     raise NotImplementedError(f"`restrict` is not defined for {type(posterior).__name__}.")
@@ -169,8 +173,8 @@ def to_ensemble(posterior: Posterior, num_samples: int, seed: Seed | None = None
 
     Returns:
         An :class:`~funcbayes.Ensemble` of ``S`` equally weighted members, with the effects of the draws, such
-        as dropout masks. Of a mixture whose components cover different leaves, a mixture of such
-        ensembles: then samples come in another order.
+        as dropout masks. Of a mixture whose components cover different leaves, or are linearised around
+        different values, a mixture of such ensembles: then samples come in another order.
 
     Raises:
         ValueError: If ``num_samples`` is below 1.

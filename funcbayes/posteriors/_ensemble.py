@@ -91,7 +91,7 @@ class Ensemble(Posterior):
         site = fold(fold(seed, "member"), names)
         weights = None if self.has_equal_weights else self._probabilities()
         chosen = allocate(indices, weights, self.num_members, site)
-        return map_leaves(lambda leaf: leaf[chosen.to(leaf.device)], Draw(self.members, self.effects))
+        return index(Draw(self.members, self.effects), chosen)
 
     def atoms(self) -> list[tuple[Draw, Tensor]]:
         """Each member once, with its weight."""

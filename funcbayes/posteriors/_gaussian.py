@@ -5,17 +5,21 @@ import math
 import torch
 from torch import Tensor
 
+from .._linearize import Linearization
 from .._random import Seed
 from .._tree import (
     Fixed,
     Params,
     difference,
     is_parameter,
+    map_leaves,
     map_named,
     named_leaves,
     parameters_of,
     pytree_dataclass,
+    repeated,
     select,
+    static,
 )
 from ..covariances import Covariance
 from ..covariances._flat import dtype_of, ravel
@@ -32,6 +36,9 @@ class Gaussian(Posterior):
             leaves belong to every draw as they are.
         covariance: One of :mod:`funcbayes.covariances`, over the leaves of ``mean`` that are not
             ``Fixed``.
+        linearized: Whether it is over the parameters of the linearised model: a draw ``theta`` is evaluated
+            as ``f(mean) + J (theta - mean)``, with the Jacobian of the outputs in the covered parameters. So
+            is a Laplace approximation with a generalised Gauss-Newton matrix (Immer et al. 2021, section 3).
 
     Raises:
         TypeError: If a leaf of ``mean`` is not of floating point, or ``covariance`` is no covariance.
@@ -48,12 +55,18 @@ class Gaussian(Posterior):
 
     mean: Params
     covariance: Covariance
+    linearized: bool = static(default=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.covariance, Covariance):
             raise TypeError(
                 "`Gaussian(mean, covariance)` should be given one of `funcbayes.covariances`, got "
                 f"{type(self.covariance).__name__}. For independent parameters: `Diagonal(variance)`."
+            )
+        if not isinstance(self.linearized, bool):
+            raise TypeError(
+                "`Gaussian(mean, covariance, linearized=...)` should be True or False, got "
+                f"{type(self.linearized).__name__}."
             )
         for name, leaf in named_leaves(self.mean).items():
             if not is_parameter(leaf) and not isinstance(leaf, Fixed):
@@ -80,18 +93,27 @@ class Gaussian(Posterior):
 
     def forms(self) -> list[Draw]:
         """The mean."""
-        return [Draw(self.mean)]
+        return [Draw(self.mean, self._effects(self._center))]
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
-        """``mean`` plus a deviation, leaves ``(S, *s)``."""
+        """``mean`` plus a deviation, leaves ``(S, *s)``; linearised around the mean if it is so."""
         deviations = named_leaves(self.covariance.deviations(indices, seed))
 
         def shifted(name: str, leaf: Tensor | Fixed) -> Tensor | Fixed:
             if isinstance(leaf, Fixed):
-                return Fixed(leaf.tensor.expand(len(indices), *leaf.tensor.shape))
+                return Fixed(repeated(leaf.tensor, len(indices)))
             return torch.add(deviations[name], leaf, out=over(deviations[name], leaf))
 
-        return Draw(map_named(shifted, self.mean))
+        center = map_leaves(lambda leaf: repeated(leaf, len(indices)), self._center)
+        return Draw(map_named(shifted, self.mean), self._effects(center))
+
+    @property
+    def _center(self) -> Params:
+        """The mean without what is fixed."""
+        return select(self.mean, lambda name, leaf: is_parameter(leaf))
+
+    def _effects(self, center: Params) -> tuple[Linearization, ...]:
+        return (Linearization(center),) if self.linearized and parameters_of(center) else ()
 
     def log_prob(self, params: Params) -> Tensor:
         """Log density, a scalar: ``-1/2 [d^T precision d + logdet covariance + P log 2 pi]``.

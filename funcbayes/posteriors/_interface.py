@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import optree
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int
+from .._linearize import Linearization
 from .._random import Seed, resolve_seed
 from .._tree import Fixed, Params, concatenate, index, named_leaves, pytree_dataclass
 
@@ -20,8 +22,8 @@ class Draw:
     Attributes:
         leaves: The parameters that the posterior covers; others are absent (``MISSING`` in
             containers other than dicts).
-        effects: Changes to how the model is called, such as
-            :class:`funcbayes._intercept.DropoutMasks`.
+        effects: Changes to how the model is called: :class:`funcbayes._intercept.DropoutMasks`, and
+            :class:`funcbayes._linearize.Linearization`.
     """
 
     leaves: Params
@@ -122,6 +124,18 @@ def structure_of(draw: Draw) -> Hashable:
     """What draws of one vectorised pass have in common: the leaves they cover, and their effects."""
     whole: Any = draw
     return optree.tree_structure(whole)
+
+
+def labelled(draw: Draw, k: int) -> Draw:
+    """A draw of component ``k`` of a mixture: what it is linearised around is that of the component."""
+    effects = tuple(e.of_component(k) if isinstance(e, Linearization) else e for e in draw.effects)
+    return Draw(draw.leaves, effects)
+
+
+def unlabelled(draw: Draw) -> Draw:
+    """Undo :func:`labelled`, however often it was applied."""
+    effects = tuple(replace(e, label=()) if isinstance(e, Linearization) else e for e in draw.effects)
+    return Draw(draw.leaves, effects)
 
 
 def moment_of(posterior: Posterior, name: str) -> Params:

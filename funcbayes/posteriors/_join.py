@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._intercept import DropoutMasks
 from .._random import Seed
-from .._tree import MISSING, Params, is_missing, map_leaves, merge, pytree_dataclass
-from ._interface import Draw, Posterior, covered_leaves, moment_of, structure_of
+from .._tree import MISSING, Params, is_missing, map_leaves, merge, pytree_dataclass, repeated
+from ._interface import Draw, Posterior, covered_leaves, moment_of, structure_of, unlabelled
 
 
 @pytree_dataclass
@@ -54,7 +54,8 @@ class Join(Posterior):
             return {structure_of(forms[0]): torch.arange(len(indices))}
         combined: list[tuple[list[Draw], Tensor]] = [([], torch.arange(len(indices)))]
         for part in self.parts:
-            form_of = {structure_of(form): form for form in part.forms()}
+            forms = [*map(unlabelled, part.forms()), *part.forms()]  # as draws are inside of transforms
+            form_of = {structure_of(form): form for form in forms}
             groups = part.structures(indices, seed).items()
             combined = [
                 ([*chosen, form_of[structure]], at[torch.isin(at, positions)])
@@ -77,7 +78,7 @@ class Join(Posterior):
         singles = [atoms[0][0] for atoms in found if atoms is not None]  # the main part's is replaced
 
         def joined(draw: Draw, num: int) -> Draw:
-            parts = [map_leaves(lambda leaf: leaf.expand(num, *leaf.shape[1:]), single) for single in singles]
+            parts = [map_leaves(lambda leaf: repeated(leaf[0], num), single) for single in singles]
             return _joined([*parts[:main], draw, *parts[main + 1 :]])
 
         return [(joined(draw, len(weights)), weights) for draw, weights in found[main] or ()]

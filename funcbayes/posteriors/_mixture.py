@@ -22,7 +22,16 @@ from .._tree import (
     unbind,
 )
 from ._allocation import allocate_ranked
-from ._interface import Draw, Posterior, covered_leaves, in_order, moment_of, structure_of
+from ._interface import (
+    Draw,
+    Posterior,
+    covered_leaves,
+    in_order,
+    labelled,
+    moment_of,
+    structure_of,
+    unlabelled,
+)
 from ._weights import normalized, probabilities
 
 
@@ -72,26 +81,35 @@ class Mixture(Posterior):
 
     def forms(self) -> list[Draw]:
         """Those of the components."""
-        return list({structure_of(form): form for c in self.components for form in c.forms()}.values())
+        forms = [labelled(form, k) for k, c in enumerate(self.components) for form in c.forms()]
+        return list({structure_of(form): form for form in forms}.values())
 
     def structures(self, indices: Tensor, seed: Seed) -> dict[Hashable, Tensor]:
-        """Draws of different components are of one structure if they cover the same leaves alike."""
-        forms = self.forms()
+        """Draws of different components are of one structure if they cover the same leaves alike.
+
+        Draws that are linearised are not: those of one component have one value to be linearised around,
+        at which a pass need evaluate the model once only.
+        """
         choices, ranks = self._allocated(indices, seed)
+        can_choose = is_concrete(choices)
+        forms = {structure_of(form if can_choose else unlabelled(form)) for form in self.forms()}
         if len(forms) == 1:
             # By component, so that draws need not be put in order.
-            order = choices.argsort(stable=True) if is_concrete(choices) else torch.arange(len(indices))
-            return {structure_of(forms[0]): order}
-        if not is_concrete(choices):
+            return {forms.pop(): choices.argsort(stable=True) if can_choose else torch.arange(len(indices))}
+        if not can_choose:
             raise NotImplementedError(
                 "A mixture whose components cover different leaves cannot be drawn from under `vmap` over "
                 "seeds: which leaves a draw has depends on the seed. Loop over the seeds."
             )
         found: dict[Hashable, list[Tensor]] = {}
         for k, chosen in _by_choice(choices):
-            own = self.components[k].structures(ranks[chosen], _component_seed(seed, k))
+            component = self.components[k]
+            structure_here = {
+                structure_of(form): structure_of(labelled(form, k)) for form in component.forms()
+            }
+            own = component.structures(ranks[chosen], _component_seed(seed, k))
             for structure, positions in own.items():
-                found.setdefault(structure, []).append(chosen[positions])
+                found.setdefault(structure_here[structure], []).append(chosen[positions])
         return {structure: torch.cat(positions) for structure, positions in found.items()}
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
@@ -99,14 +117,15 @@ class Mixture(Posterior):
         choices, ranks = self._allocated(indices, seed)
         if not is_concrete(choices):
             return self._selected(choices, ranks, seed)
-        chosen = _by_choice(choices)
-        return in_order(
-            [(at, self.components[k].draws(ranks[at], _component_seed(seed, k))) for k, at in chosen]
-        )
+        found = []
+        for k, at in _by_choice(choices):
+            draw = self.components[k].draws(ranks[at], _component_seed(seed, k))
+            found.append((at, labelled(draw, k)))
+        return in_order(found)
 
     def _selected(self, choices: Tensor, ranks: Tensor, seed: Seed) -> Draw:
         """Draws where the choices cannot be looked at: of all components, each keeping its own."""
-        every = [c.draws(ranks, _component_seed(seed, k)) for k, c in enumerate(self.components)]
+        every = [unlabelled(c.draws(ranks, _component_seed(seed, k))) for k, c in enumerate(self.components)]
 
         def choose(*leaves: Tensor) -> Tensor:
             stacked = torch.stack(leaves)
@@ -122,11 +141,11 @@ class Mixture(Posterior):
     def atoms(self) -> list[tuple[Draw, Tensor]] | None:
         """Those of the components, if all have finitely many."""
         found: dict[Hashable, list[tuple[Draw, Tensor]]] = {}
-        for component, weight in zip(self.components, self.probabilities(), strict=True):
+        for k, (component, weight) in enumerate(zip(self.components, self.probabilities(), strict=True)):
             of_component = component.atoms()
             if of_component is None:
                 return None
-            for draw, weights in of_component:
+            for draw, weights in ((labelled(draw, k), weights) for draw, weights in of_component):
                 structure = structure_of(index(draw, 0))
                 found.setdefault(structure, []).append((draw, weight * weights.to(weight.device)))
         return [

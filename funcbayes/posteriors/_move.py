@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .._tree import map_leaves
+from .._tree import is_repeated, map_leaves, repeated
 
 _T = TypeVar("_T")
 
@@ -32,6 +32,10 @@ def to(posterior: _T, *, device: torch.device | str | None = None, dtype: torch.
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        if is_repeated(leaf):
+            one = leaf[0]
+            moved = move(one)
+            return leaf if moved is one else repeated(moved, len(leaf))
         return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
 
     return map_leaves(move, posterior)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._random import Seed
-from .._tree import Params, map_leaves, named_leaves, parameters_of, pytree_dataclass, select
+from .._tree import Params, map_leaves, named_leaves, parameters_of, pytree_dataclass, repeated, select
 from ._interface import Draw, Posterior, check_tensors
 
 
@@ -30,7 +30,7 @@ class Point(Posterior):
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
         """The value, repeated without copying."""
-        return Draw(map_leaves(lambda leaf: leaf.expand(len(indices), *leaf.shape), self.params))
+        return Draw(map_leaves(lambda leaf: repeated(leaf, len(indices)), self.params))
 
     def forms(self) -> list[Draw]:
         """The value."""
