@@ -49,6 +49,10 @@ class Categorical(Likelihood):
                 f"ignored, got labels from {int(counted.min())} to {int(counted.max())}."
             )
 
+    def output_axis(self, outputs: Tensor) -> int:
+        """Say which axis holds the classes, counted from the front."""
+        return self._axis(outputs)
+
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return ``log p(y | f)``, ``(N,)``: summed over positions, ignored labels adding 0."""
         axis = self._axis(outputs)

@@ -43,6 +43,13 @@ class Likelihood(abc.ABC):
             ValueError: If their shapes do not match, or a target is not a possible one.
         """
 
+    def output_axis(self, outputs: Tensor) -> int | None:
+        """Say which axis of ``outputs`` holds the ``C`` outputs of a position; the others are rows and positions.
+
+        ``None`` for outputs ``(N,)``, which are one output a row.
+        """
+        return outputs.ndim - 1 if outputs.ndim > 1 else None
+
     @abc.abstractmethod
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return ``log p(y | f)``, ``(N,)``: summed over the positions and outputs of a row.

@@ -1,0 +1,95 @@
+"""A batch seen a block of rows at a time: outputs, and gradients of leaves for any columns."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .._tree import Params, index, named_leaves, num_rows
+from ._gradients import RowGradients
+from ._others import gradients_of_others
+from ._plan import Plan, Taped, gradients_of_layers, plan_for, signature_of, tape
+
+Model = Callable[[Params, Any], Any]
+# Blocks of rows whose intermediates stay in the caches are fastest, so this is far less than memory has.
+DEFAULT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a batch.
+
+    Attributes:
+        outputs: ``(M, N, *event)``, without a graph.
+        rows: Where these rows are in the batch.
+    """
+
+    fn: Model
+    params: Params
+    x: Any
+    plan: Plan
+    taped: Taped
+    num_members: int | None
+    rows: slice
+
+    @property
+    def outputs(self) -> Tensor:
+        """``(M, N, *event)``, without a graph."""
+        return self.taped.outputs.detach()
+
+    def gradients(self, columns: Tensor) -> dict[str, RowGradients]:
+        """Gradients by leaf for cotangents ``(K, M, N, *event)``; leaves without any are left out."""
+        shapes = {
+            name: leaf.shape if self.num_members is None else leaf.shape[1:]
+            for name, leaf in self.taped.leaves.items()
+        }
+        found = gradients_of_layers(self.plan, self.taped, columns, shapes)
+        others = self.plan.others
+        return found | gradients_of_others(self.fn, self.params, others, self.x, columns, self.num_members)
+
+
+def blocks(
+    fn: Model,
+    params: Params,
+    names: Sequence[str],
+    x: Any,
+    *,
+    num_columns: Callable[[torch.Size], int],
+    call: str,
+    num_members: int | None = None,
+    max_bytes: int | None = None,
+) -> Iterator[Block]:
+    """Evaluate a batch.
+
+    Args:
+        fn: Pure model.
+        params: Its parameters; with ``num_members`` all leaves have a leading axis of members.
+        names: Leaves whose gradients will be asked for.
+        x: Inputs.
+        num_columns: How many columns there will be at a time, given the shape of the outputs of one row.
+        call: How the user called us, for messages.
+        num_members: ``M``; ``None`` for a single network.
+        max_bytes: Bytes that the gradients of one block may have.
+    """
+    single = params if num_members is None else index(params, 0)
+    plan = plan_for(fn, single, names, x, call)
+    count = num_rows(x) or 0
+    lead = next(iter(named_leaves(params).values()))
+    columns, members = num_columns(plan.event), num_members or 1
+    each = members * (2 * (columns + 1) * plan.numel + plan.windows) * getattr(lead, "itemsize", 4)
+    size = max((DEFAULT_BYTES if max_bytes is None else max_bytes) // max(each, 1), 1)
+    size = -(-count // max(-(-count // size), 1))  # as equal as can be
+    for start in range(0, count, max(size, 1)):
+        part = slice(start, min(start + size, count))
+        own = x if size >= count else _rows(x, part)
+        taped = tape(fn, params, names, own, num_members=num_members)
+        if signature_of(taped) != plan.calls:  # its way depends on the data: nothing can be said beforehand
+            plan = replace(plan, layers=(), rows=(), others=tuple(names), calls=signature_of(taped))
+        yield Block(fn, params, own, plan, taped, num_members, part)
+
+
+def _rows(x: Any, part: slice) -> Any:
+    return optree.tree_map(lambda leaf: leaf[part] if isinstance(leaf, Tensor) and leaf.ndim else leaf, x)

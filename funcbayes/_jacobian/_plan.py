@@ -1,0 +1,312 @@
+"""Where the gradients of each leaf come from, and where rows are inside a model: found out once a model."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .._functorch import map_first_axis
+from .._intercept import Batching
+from .._intercept._rows import row_axis, two_rows
+from .._remember import Remembered
+from .._tree import Fixed, Params, map_leaves, map_named, named_leaves, num_rows, parameters_of, tensors
+from .._warning import levels_to_the_user
+from ._gradients import RowGradients
+from ._layers import row_gradients
+from ._tape import LayerCall, RowsMixError, Tape
+
+Model = Callable[[Params, Any], Any]
+Rows = tuple[int, int, bool]  # axis, entries of it for one row of data, whether these lie together
+
+_MUCH = 1 << 16  # numbers in the gradients of one row from which on a slow way is worth a word
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How gradients are found, row by row.
+
+    Attributes:
+        layers: Leaves of each call of a layer that are taken from it, in the order of the calls; empty for
+            calls that are passed over.
+        rows: Where rows are in the output of each call.
+        others: Leaves whose gradients have to be found by differentiating row by row.
+        calls: Kinds and leaves of the calls, to tell whether a model did something else this time.
+        event: Shape of the outputs of one row.
+        numel: Numbers that one row has in the outputs of all layers taken.
+        windows: Numbers that one row has in the inputs of all layers taken, as their weights see them.
+    """
+
+    layers: tuple[tuple[str, ...], ...]
+    rows: tuple[Rows | None, ...]
+    others: tuple[str, ...]
+    calls: tuple[tuple[str, str | None, str | None], ...]
+    event: torch.Size
+    numel: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Taped:
+    """A model evaluated on a batch.
+
+    Attributes:
+        outputs: ``(M, N, *event)``, with a graph.
+        calls: The layers on the way.
+        leaves: The chosen leaves that were given to the model, which require gradients.
+    """
+
+    outputs: Tensor
+    calls: Sequence[LayerCall]
+    leaves: Mapping[str, Tensor]
+
+
+_plans: Remembered[Plan] = Remembered()
+
+
+def plan_for(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) -> Plan:
+    """Find out, or remember, how gradients of leaves are found.
+
+    Args:
+        fn: Pure model.
+        params: Its parameters, of one network.
+        names: The chosen leaves.
+        x: Inputs, at least one row.
+        call: How the user called us, for messages.
+    """
+    shapes = tuple((t.shape[1:], t.dtype) for t in tensors(x)), optree.tree_structure(x)
+    leaves = tuple((name, leaf.shape, leaf.dtype) for name, leaf in parameters_of(params).items())
+    key = (tuple(names), leaves, shapes)
+    return _plans.get(fn, key, lambda: _make(fn, params, names, x, call))
+
+
+def tape(
+    fn: Model,
+    params: Params,
+    names: Sequence[str],
+    x: Any,
+    *,
+    num_members: int | None = None,
+    keep_outputs: bool = False,
+) -> Taped:
+    """Evaluate a model and write down its layers.
+
+    Args:
+        fn: Pure model.
+        params: Its parameters; with ``num_members`` all leaves have a leading axis of members.
+        names: The chosen leaves.
+        x: Inputs, the same for all members.
+        num_members: ``M``; ``None`` for a single network, which gets an axis of one.
+        keep_outputs: Whether the tape keeps outputs.
+    """
+    chosen = set(names)
+    given = map_named(lambda name, leaf: _as_given(leaf, name in chosen), params)
+    leaves = {name: leaf for name, leaf in named_leaves(given).items() if name in chosen}
+    calls: list[LayerCall] = []
+
+    def run(part: Params) -> Tensor:
+        ids = {id(leaf): name for name, leaf in named_leaves(part).items() if name in chosen}
+        with Tape(ids, keep_outputs=keep_outputs) as mode:
+            outputs = fn(part, x)
+        calls.extend(mode.calls)
+        return outputs
+
+    with torch.inference_mode(False), torch.enable_grad():
+        if num_members is None:
+            outputs = run(given)
+            if not isinstance(outputs, Tensor):
+                raise TypeError(
+                    f"`fn(params, x)` should return one tensor, got {type(outputs).__name__}. Pick one: "
+                    "`lambda params, x: fn(params, x)[...]`."
+                )
+            return Taped(outputs.unsqueeze(0), calls, leaves)
+
+        def mapped(part: Params, kind: str) -> Tensor:
+            with Batching(kind):
+                return run(part)
+
+        try:
+            kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
+            outputs = map_first_axis(lambda part: mapped(part, kind), given, num_members)
+        except Exception:  # a batching rule stands in the model's way; if not, the error comes again
+            calls.clear()
+            outputs = map_first_axis(lambda part: mapped(part, "vmap"), given, num_members)
+        return Taped(outputs, calls, leaves)
+
+
+def _as_given(leaf: Any, is_chosen: bool) -> Any:
+    if isinstance(leaf, Fixed):
+        return Fixed(leaf.tensor.detach())
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.clone() if leaf.is_inference() else leaf.detach()
+    return leaf.requires_grad_() if is_chosen else leaf
+
+
+def by_rows(value: Tensor, rows: Rows, leading: int, count: int) -> Tensor:
+    """A value of a layer with its rows behind ``leading`` axes: ``(..., N, S, *own)``."""
+    axis, size, together = rows
+    value = value.movedim(leading + axis, leading)
+    value = value.unflatten(leading, (count, size) if together else (size, count))
+    return value if together else value.movedim(leading, leading + 1)
+
+
+def gradients_of_layers(
+    plan: Plan, taped: Taped, columns: Tensor, shapes: dict[str, torch.Size]
+) -> dict[str, RowGradients]:
+    """Gradients of the leaves that layers show, for columns ``(K, M, N, *event)``."""
+    taken = [i for i, leaves in enumerate(plan.layers) if leaves]
+    if not taken or not len(columns):
+        return {}
+    pulled = torch.autograd.grad(
+        taped.outputs,
+        [taped.calls[i].edge for i in taken],
+        columns,
+        is_grads_batched=True,
+        retain_graph=True,
+        allow_unused=True,
+    )
+    members, count = columns.shape[1:3]
+    found: dict[str, RowGradients] = {}
+    for i, gradient in zip(taken, pulled, strict=True):
+        call, rows = taped.calls[i], plan.rows[i]
+        assert rows is not None
+        if gradient is None:
+            continue
+        axis = call.output_axis
+        gradient = gradient.unsqueeze(1) if axis is None else gradient.movedim(axis + 1, 1)
+        value = by_rows(call.value.expand(members, *call.value.shape[1:]), rows, 1, count)
+        gradient = by_rows(gradient.expand(-1, members, *gradient.shape[2:]), rows, 2, count)
+        of_layer = row_gradients(call, value, gradient, shapes)
+        found |= {name: of_layer[name] for name in plan.layers[i]}
+    return found
+
+
+def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) -> Plan:
+    if num_rows(x) is None:
+        raise ValueError(
+            f"`{call}` should be given `x` whose tensors share their first axis, one entry a row."
+        )
+    params = map_leaves(_widened, params)
+    first, second = (map_leaves(_widened, rows) for rows in two_rows(x))
+    both = map_leaves(
+        lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, first, second
+    )
+    *alone, together = (tape(fn, params, names, rows, keep_outputs=True) for rows in (first, second, both))
+    outputs = [taped.outputs.detach()[0] for taped in (*alone, together)]
+    if not _is_by_rows(outputs):
+        raise RowsMixError(
+            f"`{call}` needs a model whose outputs for a row, the first axis, depend on that row alone; here "
+            "two rows together give other outputs than each alone."
+        )
+    signature = signature_of(together)
+    is_alike = all(signature_of(taped) == signature for taped in alone)
+    uses = [name for layer in together.calls for name in layer.leaves]
+    rows = tuple(
+        _rows_of(i, together.calls[i], alone, together) if is_alike else None for i in range(len(signature))
+    )
+    layers = tuple(
+        tuple(name for name in layer.leaves if uses.count(name) == 1) if where is not None else ()
+        for layer, where in zip(together.calls, rows, strict=True)
+    )
+    shapes = {name: leaf.shape for name, leaf in together.leaves.items()}
+    plan = Plan(layers, rows, (), signature, outputs[0].shape[1:], 0, 0)
+    wrong = _leaves_with_other_gradients(plan, together, shapes)
+    layers = tuple(tuple(name for name in leaves if name not in wrong) for leaves in layers)
+    seen = {name for leaves in layers for name in leaves}
+    others = tuple(name for name in names if name not in seen)
+    _tell_of_slow_leaves(fn, {name: shapes[name].numel() for name in others}, outputs[0].numel(), call)
+    numel = windows = 0
+    for layer, leaves in zip(together.calls, layers, strict=True):
+        if leaves and layer.output is not None:
+            numel += layer.output.numel() // 2
+            own = (
+                1
+                if layer.weight is None or "convolution" not in layer.kind
+                else layer.weight_shape[2:].numel()
+            )
+            windows += layer.value.numel() // 2 * own
+    return Plan(layers, rows, others, signature, plan.event, numel, windows)
+
+
+def signature_of(taped: Taped) -> tuple[tuple[str, str | None, str | None], ...]:
+    """What layers were called."""
+    return tuple((layer.kind, layer.weight, layer.bias) for layer in taped.calls)
+
+
+def _widened(leaf: Any) -> Any:
+    """In at least single precision, for comparisons."""
+    is_half = isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
+    return leaf.float() if is_half else leaf
+
+
+def _is_by_rows(outputs: list[Tensor]) -> bool:
+    first, second, both = outputs
+    if both.ndim == 0 or first.shape[0] != 1 or both.shape[0] != 2:
+        return False
+    return float((torch.cat([first, second]) - both).norm()) <= 1e-3 * float(both.norm())
+
+
+def _rows_of(i: int, layer: LayerCall, alone: Sequence[Taped], together: Taped) -> Rows | None:
+    """Where rows are in the output of a layer, if they are where the layer takes its positions from."""
+    first, second, both = (taped.calls[i].output for taped in (*alone, together))
+    if first is None or second is None or both is None:
+        return None
+    try:
+        found = row_axis(first[0], second[0], both[0])
+    except ValueError:
+        return None
+    if found is None:
+        return None
+    ndim, axis = both.ndim - 1, found[0]
+    if layer.kind in ("convolution", "transposed convolution", "channels"):
+        is_fine = axis == 0 and (layer.kind == "channels" or ndim == layer.ndim + 2)
+    elif layer.kind == "last axes":
+        is_fine = axis < ndim - len(layer.settings["normalized_shape"])
+    else:
+        is_fine = axis < ndim - 1
+    return found if is_fine else None
+
+
+def _leaves_with_other_gradients(plan: Plan, taped: Taped, shapes: dict[str, torch.Size]) -> set[str]:
+    """Leaves that are used in some other way, too: a random cotangent's gradient is not what layers say."""
+    names = [name for leaves in plan.layers for name in leaves]
+    if not names:
+        return set()
+    generator = torch.Generator().manual_seed(0)
+    outputs = taped.outputs
+    column = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    expected = torch.autograd.grad(
+        outputs, [taped.leaves[name] for name in names], column, retain_graph=True, allow_unused=True
+    )
+    found = gradients_of_layers(plan, taped, column.unsqueeze(0), shapes)
+    wrong = set()
+    for name, right in zip(names, expected, strict=True):
+        right = (
+            torch.zeros(shapes[name], dtype=outputs.dtype, device=outputs.device) if right is None else right
+        )
+        got = torch.zeros_like(right)
+        if name in found:
+            got = found[name].matrices().sum((0, 1, 2)).reshape(shapes[name]).to(right)
+        tolerance = 1e-3 * float(right.norm()) + 1e-6 * float(column.norm())
+        if not float((got - right).norm()) <= tolerance:
+            wrong.add(name)
+    return wrong
+
+
+def _tell_of_slow_leaves(fn: Any, sizes: dict[str, int], num_outputs: int, call: str) -> None:
+    total = sum(sizes.values()) * num_outputs
+    if total < _MUCH:
+        return
+    names = sorted(sizes, key=lambda name: -sizes[name])
+    shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    warnings.warn(
+        f"`{call}` finds the gradients of {shown} in {fn!r} row by row, {total:,} numbers each: these leaves "
+        "are not just the weight or bias of one linear, convolution, embedding or normalisation layer. "
+        "`where` leaves them out.",
+        UserWarning,
+        stacklevel=levels_to_the_user(),
+    )

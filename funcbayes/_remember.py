@@ -1,0 +1,40 @@
+"""Remembering what was found out about a model, for as long as the model lives."""
+
+import threading
+import types
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+
+_T = TypeVar("_T")
+
+
+class Remembered(Generic[_T]):
+    """Values by model and by what else they depend on; safe among threads.
+
+    Args:
+        most: Values remembered for one model; the oldest are forgotten.
+    """
+
+    def __init__(self, most: int = 32) -> None:
+        self._most = most
+        self._values: weakref.WeakKeyDictionary[Any, dict[Hashable, _T]] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, fn: Any, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What was remembered, or else what ``make`` gives, from now on."""
+        # A bound method is made anew at every access; its object lives as long as it matters.
+        owner = fn.__self__ if isinstance(fn, types.MethodType) else fn
+        key = (getattr(fn, "__func__", None), key)
+        try:
+            with self._lock:
+                values = self._values.setdefault(owner, {})
+                if key in values:
+                    return values[key]
+        except TypeError:  # a callable that has no hash or takes no weak references
+            return make()
+        value = make()  # without the lock: it may take long, and may ask for others
+        with self._lock:
+            while len(values) >= self._most:
+                del values[next(iter(values))]
+            return values.setdefault(key, value)
