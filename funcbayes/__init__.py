@@ -6,7 +6,9 @@ draws in one vectorised pass.
 
 from . import (
     covariances as covariances,
+    curvature as curvature,
     ensemble as ensemble,
+    laplace as laplace,
     likelihoods as likelihoods,
     metrics as metrics,
     modules as modules,
@@ -22,7 +24,9 @@ from ._functional import (
     training_call as training_call,
 )
 from ._linearize import linearize as linearize
+from ._linearized_prediction import LinearizedPrediction as LinearizedPrediction
 from ._predict import predict as predict, predict_batches as predict_batches, predictor as predictor
+from ._predict_linearized import predict_linearized as predict_linearized
 from ._prediction import Prediction as Prediction
 from ._sample_function import SampledFunction as SampledFunction, sample_function as sample_function
 from ._tree import MISSING as MISSING, Fixed as Fixed

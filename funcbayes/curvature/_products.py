@@ -188,8 +188,8 @@ def _over_data(
                     total[name][part] += leaf
                     if not bool(leaf.isfinite().all()):
                         raise RuntimeError(
-                            f"A product with the curvature in `{problem.call}` is not finite in batch {number}, "
-                            "though its loss is. float64, or smaller outputs, may help."
+                            f"A product with the curvature in `{problem.call}` is not finite in batch "
+                            f"{number}, though its loss is. float64, or smaller outputs, may help."
                         )
     assert terms is not None
     return total, terms

@@ -188,6 +188,12 @@ class LowRank(Curvature):
         """``R``."""
         return self.eigenvalues.shape[-1]
 
+    @functools.cached_property
+    def grams(self) -> dict[str, Tensor]:
+        """``U_l^T U_l`` by leaf, ``(R, R)``, found once, in double precision."""
+        flat = {name: leaf.reshape(-1, leaf.shape[-1]).double() for name, leaf in self.leaves.items()}
+        return {name: vectors.mT @ vectors for name, vectors in flat.items()}
+
     def truncated(self, rank: int) -> "LowRank":
         """The same with the ``rank`` largest eigenvalues."""
         vectors = map_leaves(lambda leaf: leaf[..., :rank], self.eigenvectors)

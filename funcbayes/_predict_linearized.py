@@ -1,0 +1,211 @@
+"""``predict_linearized``: the predictive of the linearised model in closed form."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ._checks import check_model, positive_int
+from ._functional import Model
+from ._linearized_prediction import Component, LinearizedPrediction, Link
+from ._output_covariance import Form, Terms, covariance_terms, gathered, jacobians
+from ._random import Seed, resolve_seed
+from ._tree import Params, as_tree, merge, missing_path, named_leaves, parameters_of
+from .likelihoods import Likelihood
+from .likelihoods._checks import check_is_likelihood
+from .posteriors import Dropout, Ensemble, Gaussian, Join, Mixture, Point, Posterior
+
+_CALL = "predict_linearized"
+
+
+def predict_linearized(
+    fn: Model,
+    params: Params,
+    posterior: Posterior,
+    x: Any,
+    *,
+    likelihood: Likelihood | None = None,
+    link: Link = "probit",
+    joint: bool = False,
+    num_samples: int = 1000,
+    seed: Seed | None = None,
+) -> LinearizedPrediction:
+    """Predict with the linearised model, in closed form: no draws.
+
+    A Gaussian ``N(m, S)`` over parameters makes the outputs of ``f(m) + J (theta - m)`` a Gaussian, with mean
+    ``f(m)`` and covariance ``J S J^T`` (MacKay 1992; Khan et al. 2019; Immer et al. 2021, "Improving
+    predictions of Bayesian neural nets via local linearization", eq. 9). It is what ``predict`` converges to
+    for a Gaussian that is ``linearized``, and works for every Gaussian: of a Laplace approximation, SWAG or
+    variational inference. The Jacobian is not formed where the layers of the model do without.
+
+    Args:
+        fn: Pure model ``fn(params, x) -> outputs (N, ...)``; the outputs of a row must depend on that row
+            alone.
+        params: What the posterior does not cover; ``None`` if it covers everything.
+        posterior: A Gaussian; a join of Gaussians and points; or a mixture of these, whose predictive is the
+            mixture of theirs.
+        x: Inputs, a tensor or any pytree of tensors, ``N`` rows.
+        likelihood: What outputs say of ``y``. Without it mean and variance are those of the outputs; with
+            ``Normal`` the variance has the noise in it.
+        link: How a Gaussian over logits becomes probabilities, for ``Categorical`` and ``Bernoulli``:
+            ``"probit"`` (MacKay 1992), ``"bridge"`` and ``"bridge_norm"`` (the Laplace bridge, and with
+            normalisation; Hobbhahn et al. 2022), or ``"mc"``, Monte Carlo over logits.
+        joint: Whether the covariance between rows is wanted, too: for ``joint_covariance`` and ``sample``.
+        num_samples: For ``"mc"``: how many draws of the logits.
+        seed: For ``"mc"``: draws are a function of it; ``None`` takes one number from torch's global state.
+
+    Returns:
+        The prediction, without a graph through the model; it is differentiable in the covariance.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind, or the posterior is no Gaussian, nor made of such.
+        ValueError: If ``link`` is none of these, rows of the outputs depend on other rows, or leaves do not
+            fit.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> fn = lambda params, x: x @ params["w"]
+        >>> q = fb.Gaussian({"w": torch.ones(2, 1)}, fb.covariances.Diagonal({"w": torch.full((2, 1), 0.5)}))
+        >>> prediction = fb.predict_linearized(fn, None, q, torch.tensor([[1.0, 2.0]]))
+        >>> prediction.output_mean, prediction.output_covariance  # 1 + 2, 0.5 (1 + 4)
+        (tensor([[3.]]), tensor([[[2.5000]]]))
+    """
+    check_model(fn, _CALL)
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"`{_CALL}(fn, params, posterior, x)` should be given a posterior, got "
+            f"{type(posterior).__name__}."
+        )
+    if link not in get_args(Link):
+        known = ", ".join(map(repr, get_args(Link)))
+        raise ValueError(f"`{_CALL}(link=...)` should be one of {known}, got {link!r}.")
+    if likelihood is not None:
+        check_is_likelihood(likelihood, f"{_CALL}(likelihood=...)")
+    num_samples = positive_int(num_samples, f"{_CALL}(num_samples=...)")
+    params, x = as_tree(params), as_tree(x)
+    weights, components = [], []
+    for weight, gaussians, points in _components(posterior):
+        run = _Linearized(fn, params, gaussians, points, x)
+        weights.append(weight)
+        components.append(run.component(joint=joint, wants_covariance=_wants_covariance(likelihood, link)))
+    if likelihood is not None:
+        likelihood.check(components[0].mean, None, call=f"{_CALL}(..., likelihood=...)")
+    needs_seed = likelihood is not None and likelihood.is_discrete and link == "mc"
+    return LinearizedPrediction(
+        components=tuple(components),
+        weights=torch.stack(weights),
+        likelihood=likelihood,
+        link=link,
+        num_samples=num_samples,
+        seed=int(resolve_seed(seed)) if needs_seed else 0,
+    )
+
+
+def _wants_covariance(likelihood: Likelihood | None, link: Link) -> bool:
+    return likelihood is not None and likelihood.is_discrete and link != "probit"
+
+
+def _components(posterior: Posterior) -> Iterator[tuple[Tensor, list[Gaussian], list[Params]]]:
+    """Weights, Gaussians over different leaves, and values of others, for each component of a mixture."""
+    if isinstance(posterior, Mixture):
+        for weight, component in zip(posterior.probabilities(), posterior.components, strict=True):
+            for inner, gaussians, points in _components(component):
+                yield weight * inner.to(weight), gaussians, points
+        return
+    gaussians, points = [], []
+    for part in posterior.parts if isinstance(posterior, Join) else (posterior,):
+        if isinstance(part, Gaussian):
+            gaussians.append(part)
+        elif isinstance(part, Point):
+            points.append(part.params)
+        else:
+            raise TypeError(
+                f"`{_CALL}(fn, params, posterior, x)` should be given a Gaussian, a join of Gaussians and "
+                f"points, or a mixture of such, got a {type(part).__name__}{_instead(part)}"
+            )
+    yield torch.ones((), dtype=torch.float64), gaussians, points
+
+
+def _instead(part: Posterior) -> str:
+    if isinstance(part, Dropout | Ensemble):
+        return ", whose outputs are no Gaussian. Write `predict(fn, params, posterior, x)`."
+    return ". Put mixtures outside of joins: `mixture(join(...), join(...))`."
+
+
+@dataclass(frozen=True)
+class _Linearized:
+    """One Gaussian, or several over different leaves, pushed through a model."""
+
+    fn: Model
+    params: Params
+    gaussians: list[Gaussian]
+    points: list[Params]
+    x: Any
+    center: Params = field(init=False)
+
+    def __post_init__(self) -> None:
+        center = self.params
+        for values in (*self.points, *(gaussian.mean for gaussian in self.gaussians)):
+            if self.params is not None:
+                _check_fit(values, self.params)
+            center = merge(center, values)
+        missing = missing_path(center)
+        if center is None or missing is not None:
+            raise ValueError(
+                f"`{_CALL}(fn, params, posterior, x)` should find every leaf in the posterior or in "
+                f"`params`; {missing!r} is in neither."
+            )
+        object.__setattr__(self, "center", center)
+
+    def component(self, *, joint: bool, wants_covariance: bool) -> Component:
+        """Mean and covariance of the outputs."""
+        form: Form = "joint" if joint else "covariance" if wants_covariance else "variance"
+        mean, (found,) = self._evaluated((form,))
+        size = mean.shape[1:].numel()
+        if joint:
+            blocks = found.unflatten(0, (len(mean), size)).unflatten(-1, (len(mean), size))
+            covariance = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            return Component(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance, found)
+        if wants_covariance:
+            return Component(mean, found.diagonal(dim1=-2, dim2=-1), lambda: found, None)
+        return Component(mean, found, self._covariance, None)
+
+    def _covariance(self) -> Tensor:
+        return self._evaluated(("covariance",))[1][0]
+
+    def _evaluated(self, forms: tuple[Form, ...]) -> tuple[Tensor, list[Tensor]]:
+        names = [name for gaussian in self.gaussians for name in parameters_of(gaussian.mean)]
+        if not names:  # nothing is uncertain
+            with torch.no_grad():
+                mean = self.fn(self.center, self.x)
+            flat = mean.reshape(len(mean), -1)
+            return mean, [gathered(iter(()), flat, form) for form in forms]
+        means, found = [], [[] for _ in forms]
+        for jacobian in jacobians(self.fn, self.center, names, self.x, call=_CALL, whole="joint" in forms):
+            outputs = jacobian.block.outputs[0]
+            means.append(outputs)
+            flat = outputs.reshape(len(outputs), -1)
+            for form, parts in zip(forms, found, strict=True):
+                parts.append(gathered(self._terms(jacobian, form), flat, form))
+        return torch.cat(means), [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found]
+
+    def _terms(self, jacobian: Any, form: Form) -> Terms:
+        for gaussian in self.gaussians:
+            yield from covariance_terms(gaussian.covariance, jacobian, form)
+
+
+def _check_fit(values: Params, params: Params) -> None:
+    there = named_leaves(params)
+    for name, leaf in parameters_of(values).items():
+        if name not in there:
+            raise ValueError(
+                f"`{_CALL}(fn, params, posterior, x)` should have a posterior over leaves of `params`; it "
+                f"covers {name!r}, which is not there. If it covers everything, pass `params=None`."
+            )
+        if there[name].shape != leaf.shape:
+            raise ValueError(
+                f"`{_CALL}(fn, params, posterior, x)` should have a posterior with leaves like `params`; "
+                f"{name!r} has shape {tuple(leaf.shape)}, and {tuple(there[name].shape)} in `params`."
+            )

@@ -1,0 +1,9 @@
+"""Laplace approximations: Gaussians at a mode, their evidence, and what is tuned by it."""
+
+from ._posterior import log_marginal_likelihood as log_marginal_likelihood, posterior as posterior
+from ._subnetwork import (
+    largest_magnitude as largest_magnitude,
+    largest_variance as largest_variance,
+    random_mask as random_mask,
+    subnetwork as subnetwork,
+)

@@ -1,0 +1,310 @@
+"""Curvature and prior together: the precision of a posterior, by structure of the curvature."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._functorch import is_concrete
+from .._tree import Params, map_named, named_leaves
+from ..covariances import Covariance, Dense, Diagonal, Kronecker, LowRankPrecision
+from ..covariances._flat import as_double
+from ..covariances._kronecker import eigen, tree_like
+from ..covariances._operator import inverse_transpose
+from ..curvature import Diag, EigenKron, Full, Kron, LowRank
+from ._prior import Prior
+
+_DOUBLE_SIZE = 1 << 13  # rows of a matrix up to which it is factorised in double precision
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The precision ``factor * curvature + prior precision``.
+
+    Attributes:
+        covariance: Makes its inverse.
+        logdet: Finds its log-determinant, in double precision.
+    """
+
+    covariance: Callable[[], Covariance]
+    logdet: Callable[[], Tensor]
+
+
+@functools.singledispatch
+def precision_of(curvature: Any, prior: Prior, factor: Tensor, like: Params) -> Precision:
+    """Put a prior to a curvature.
+
+    Args:
+        curvature: The curvature.
+        prior: Over the leaves that it covers.
+        factor: What the curvature is multiplied with.
+        like: The covered parameters.
+    """
+    raise TypeError(
+        f"A posterior should be made of one of `funcbayes.curvature`, got {type(curvature).__name__}. Find "
+        "it with `curvature.ggn(fn, params, data, likelihood)`."
+    )
+
+
+@precision_of.register
+def _(curvature: Diag, prior: Prior, factor: Tensor, like: Params) -> Precision:
+    diagonal = {name: as_double(leaf) * factor for name, leaf in curvature.leaves.items()}
+    if prior.precision is None:
+        return _with_low_rank_prior(diagonal, {}, prior, like, "'diag'")
+    precision = {name: leaf + prior.precision[name] for name, leaf in diagonal.items()}
+    for name, leaf in precision.items():
+        refuse_indefinite(leaf, f"of {name!r}, the smallest entry of its diagonal,")
+
+    def covariance() -> Covariance:
+        return Diagonal(map_named(lambda name, leaf: (1 / precision[name]).to(leaf.dtype), like))
+
+    return Precision(covariance, lambda: _sum(leaf.log().sum() for leaf in precision.values()))
+
+
+@precision_of.register
+def _(curvature: Kron, prior: Prior, factor: Tensor, like: Params) -> Precision:
+    return precision_of(curvature.eigen, prior, factor, like)
+
+
+@precision_of.register
+def _(curvature: EigenKron, prior: Prior, factor: Tensor, like: Params) -> Precision:
+    outputs, inputs = named_leaves(curvature.output_basis), named_leaves(curvature.input_basis)
+    values = {name: as_double(leaf) * factor for name, leaf in curvature.leaves.items()}
+    bases: dict[str, tuple[Tensor | None, Tensor | None]]
+    bases = {name: (outputs.get(name), inputs.get(name)) for name in values}
+    if prior.precision is None:
+        values, bases = _projected(values, bases, prior)
+    else:
+        numbers = prior.numbers("'kron'")
+        values = {name: leaf + numbers[name] for name, leaf in values.items()}
+    for name, leaf in values.items():
+        refuse_indefinite(leaf, f"of {name!r}")
+
+    def covariance() -> Covariance:
+        variance = {name: 1 / leaf for name, leaf in values.items()}
+        sides = ({name: basis[side] for name, basis in bases.items()} for side in (0, 1))
+        return Kronecker(
+            map_named(lambda name, leaf: variance[name].reshape(leaf.shape).to(leaf.dtype), like),
+            *(tree_like(like, found) for found in sides),
+        )
+
+    return Precision(covariance, lambda: _sum(leaf.log().sum() for leaf in values.values()))
+
+
+@precision_of.register
+def _(curvature: LowRank, prior: Prior, factor: Tensor, like: Params) -> Precision:
+    roots = (as_double(curvature.eigenvalues) * factor).sqrt()
+    vectors = curvature.leaves
+
+    def factors() -> dict[str, Tensor]:
+        return {name: vectors[name] * roots.to(vectors[name].dtype) for name in vectors}
+
+    if prior.precision is None:
+        return _with_low_rank_prior({}, factors(), prior, like, "'low_rank'")
+    precision = prior.precision
+
+    def covariance() -> Covariance:
+        found = factors()
+        return LowRankPrecision(
+            map_named(lambda name, leaf: precision[name].expand(leaf.shape).to(leaf.dtype).clone(), like),
+            map_named(lambda name, leaf: found[name].to(leaf.dtype), like),
+        )
+
+    def logdet() -> Tensor:
+        # det(D + F F^T) = det(D) det(I + F^T D^-1 F), and F^T D^-1 F is small.
+        whole = _sum(
+            number.log().sum() * (vectors[name][..., 0].numel() // max(number.numel(), 1))
+            for name, number in precision.items()
+        )
+        if all(number.ndim == 0 for number in precision.values()):
+            grams = curvature.grams
+            inner = _sum(grams[name] / number for name, number in precision.items())
+        else:
+            inner = _sum(_whitened_gram(vectors[name], number) for name, number in precision.items())
+        identity = torch.eye(len(roots), dtype=roots.dtype, device=roots.device)
+        return (
+            whole
+            + torch.linalg.cholesky(identity + roots * inner * roots[:, None]).diagonal().log().sum() * 2
+        )
+
+    return Precision(covariance, logdet)
+
+
+@precision_of.register
+def _(curvature: Full, prior: Prior, factor: Tensor, like: Params) -> Precision:
+    size = len(curvature.matrix)
+    wide = torch.float64 if size <= _DOUBLE_SIZE else curvature.matrix.dtype
+
+    def matrix() -> Tensor:
+        scaled = curvature.matrix.to(wide) * factor.to(wide)
+        if prior.precision is not None:
+            return scaled + torch.diag(_as_vector(prior.precision, curvature.leaves).to(wide))
+        assert prior.gaussian is not None
+        identity = torch.eye(size, dtype=torch.float64, device=scaled.device)
+        return scaled + prior.gaussian.covariance.inverse().times(identity).to(wide)
+
+    @functools.cache
+    def root() -> Tensor:
+        whole = matrix()
+        lower, failed = torch.linalg.cholesky_ex(whole)
+        if is_concrete(failed) and bool(failed):
+            smallest = float(torch.linalg.eigvalsh(whole.detach().double())[0])
+            raise RuntimeError(_indefinite("", smallest))
+        return lower
+
+    def covariance() -> Covariance:
+        columns = inverse_transpose(root())
+        sizes = [leaf.numel() for leaf in curvature.leaves.values()]
+        parts = dict(zip(curvature.leaves, columns.split(sizes), strict=True))
+        return Dense(
+            map_named(lambda name, leaf: parts[name].reshape(*leaf.shape, size).to(leaf.dtype), like)
+        )
+
+    def logdet() -> Tensor:
+        one = _one_number(prior.precision)
+        if one is None:
+            return 2 * as_double(root().diagonal()).log().sum()
+        values = curvature.eigenvalues * factor + one
+        refuse_indefinite(values, "")
+        return values.log().sum()
+
+    return Precision(covariance, logdet)
+
+
+def _with_low_rank_prior(
+    diagonal: Mapping[str, Tensor], factors: Mapping[str, Tensor], prior: Prior, like: Params, structure: str
+) -> Precision:
+    """A diagonal, or factors, on top of a prior whose precision is a diagonal and factors, too."""
+    assert prior.gaussian is not None
+    old = prior.gaussian.covariance
+    if not isinstance(old, LowRankPrecision):
+        raise NotImplementedError(
+            f"A curvature of structure {structure} goes with a prior of independent parameters, or of a "
+            f"precision of low rank, got a {type(old).__name__}: their sum has no structure. Use "
+            "`structure='full'`, or the structure that the prior was found with."
+        )
+    precision, columns = named_leaves(old.precision), named_leaves(old.factors)
+
+    def both(name: str) -> Tensor:
+        if name not in factors:
+            return columns[name]
+        return torch.cat([columns[name], factors[name].to(columns[name].dtype)], -1)
+
+    def covariance() -> Covariance:
+        return LowRankPrecision(
+            map_named(
+                lambda name, leaf: (as_double(precision[name]) + diagonal.get(name, 0)).to(leaf.dtype), like
+            ),
+            map_named(lambda name, leaf: both(name).to(leaf.dtype), like),
+        )
+
+    return Precision(covariance, lambda: covariance().inverse().logdet())
+
+
+def _projected(
+    values: Mapping[str, Tensor], bases: Mapping[str, tuple[Tensor | None, Tensor | None]], prior: Prior
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor | None, Tensor | None]]]:
+    """The sum of two precisions that are Kronecker products, each in its eigenbasis, as one such.
+
+    A sum of Kronecker products is none. Its eigenvectors are taken from its partial traces, and the
+    eigenvalues are its diagonal in that basis, which is closest to it in the Frobenius norm: exact if both
+    have one eigenbasis.
+    """
+    assert prior.gaussian is not None
+    old = prior.gaussian.covariance
+    if not isinstance(old, Kronecker):
+        raise NotImplementedError(
+            "A curvature of structure 'kron' goes with a prior of one precision a leaf, or a Kronecker one, "
+            f"got a {type(old).__name__}. Use `structure='full'`, or the structure that the prior was found "
+            "with."
+        )
+    variance, *old_sides = (named_leaves(t) for t in (old.variance, old.output_basis, old.input_basis))
+    found, turned = {}, {}
+    for name, new in values.items():
+        before = 1 / as_double(variance[name]).reshape(new.shape)
+        pieces = [
+            (before, tuple(side.get(name) for side in old_sides)),
+            (new, bases[name]),
+        ]
+        basis: list[Tensor | None] = []
+        for side in (0, 1):
+            pairs = [(piece.sum(1 - side), own[side]) for piece, own in pieces]
+            basis.append(_common_basis(pairs))
+        found[name] = _sum(
+            _overlap(basis[0], own[0], piece.shape[0], piece)
+            @ piece
+            @ _overlap(basis[1], own[1], piece.shape[1], piece).mT
+            for piece, own in pieces
+        )
+        turned[name] = (basis[0], basis[1])
+    return found, turned
+
+
+def _common_basis(pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """Eigenvectors of a sum of ``U diag(values) U^T``; ``None`` if all are in the basis of the identity."""
+    if all(basis is None for _, basis in pairs):
+        return None
+    total = _sum(
+        torch.diag(values) if basis is None else (as_double(basis) * values) @ as_double(basis).mT
+        for values, basis in pairs
+    )
+    return eigen(total.detach(), total.dtype)[1]
+
+
+def _overlap(new: Tensor | None, old: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """Squared products of the vectors of two bases."""
+    if new is None and old is None:
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    if new is None or old is None:
+        one = old if new is None else new.mT
+        assert one is not None
+        return as_double(one).square()
+    return (as_double(new).mT @ as_double(old)).square()
+
+
+def _whitened_gram(vectors: Tensor, precision: Tensor) -> Tensor:
+    flat = as_double(vectors).reshape(-1, vectors.shape[-1])
+    return flat.mT @ (flat / precision.reshape(-1, 1))
+
+
+def _as_vector(precision: Mapping[str, Tensor], leaves: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([precision[name].expand(leaf.shape).reshape(-1) for name, leaf in leaves.items()])
+
+
+def _one_number(precision: Mapping[str, Tensor] | None) -> Tensor | None:
+    """The one number that all leaves have, as one tensor; ``None`` if there are several."""
+    if precision is None:
+        return None
+    numbers = list(precision.values())
+    if any(number.ndim for number in numbers):
+        return None
+    if all(number is numbers[0] for number in numbers):
+        return numbers[0]
+    # Equal numbers that are differentiated one by one are not one number.
+    is_one = not any(n.requires_grad or not is_concrete(n) for n in numbers)
+    return numbers[0] if is_one and all(bool(number == numbers[0]) for number in numbers) else None
+
+
+def _sum(terms: Any) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
+def refuse_indefinite(values: Tensor, of_what: str) -> None:
+    """Raise if an eigenvalue of a precision is not positive."""
+    if not is_concrete(values):
+        return
+    low = float(values.detach().min())
+    if not (low > 0 and math.isfinite(float(values.detach().max()))):
+        raise RuntimeError(_indefinite(of_what, low))
+
+
+def _indefinite(of_what: str, smallest: float) -> str:
+    return (
+        f"The posterior precision {of_what + ' ' if of_what else ''}is not positive definite (smallest "
+        f"eigenvalue {smallest:.3g}). The Hessian of a network is indefinite where training has not ended, "
+        "and often where it has: use `curvature.ggn`, or a `prior_precision` that is larger by as much."
+    )
