@@ -232,6 +232,8 @@ class _Run:
             return [Mechanism(self.default, top)]
         _raise_mapping_threshold()
         chunks = sorted({top, max(2, top // 2), max(2, top // 4)}, reverse=True)
+        if _of_kind(Linearization, draw):  # the rules do not reach into `jvp`
+            return [Mechanism("vmap", top), loop, *(Mechanism("vmap", chunk) for chunk in chunks[1:])]
         other: Kind = "rows_first" if self.default == "channels_last" else "channels_last"
         return [
             Mechanism(self.default, top),

@@ -236,6 +236,9 @@ CALLS: dict[str, Callable[[World, int | None], Any]] = {
     "predict_with_a_linearized_model": lambda w, seed: (
         fb.predict(fb.linearize(w.fn, w.params), w.params, w.posterior, w.x, num_samples=5, seed=seed).samples
     ),
+    "predict_linearized_draws": lambda w, seed: (
+        fb.predict(w.fn, w.params, zoo.linearized(w.posterior), w.x, num_samples=5, seed=seed).samples
+    ),
     "quantiles": lambda w, seed: quantiles(numbers(w, seed)),
     "quantiles_of_outputs": lambda w, seed: quantiles(
         fb.predict(w.fn, w.params, w.posterior, w.x, num_samples=5, seed=seed)

@@ -15,7 +15,18 @@ from zoo import F64, MODELS, POSTERIORS, randn
 
 import funcbayes as fb
 from funcbayes import _tree
-from funcbayes._tree import MISSING, Fixed, is_missing, matcher, merge, named_leaves, select
+from funcbayes._tree import (
+    MISSING,
+    Fixed,
+    index,
+    is_missing,
+    is_repeated,
+    matcher,
+    merge,
+    named_leaves,
+    repeated,
+    select,
+)
 
 Pair = collections.namedtuple("Pair", ["first", "second"])
 NODES = {
@@ -254,3 +265,41 @@ def test_moving_to_a_dtype_converts_floating_tensors_only():
     assert posterior.params["w"].dtype == F64
     with pytest.raises(ValueError, match=r"floating-point dtype, got torch\.int32"):
         fb.to(posterior, dtype=torch.int32)
+
+
+# Axes along which a leaf is repeated.
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_repeated_leaf_has_one_place_for_all_its_entries(count):
+    leaf = randn(2, 3)
+    many = repeated(leaf, count)
+    assert torch.equal(many, leaf.expand(count, 2, 3))
+    assert many.data_ptr() == leaf.data_ptr()
+    assert is_repeated(many)
+    assert not is_repeated(many.clone(memory_format=torch.contiguous_format))
+    assert not is_repeated(leaf)
+    assert not is_repeated(randn())
+    assert not is_repeated(repeated(leaf, 0))
+
+
+@pytest.mark.parametrize("i", [slice(1, 3), slice(0, 1), torch.tensor([2, 0, 2, 1]), torch.tensor([3])])
+def test_entries_of_a_tree_keep_what_is_repeated(i):
+    tree = {"own": randn(4, 2), "same": repeated(randn(2), 4)}
+    entries = index(tree, i)
+    assert torch.equal(entries["own"], tree["own"][i])
+    assert torch.equal(entries["same"], tree["same"][i])
+    assert is_repeated(entries["same"])
+    assert not is_repeated(entries["own"])
+
+
+def test_one_entry_of_a_tree_is_no_view_of_an_axis():
+    tree = {"own": randn(4, 2), "same": repeated(randn(2), 4)}
+    for i in (2, torch.tensor(2)):
+        assert all(torch.equal(index(tree, i)[k], leaf[2]) for k, leaf in tree.items())
+
+
+def test_repeated_leaves_of_batches_are_repeated():
+    many = vmap(lambda leaf: repeated(leaf, 3))(randn(4, 2))
+    assert many.shape == (4, 3, 2)
+    assert vmap(lambda leaf: torch.tensor(is_repeated(repeated(leaf, 3))))(randn(4, 2)).all()
