@@ -25,7 +25,12 @@ def two_rows(x: Any) -> tuple[Any, Any]:
     def other(t: Any) -> Any:
         if not isinstance(t, Tensor) or not t.ndim:
             return t
-        return 0.9 * t[:1] + 0.1 if t.is_floating_point() else t[1:2] if len(t) > 1 else t[:1]
+        if t.is_floating_point():  # none stays as it is, nor leaves the range from 0 to 1
+            return 0.9 * t[:1] + torch.where(t[:1] > 0.5, -0.1, 0.1).to(t)
+        if not is_concrete(t) or len(t) < 3:
+            return t[1:2] if len(t) > 1 else t[:1]
+        n = int((t != t[:1]).reshape(len(t), -1).any(-1).to(torch.uint8).argmax())  # 0 if all are equal
+        return t[n : n + 1]
 
     return optree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, x), optree.tree_map(
         other, x
@@ -47,10 +52,14 @@ def row_axis(first: Tensor, second: Tensor, both: Tensor) -> tuple[int, int, boo
         together = torch.cat([first, second], axis)
         apart = torch.stack([first, second], axis + 1).flatten(axis, axis + 1)
         # Inside a transform numbers cannot be looked at; there rows are taken to lie together.
-        if not is_concrete(both) or torch.allclose(together, both, equal_nan=True, rtol=1e-3, atol=1e-5):
+        if not is_concrete(both):
             return axis, size, True
-        if torch.allclose(apart, both, equal_nan=True, rtol=1e-3, atol=1e-5):
-            return axis, size, False
+        # Numbers may all be small, so what is close depends on them, and on no more than rounding at last.
+        largest = float(both.nan_to_num(0, 0, 0).abs().max()) if both.numel() else 0.0
+        for atol in (1e-5 * largest, 1e-5):
+            for rows, lie_together in ((together, True), (apart, False)):
+                if torch.allclose(rows, both, equal_nan=True, rtol=1e-3, atol=atol):
+                    return axis, size, lie_together
     raise ValueError(
         "`Dropout(shared_mask=True)` should find one axis of the rows wherever the model drops; with one row "
         f"the shape there is {tuple(first.shape)}, with two rows {tuple(both.shape)}."

@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .._tree import Params, index, named_leaves, num_rows
+from .._tree import Params, index, map_leaves, named_leaves, num_rows
 from ._gradients import RowGradients
 from ._others import gradients_of_others
 from ._plan import Plan, Taped, gradients_of_layers, plan_for, signature_of, tape
@@ -46,9 +46,12 @@ class Block:
             name: leaf.shape if self.num_members is None else leaf.shape[1:]
             for name, leaf in self.taped.leaves.items()
         }
-        found = gradients_of_layers(self.plan, self.taped, columns, shapes)
         others = self.plan.others
-        return found | gradients_of_others(self.fn, self.params, others, self.x, columns, self.num_members)
+        with torch.inference_mode(False):
+            found = gradients_of_layers(self.plan, self.taped, columns, shapes)
+            return found | gradients_of_others(
+                self.fn, self.params, others, self.x, columns, self.num_members
+            )
 
 
 def blocks(
@@ -74,7 +77,11 @@ def blocks(
         num_members: ``M``; ``None`` for a single network.
         max_bytes: Bytes that the gradients of one block may have.
     """
-    single = params if num_members is None else index(params, 0)
+    with torch.inference_mode(
+        False
+    ):  # which says nothing of these numbers, and would not let autograd save them
+        params, x = map_leaves(_ordinary, params), map_leaves(_ordinary, x)
+        single = params if num_members is None else index(params, 0)
     plan = plan_for(fn, single, names, x, call)
     count = num_rows(x) or 0
     lead = next(iter(named_leaves(params).values()))
@@ -89,6 +96,10 @@ def blocks(
         if signature_of(taped) != plan.calls:  # its way depends on the data: nothing can be said beforehand
             plan = replace(plan, layers=(), rows=(), others=tuple(names), calls=signature_of(taped))
         yield Block(fn, params, own, plan, taped, num_members, part)
+
+
+def _ordinary(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def _rows(x: Any, part: slice) -> Any:

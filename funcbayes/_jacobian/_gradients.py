@@ -144,8 +144,10 @@ class Outer(RowGradients):
         left, right = self.left, self.right
         if outputs is not None:
             left = left @ _for_sides(outputs)
-        if right is not None and inputs is not None:
+        if inputs is not None and right is not None:
             right = right @ _for_sides(inputs)
+        elif inputs is not None:  # (M, 1, 1)
+            left = left * _for_sides(inputs)
         return Outer(left, right, self.shape, self.is_left_gradient, self.is_bias)
 
     def weighed(self, variance: Tensor) -> tuple[Tensor, Tensor]:

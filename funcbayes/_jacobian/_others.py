@@ -73,10 +73,11 @@ def _of_network(
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")
-                    found.append(vmap(of_row, in_dims=dims, out_dims=1)(rows, columns[:, part]))
+                    found.append(vmap(of_row, in_dims=dims)(rows, columns[:, part]))
             except Exception as error:  # whatever the model raises under a transform
                 return _one_by_one(outputs, chosen, leaves, has_rows, columns, error, fn)
-    return {name: torch.cat([part[name] for part in found], 1) for name in names}
+    # Not `out_dims=1`, which fails for gradients that do not depend on the row, as of a leaf without use.
+    return {name: torch.cat([part[name] for part in found]).movedim(0, 1) for name in names}
 
 
 def _one_by_one(
