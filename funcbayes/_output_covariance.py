@@ -147,12 +147,12 @@ def covariance_terms(covariance: Covariance, jacobian: Jacobian, form: Form) -> 
 
 @covariance_terms.register
 def _(covariance: Diagonal, jacobian: Jacobian, form: Form) -> Terms:
-    return _independent(named_leaves(covariance.variance), jacobian, form)
+    return independent_terms(named_leaves(covariance.variance), jacobian, form)
 
 
 @covariance_terms.register
 def _(covariance: LowRankPlusDiagonal, jacobian: Jacobian, form: Form) -> Terms:
-    yield from _independent(named_leaves(covariance.variance), jacobian, form)
+    yield from independent_terms(named_leaves(covariance.variance), jacobian, form)
     pushed = jacobian.times(named_leaves(covariance.factors))
     yield pushed, pushed, 1
 
@@ -170,7 +170,7 @@ def _(covariance: LowRankPrecision, jacobian: Jacobian, form: Form) -> Terms:
     #     (D + F F^T)^-1 = D^-1/2 [(I - Q Q^T) + Q diag(1 / (1 + s^2)) Q^T] D^-1/2:
     # what the factors say nothing of keeps the prior's variance.
     precision = named_leaves(covariance.precision)
-    yield from _independent({name: 1 / leaf for name, leaf in precision.items()}, jacobian, form)
+    yield from independent_terms({name: 1 / leaf for name, leaf in precision.items()}, jacobian, form)
     factors = named_leaves(covariance.factors)
     if not next(iter(factors.values())).shape[-1]:
         return
@@ -192,7 +192,7 @@ def _(covariance: LowRankPrecision, jacobian: Jacobian, form: Form) -> Terms:
 @covariance_terms.register
 def _(covariance: Kronecker, jacobian: Jacobian, form: Form) -> Terms:
     turned = in_bases(jacobian, named_leaves(covariance.output_basis), named_leaves(covariance.input_basis))
-    return _independent(named_leaves(covariance.variance), turned, form)
+    return independent_terms(named_leaves(covariance.variance), turned, form)
 
 
 def in_bases(jacobian: Jacobian, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Jacobian:
@@ -208,7 +208,7 @@ def _for_one(basis: Tensor | None, jacobian: Jacobian) -> Tensor | None:
     return None if basis is None else basis.to(jacobian.block.outputs.dtype).unsqueeze(0)
 
 
-def _independent(variance: Mapping[str, Tensor], jacobian: Jacobian, form: Form) -> Terms:
+def independent_terms(variance: Mapping[str, Tensor], jacobian: Jacobian, form: Form) -> Terms:
     """Terms of parameters, or coordinates, that are independent."""
     for name, gradient in jacobian.gradients.items():
         if name not in variance:

@@ -1,5 +1,7 @@
 """Laplace approximations: Gaussians at a mode, their evidence, and what is tuned by it."""
 
+from ._fit import fit as fit
+from ._grid import GridSearch as GridSearch, minimize_validation_nll as minimize_validation_nll
 from ._posterior import log_marginal_likelihood as log_marginal_likelihood, posterior as posterior
 from ._subnetwork import (
     largest_magnitude as largest_magnitude,
@@ -7,3 +9,5 @@ from ._subnetwork import (
     random_mask as random_mask,
     subnetwork as subnetwork,
 )
+from ._train import Trained as Trained, train as train
+from ._tuning import Hyperparameters as Hyperparameters, maximize_evidence as maximize_evidence

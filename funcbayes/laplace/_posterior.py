@@ -121,13 +121,31 @@ def log_marginal_likelihood(
         >>> fb.laplace.log_marginal_likelihood(params, c)  # y ~ N(0, 1 + 1): -1/4 - log(4 pi) / 2
         tensor(-1.5155)
     """
-    call = "laplace.log_marginal_likelihood"
+    found = evidence(
+        *(params, c, prior_precision, prior_mean, prior, noise_std, temperature),
+        call="laplace.log_marginal_likelihood",
+    )
+    return found.to(dtype_of(covered_leaves(params, c, "laplace.log_marginal_likelihood")))
+
+
+def evidence(
+    params: Params,
+    c: Curvature,
+    prior_precision: Numbers = 1.0,
+    prior_mean: Numbers = 0.0,
+    prior: Gaussian | None = None,
+    noise_std: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    *,
+    call: str,
+) -> Tensor:
+    """The log marginal likelihood in double precision."""
     leaves, precision, given = _prepared(
         *(params, c, prior_precision, prior_mean, prior, noise_std, temperature),
         call=call,
     )
     occam = precision.logdet() - given.logdet(leaves) + given.quadratic(leaves)
-    return (c.data.at(noise_std) / temperature - 0.5 * occam).to(dtype_of(leaves))
+    return c.data.at(noise_std) / temperature - 0.5 * occam
 
 
 def _prepared(

@@ -1,0 +1,149 @@
+"""Curvature, prior and posterior in one call."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .. import curvature as curvatures
+from .._random import Seed
+from .._tree import Params, Where, index, stack
+from ..curvature import Curvature
+from ..curvature._curvature import Structure
+from ..curvature._sums import WeightSharing
+from ..likelihoods import Likelihood
+from ..posteriors import Gaussian
+from ..training._data import Data
+from ._posterior import posterior
+from ._prior import Numbers
+from ._tuning import Per, maximize_evidence
+
+Kind = Literal["ggn", "fisher", "empirical_fisher", "hessian"]
+_CALL = "laplace.fit"
+
+
+def fit(
+    fn: Any,
+    params: Params,
+    data: Data,
+    likelihood: Likelihood,
+    *,
+    structure: Structure = "kron",
+    where: Where | None = None,
+    curvature: Kind = "ggn",
+    prior_precision: Numbers = 1.0,
+    prior_mean: Numbers = 0.0,
+    prior: Gaussian | None = None,
+    noise_std: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    linearized: bool = True,
+    tune: Per | None = None,
+    stacked: bool = False,
+    weight_sharing: WeightSharing = "expand",
+    eigenvalue_correction: bool = False,
+    mc_samples: int = 1,
+    rank: int = 20,
+    seed: Seed | None = None,
+    batch_size: int | None = None,
+    max_bytes: int | None = None,
+    progress: bool = False,
+) -> Gaussian:
+    """Fit a Laplace approximation to a trained network: its curvature on the data, and a prior.
+
+    In steps, which can be taken one by one to keep the curvature: ``c = curvature.ggn(fn, params, ...)``,
+    then ``maximize_evidence(params, c)`` and ``posterior(params, c, prior_precision)``.
+
+    Args:
+        fn: Pure model.
+        params: The mode: a network that was trained with the prior, as by
+            ``training.fit(prior_precision=...)``.
+        data: The training data, as for :func:`funcbayes.curvature.ggn`.
+        likelihood: ``p(y|f)``.
+        structure: ``"diag"``, ``"kron"``, ``"low_rank"`` or ``"full"``.
+        where: Which leaves are uncertain: ``"head.*"`` for a last layer, ``"*lora*"``; ``None`` for all. The
+            posterior is that of the chosen leaves with the others held. Single parameters are chosen by
+            :func:`funcbayes.laplace.subnetwork`.
+        curvature: Which one, a function of :mod:`funcbayes.curvature`. With ``"hessian"`` the Gaussian is
+            that of the network itself, which ``linearized=False`` says.
+        prior_precision: As for :func:`posterior`; with ``tune`` the start.
+        prior_mean: As for :func:`posterior`.
+        prior: As for :func:`posterior`.
+        noise_std: As for :func:`posterior`.
+        temperature: As for :func:`posterior`.
+        linearized: As for :func:`posterior`.
+        tune: Whether to choose the prior precision by evidence: one for the ``"model"``, for each ``"leaf"``,
+            or for each ``"parameter"``. The noise stays that of the likelihood, with which predictions are
+            made, too.
+        stacked: Whether ``params`` are those of several networks, every leaf with a leading axis ``K``: the
+            members of an ensemble. Their curvatures are found in one pass over the data.
+        weight_sharing: As for :func:`funcbayes.curvature.ggn`.
+        eigenvalue_correction: As for :func:`funcbayes.curvature.ggn`.
+        mc_samples: As for :func:`funcbayes.curvature.fisher`.
+        rank: As for :func:`funcbayes.curvature.ggn`.
+        seed: As for :func:`funcbayes.curvature.ggn`, and of the targets that ``"fisher"`` draws.
+        batch_size: As for :func:`funcbayes.curvature.ggn`.
+        max_bytes: As for :func:`funcbayes.curvature.ggn`.
+        progress: As for :func:`funcbayes.curvature.ggn`.
+
+    Returns:
+        The posterior. With ``stacked`` every leaf has a leading axis ``K``: ``mixture(posterior,
+        stacked=True)`` is the mixture of Laplace approximations (Eschenhagen et al. 2021, "Mixtures of
+        Laplace approximations for improved post-hoc uncertainty in deep learning").
+
+    Raises:
+        TypeError: As for :func:`funcbayes.curvature.ggn` and :func:`posterior`.
+        ValueError: Likewise.
+        RuntimeError: Likewise.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> fn, params = fb.make_functional(torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Linear(8, 3)))
+        >>> data = (torch.randn(20, 2), torch.randint(0, 3, (20,)))
+        >>> q = fb.laplace.fit(fn, params, data, fb.likelihoods.Categorical(), where="1.*", tune="model")
+        >>> sorted(q.mean)
+        ['1.bias', '1.weight']
+        >>> fb.predict(fn, params, q, torch.randn(5, 2), likelihood=fb.likelihoods.Categorical()).mean.shape
+        torch.Size([5, 3])
+    """
+    if curvature not in ("ggn", "fisher", "empirical_fisher", "hessian"):
+        raise ValueError(
+            f"`{_CALL}(curvature=...)` should be 'ggn', 'fisher', 'empirical_fisher' or 'hessian', got "
+            f"{curvature!r}."
+        )
+    if tune is not None and prior is not None:
+        raise ValueError(
+            f"`{_CALL}(tune={tune!r})` tunes a prior precision, and `prior` has one: leave one out."
+        )
+    options: dict[str, Any] = {
+        "rank": rank,
+        "seed": seed,
+        "batch_size": batch_size,
+        "stacked": stacked,
+        "max_bytes": max_bytes,
+        "progress": progress,
+    }
+    if curvature != "hessian":
+        options |= {"weight_sharing": weight_sharing, "eigenvalue_correction": eigenvalue_correction}
+    elif eigenvalue_correction:
+        raise ValueError(f"`{_CALL}(curvature='hessian')` has no Kronecker eigenbasis to correct.")
+    if curvature == "fisher":
+        options["mc_samples"] = mc_samples
+    c = getattr(curvatures, curvature)(fn, params, data, likelihood, structure, where, **options)
+
+    def of_one(params: Params, c: Curvature) -> Gaussian:
+        chosen = prior_precision
+        if tune is not None:
+            chosen = maximize_evidence(
+                *(params, c),
+                per=tune,
+                prior_precision=prior_precision,
+                prior_mean=prior_mean,
+                noise_std=noise_std,
+                tune_noise=False,
+                temperature=temperature,
+            ).prior_precision
+        return posterior(params, c, chosen, prior_mean, prior, noise_std, temperature, linearized)
+
+    if not stacked:
+        return of_one(params, c)
+    count = len(c.data.num_data)
+    return stack([of_one(index(params, k), index(c, k)) for k in range(count)])

@@ -1,0 +1,213 @@
+"""Choosing the prior precision by held-out data, on a grid: the curvature and its projections are found once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._linearized_prediction import Component, LinearizedPrediction, Link
+from .._output_covariance import Form, Jacobian, Terms, gathered, in_bases, independent_terms, jacobians
+from .._random import Seed, resolve_seed
+from .._tree import Params, named_leaves
+from ..covariances._flat import as_double
+from ..curvature import Curvature, Diag, EigenKron, Full, Kron, LowRank
+from ..curvature._pass import Problem
+from ..likelihoods import Bernoulli, Categorical, Likelihood, Normal
+from ..training._data import Data
+from ._posterior import check_positive, covered_leaves
+
+_CALL = "laplace.minimize_validation_nll"
+
+
+@dataclass(frozen=True)
+class GridSearch:
+    """What a search over a grid found.
+
+    Attributes:
+        prior_precision: The best of the grid, a scalar.
+        grid: All of it, ``(G,)``.
+        nll: Mean negative log probability of the held-out targets at each, ``(G,)``; infinite where it is not
+            finite.
+    """
+
+    prior_precision: Tensor
+    grid: Tensor
+    nll: Tensor
+
+
+def minimize_validation_nll(
+    fn: Any,
+    params: Params,
+    c: Curvature,
+    data: Data,
+    likelihood: Likelihood,
+    *,
+    grid: Tensor | Sequence[float] | None = None,
+    link: Link = "probit",
+    noise_std: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    num_samples: int = 1000,
+    seed: Seed | None = None,
+    batch_size: int | None = None,
+    max_bytes: int | None = None,
+) -> GridSearch:
+    """Choose the prior precision for which held-out targets are most probable under the linearised
+    predictive.
+
+    The model is evaluated and differentiated once on the held-out rows, and gradients are turned once into
+    the eigenbasis of the curvature, where another prior precision is another number to divide by.
+
+    Args:
+        fn: Pure model.
+        params: The mode.
+        c: The curvature of the training data there.
+        data: Held-out ``(x, y)``, or a re-iterable of such batches.
+        likelihood: ``Categorical``, ``Bernoulli`` or ``Normal``.
+        grid: Prior precisions, each for all parameters; ``None`` for 21 from 1e-4 to 1e4, evenly in
+            logarithms.
+        link: As for :func:`funcbayes.predict_linearized`.
+        noise_std: For ``Normal``: noise of the posterior and the predictive; ``None`` for the likelihood's.
+        temperature: As for :func:`posterior`.
+        num_samples: For ``link="mc"``: how many draws of the logits.
+        seed: For ``link="mc"``.
+        batch_size: Rows a batch, for data in tensors.
+        max_bytes: As for :func:`funcbayes.curvature.ggn`.
+
+    Returns:
+        The best of the grid, and the scores of all.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If the grid is empty or not positive, or data are empty.
+        NotImplementedError: If the likelihood has no closed form under a linearised model.
+        RuntimeError: If no score is finite.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> fn, params = fb.make_functional(torch.nn.Linear(2, 3))
+        >>> x, y = torch.randn(30, 2), torch.randint(0, 3, (30,))
+        >>> categorical = fb.likelihoods.Categorical()
+        >>> c = fb.curvature.ggn(fn, params, (x[:20], y[:20]), categorical)
+        >>> found = fb.laplace.minimize_validation_nll(fn, params, c, (x[20:], y[20:]), categorical)
+        >>> q = fb.laplace.posterior(params, c, found.prior_precision)
+    """
+    if not isinstance(c, Curvature):
+        raise TypeError(
+            f"`{_CALL}(fn, params, c, ...)` should be given one of `funcbayes.curvature`, got "
+            f"{type(c).__name__}."
+        )
+    leaves = covered_leaves(params, c, _CALL)
+    problem = Problem.of(
+        *(fn, params, data, likelihood, lambda name, leaf: name in leaves),
+        call=_CALL,
+        batch_size=batch_size,
+        max_bytes=max_bytes,
+    )
+    if not isinstance(likelihood, Categorical | Bernoulli | Normal):
+        raise NotImplementedError(
+            f"`{_CALL}(likelihood=...)` has no closed form for {type(likelihood).__name__}. Choose by "
+            "evidence: `laplace.maximize_evidence`."
+        )
+    check_positive(temperature, f"{_CALL}(temperature=...)")
+    precisions = _checked_grid(grid)
+    if noise_std is not None:
+        check_positive(noise_std, f"{_CALL}(noise_std=...)")
+        likelihood = Normal(noise_std)
+    factor = c.data.factor(noise_std) / temperature
+    seed = int(resolve_seed(seed)) if link == "mc" else 0
+    form: Form = "variance" if link == "probit" and not isinstance(likelihood, Normal) else "covariance"
+    totals, count = torch.zeros(len(precisions), dtype=torch.float64), 0
+    with torch.no_grad():
+        for _, x, y in problem.batches():
+            for jacobian in jacobians(fn, params, problem.names, x, call=_CALL):
+                outputs, own = jacobian.block.outputs[0], y[jacobian.block.rows]
+                likelihood.check(outputs, own, call=f"{_CALL}(data=...)")
+                terms = _spectral(c, jacobian, factor, form)
+                flat = outputs.reshape(len(outputs), -1)
+                for g, precision in enumerate(precisions.tolist()):
+                    found = gathered(terms(precision), flat, form)
+                    variance = found if form == "variance" else found.diagonal(dim1=-2, dim2=-1)
+                    component = Component(outputs, variance, lambda found=found: found, None)
+                    prediction = LinearizedPrediction(
+                        components=(component,),
+                        weights=torch.ones(1),
+                        likelihood=likelihood,
+                        link=link,
+                        num_samples=num_samples,
+                        seed=seed,
+                    )
+                    totals[g] -= prediction.log_prob(own).double().sum().cpu()
+                count += len(own)
+    nll = (totals / max(count, 1)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if not bool(nll.isfinite().any()):
+        raise RuntimeError(
+            f"No score in `{_CALL}` is finite. Look for rows that are not, or at the curvature."
+        )
+    lead = next(iter(leaves.values()))
+    best = precisions[nll.argmin()].to(lead)
+    return GridSearch(best, precisions.to(lead.dtype), nll.to(lead.dtype))
+
+
+def _checked_grid(grid: Tensor | Sequence[float] | None) -> Tensor:
+    if grid is None:
+        return torch.logspace(-4, 4, 21, dtype=torch.float64)
+    values = torch.as_tensor(grid, dtype=torch.float64).cpu()
+    if values.ndim != 1 or not len(values) or not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(
+            f"`{_CALL}(grid=...)` should be positive and finite numbers, at least one, got {values.tolist()}."
+        )
+    return values
+
+
+def _spectral(c: Curvature, jacobian: Jacobian, factor: Tensor, form: Form) -> Callable[[float], Terms]:
+    """Terms of the covariance of the outputs as a function of the prior precision."""
+    if isinstance(c, Kron):
+        c = c.eigen
+    if isinstance(c, Diag):
+        return _by_eigenvalues(c.leaves, jacobian, factor, form)
+    if isinstance(c, EigenKron):
+        turned = in_bases(jacobian, named_leaves(c.output_basis), named_leaves(c.input_basis))
+        return _by_eigenvalues(c.leaves, turned, factor, form)
+    if isinstance(c, LowRank):
+        return _low_rank(c, jacobian, factor, form)
+    if isinstance(c, Full):
+        values, vectors = torch.linalg.eigh(as_double(c.matrix))
+        sizes = [leaf.numel() for leaf in c.leaves.values()]
+        parts = vectors.to(jacobian.block.outputs.dtype).split(sizes)
+        shaped = zip(c.leaves.items(), parts, strict=True)
+        pushed = jacobian.times({name: part.reshape(*leaf.shape, -1) for (name, leaf), part in shaped})
+        return lambda precision: _weighed(pushed, 1 / (values * factor + precision))
+    raise TypeError(f"`{_CALL}` does not know a curvature {type(c).__name__}.")
+
+
+def _by_eigenvalues(
+    values: Mapping[str, Tensor], jacobian: Jacobian, factor: Tensor, form: Form
+) -> Callable[[float], Terms]:
+    wide = {name: as_double(leaf) * factor for name, leaf in values.items()}
+    return lambda precision: independent_terms(
+        {name: 1 / (leaf + precision) for name, leaf in wide.items()}, jacobian, form
+    )
+
+
+def _low_rank(c: LowRank, jacobian: Jacobian, factor: Tensor, form: Form) -> Callable[[float], Terms]:
+    outputs = jacobian.block.outputs[0]
+    flat = outputs.reshape(len(outputs), -1)
+    ones = {name: torch.ones_like(leaf[..., 0]) for name, leaf in c.leaves.items()}
+    whole = gathered(independent_terms(ones, jacobian, "covariance"), flat, "covariance")
+    pushed = jacobian.times(c.leaves)
+    beside = whole - pushed @ pushed.mT  # what no eigenvector sees
+    identity = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device).expand_as(beside)
+    values = as_double(c.eigenvalues) * factor
+    del form
+
+    def terms(precision: float) -> Terms:
+        yield beside / precision, identity, 1
+        yield from _weighed(pushed, 1 / (values + precision))
+
+    return terms
+
+
+def _weighed(pushed: Tensor, variances: Tensor) -> Terms:
+    yield pushed * variances.to(pushed.dtype), pushed, 1
