@@ -1,4 +1,4 @@
-"""Choosing the prior precision by held-out data, on a grid: the curvature and its projections are found once."""
+"""Choosing the prior precision by held-out data, on a grid, with one curvature and one projection on it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,11 +53,11 @@ def minimize_validation_nll(
     batch_size: int | None = None,
     max_bytes: int | None = None,
 ) -> GridSearch:
-    """Choose the prior precision for which held-out targets are most probable under the linearised
-    predictive.
+    """Choose the prior precision under which held-out targets are most probable.
 
-    The model is evaluated and differentiated once on the held-out rows, and gradients are turned once into
-    the eigenbasis of the curvature, where another prior precision is another number to divide by.
+    Their probabilities are those of the linearised predictive. The model is evaluated and differentiated once
+    on the held-out rows, and gradients are turned once into the eigenbasis of the curvature, where another
+    prior precision is another number to divide by.
 
     Args:
         fn: Pure model.
