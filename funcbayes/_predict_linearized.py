@@ -1,6 +1,6 @@
 """``predict_linearized``: the predictive of the linearised model in closed form."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ._checks import check_model, positive_int
 from ._functional import Model
 from ._linearized_prediction import Component, LinearizedPrediction, Link
-from ._output_covariance import Form, Terms, covariance_terms, gathered, jacobians
+from ._output_covariance import Form, Jacobian, Terms, covariance_terms, gathered, jacobians
 from ._random import Seed, resolve_seed
 from ._tree import Params, as_tree, merge, missing_path, named_leaves, parameters_of
 from .likelihoods import Likelihood
@@ -89,7 +89,7 @@ def predict_linearized(
     for weight, gaussians, points in _components(posterior):
         run = _Linearized(fn, params, gaussians, points, x)
         weights.append(weight)
-        components.append(run.component(joint=joint, wants_covariance=_wants_covariance(likelihood, link)))
+        components.append(run.component(joint=joint, wants_covariance=wants_covariance(likelihood, link)))
     if likelihood is not None:
         likelihood.check(components[0].mean, None, call=f"{_CALL}(..., likelihood=...)")
     needs_seed = likelihood is not None and likelihood.is_discrete and link == "mc"
@@ -103,7 +103,8 @@ def predict_linearized(
     )
 
 
-def _wants_covariance(likelihood: Likelihood | None, link: Link) -> bool:
+def wants_covariance(likelihood: Likelihood | None, link: Link) -> bool:
+    """Whether the link needs more than the variances of logits."""
     return likelihood is not None and likelihood.is_discrete and link != "probit"
 
 
@@ -161,39 +162,64 @@ class _Linearized:
 
     def component(self, *, joint: bool, wants_covariance: bool) -> Component:
         """Mean and covariance of the outputs."""
-        form: Form = "joint" if joint else "covariance" if wants_covariance else "variance"
-        mean, (found,) = self._evaluated((form,))
-        size = mean.shape[1:].numel()
-        if joint:
-            blocks = found.unflatten(0, (len(mean), size)).unflatten(-1, (len(mean), size))
-            covariance = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-            return Component(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance, found)
-        if wants_covariance:
-            return Component(mean, found.diagonal(dim1=-2, dim2=-1), lambda: found, None)
-        return Component(mean, found, self._covariance, None)
-
-    def _covariance(self) -> Tensor:
-        return self._evaluated(("covariance",))[1][0]
-
-    def _evaluated(self, forms: tuple[Form, ...]) -> tuple[Tensor, list[Tensor]]:
         names = [name for gaussian in self.gaussians for name in parameters_of(gaussian.mean)]
-        if not names:  # nothing is uncertain
-            with torch.no_grad():
-                mean = self.fn(self.center, self.x)
-            flat = mean.reshape(len(mean), -1)
-            return mean, [gathered(iter(()), flat, form) for form in forms]
-        means, found = [], [[] for _ in forms]
-        for jacobian in jacobians(self.fn, self.center, names, self.x, call=_CALL, whole="joint" in forms):
-            outputs = jacobian.block.outputs[0]
-            means.append(outputs)
-            flat = outputs.reshape(len(outputs), -1)
-            for form, parts in zip(forms, found, strict=True):
-                parts.append(gathered(self._terms(jacobian, form), flat, form))
-        return torch.cat(means), [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in found]
+        return pushed_through(
+            *(self.fn, self.center, names, self.x, self._terms),
+            call=_CALL,
+            joint=joint,
+            wants_covariance=wants_covariance,
+        )
 
-    def _terms(self, jacobian: Any, form: Form) -> Terms:
+    def _terms(self, jacobian: Jacobian, form: Form) -> Terms:
         for gaussian in self.gaussians:
             yield from covariance_terms(gaussian.covariance, jacobian, form)
+
+
+def pushed_through(
+    fn: Model,
+    center: Params,
+    names: Sequence[str],
+    x: Any,
+    terms: Callable[[Jacobian, Form], Terms],
+    *,
+    call: str,
+    joint: bool,
+    wants_covariance: bool,
+) -> Component:
+    """Mean and covariance of the outputs of a model linearised in some leaves.
+
+    Args:
+        fn: Pure model.
+        center: Where it is linearised.
+        names: The leaves.
+        x: Inputs.
+        terms: Pairs that add up to the covariance: see :func:`funcbayes._output_covariance.covariance_terms`.
+        call: How the user called us, for messages.
+        joint: Whether the covariance between rows is wanted.
+        wants_covariance: Whether that of the outputs of a row is; else it is found when it is asked for.
+    """
+
+    def evaluated(form: Form) -> tuple[Tensor, Tensor]:
+        if not names:  # nothing is uncertain
+            with torch.no_grad():
+                mean = fn(center, x)
+            return mean, gathered(iter(()), mean.reshape(len(mean), -1), form)
+        means, found = [], []
+        for jacobian in jacobians(fn, center, names, x, call=call, whole=form == "joint"):
+            outputs = jacobian.block.outputs[0]
+            means.append(outputs)
+            found.append(gathered(terms(jacobian, form), outputs.reshape(len(outputs), -1), form))
+        return torch.cat(means), found[0] if len(found) == 1 else torch.cat(found)
+
+    mean, found = evaluated("joint" if joint else "covariance" if wants_covariance else "variance")
+    if joint:
+        count, size = len(mean), mean.shape[1:].numel()
+        blocks = found.unflatten(0, (count, size)).unflatten(-1, (count, size))
+        covariance = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        return Component(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance, found)
+    if wants_covariance:
+        return Component(mean, found.diagonal(dim1=-2, dim2=-1), lambda: found, None)
+    return Component(mean, found, lambda: evaluated("covariance")[1], None)
 
 
 def _check_fit(values: Params, params: Params) -> None:
