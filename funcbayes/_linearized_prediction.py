@@ -77,6 +77,24 @@ class LinearizedPrediction:
             f"LinearizedPrediction(output_mean={shape}, likelihood={self.likelihood!r}, link={self.link!r})"
         )
 
+    def under(self, likelihood: Likelihood | None, link: Link = "probit") -> "LinearizedPrediction":
+        """What the same outputs say under another likelihood, or link.
+
+        Args:
+            likelihood: What outputs say of ``y``; ``None`` for statistics of the outputs themselves.
+            link: How logits become probabilities.
+        """
+        if likelihood is not None:
+            likelihood.check(self.components[0].mean, None, call="prediction.under(likelihood)")
+        return LinearizedPrediction(
+            components=self.components,
+            weights=self.weights,
+            likelihood=likelihood,
+            link=link,
+            num_samples=self._num_samples,
+            seed=self._seed,
+        )
+
     @property
     def num_rows(self) -> int:
         """Number of rows ``N``."""

@@ -13,7 +13,7 @@ from zoo import F64, randn
 
 import funcbayes as fb
 from funcbayes.likelihoods import Categorical
-from funcbayes.modules import SWAG, DeepEnsemble, MCDropout
+from funcbayes.modules import SWAG, DeepEnsemble, LaplaceApproximation, MCDropout
 
 N = 6
 
@@ -61,10 +61,33 @@ def ensemble(make=mlp, **options):
         return DeepEnsemble(lambda: make().double(), **options)
 
 
+def laplace(model, **options):
+    """Fitted to random targets of the kind that outputs are for."""
+    face = LaplaceApproximation(model, num_samples=20, **options)
+    face.fit(data_for(model, options.get("likelihood")))
+    return face
+
+
+def data_for(model, likelihood=None):
+    first = next(m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d))
+    shape = {nn.Linear: (4,), nn.Conv1d: (2, 5), nn.Conv2d: (2, 4, 4)}[type(first)]
+    x = randn(12, *shape, seed=5)
+    outputs = copy.deepcopy(model).eval()(x).detach()
+    g = torch.Generator().manual_seed(6)
+    if isinstance(likelihood, Categorical):
+        return x, torch.randint(outputs.shape[1], (12, *outputs.shape[2:]), generator=g)
+    if likelihood == "regression" or (likelihood is None and (outputs.ndim > 2 or outputs.shape[1] == 1)):
+        return x, randn(*outputs.shape, seed=7)
+    if outputs.shape[1] == 1:
+        return x, torch.randint(2, outputs.shape, generator=g)
+    return x, torch.randint(outputs.shape[1], (12,), generator=g)
+
+
 FACES = {
     "mc_dropout": lambda make, **options: MCDropout(seeded(make), **options),
     "deep_ensemble": lambda make, **options: ensemble(make, **options),
     "swag": lambda make, **options: swag(seeded(make), **options),
+    "laplace": lambda make, **options: laplace(seeded(make), **options),
 }
 faces = pytest.mark.parametrize("make_face", FACES.values(), ids=FACES.keys())
 MODELS = {
@@ -122,7 +145,9 @@ def test_an_argument_says_whether_outputs_are_class_logits(make_face, make, shap
 def test_one_logit_is_that_of_the_second_class(make_face):
     face, x = make_face(functools.partial(mlp, 1), likelihood="classification"), randn(N, 4)
     mean, _, samples = face.predict(x, return_samples=True, seed=0)
-    values = make_face(functools.partial(mlp, 1)).predict(x, return_samples=True, seed=0)[2]
+    other = copy.deepcopy(face)
+    other.likelihood = "regression"
+    values = other.predict(x, return_samples=True, seed=0)[2]
     assert_close(samples, values.sigmoid())
     assert_close(mean, samples.mean(0))
     if isinstance(face, MCDropout):
@@ -133,9 +158,8 @@ def test_one_logit_is_that_of_the_second_class(make_face):
 
 @faces
 def test_more_axes_of_class_logits_need_to_be_told_apart(make_face):
-    face = make_face(functools.partial(signal, 3), likelihood="classification")
-    with pytest.raises(ValueError, match=r"which axis.*\(6, 3, 5\).*class_axis=1"):
-        face.predict(randn(N, 2, 5))
+    with pytest.raises(ValueError, match=r"which axis.*\([16], 3, 5\).*class_axis=1"):
+        make_face(functools.partial(signal, 3), likelihood="classification").predict(randn(N, 2, 5))
 
 
 @faces
@@ -171,6 +195,7 @@ def test_a_state_dict_makes_another_face_predict_the_same(make_face, tmp_path):
         "MCDropout": lambda: MCDropout(seeded(conv_net, 9)),
         "DeepEnsemble": lambda: DeepEnsemble(lambda: seeded(conv_net, 9)),
         "SWAG": lambda: SWAG(seeded(conv_net, 9)),
+        "LaplaceApproximation": lambda: LaplaceApproximation(seeded(conv_net, 9), num_samples=20),
     }[type(face).__name__]()
     torch.save(face.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -189,15 +214,15 @@ def test_faces_are_modules_that_can_be_copied_and_converted(make_face):
 
 @faces
 def test_predictions_follow_the_model(make_face):
-    if make_face is FACES["swag"]:
-        pytest.skip("SWAG predicts with what was collected")
+    if make_face in (FACES["swag"], FACES["laplace"]):
+        pytest.skip("predicts with what was collected, or fitted")
     face, x = make_face(mlp), randn(N, 4)
     before = face.predict(x, seed=0)[0]
     nudged(face, 3, 0.5)
     assert not torch.allclose(face.predict(x, seed=0)[0], before)
 
 
-@pytest.mark.parametrize("call", [MCDropout, SWAG, DeepEnsemble])
+@pytest.mark.parametrize("call", [MCDropout, SWAG, DeepEnsemble, LaplaceApproximation])
 def test_faces_refuse_what_they_cannot_use(call):
     argument = (lambda: mlp()) if call is DeepEnsemble else mlp()
     with pytest.raises(ValueError, match=rf"`{call.__name__}\(likelihood=\.\.\.\)`.*got 'logits'"):
@@ -452,3 +477,82 @@ def test_forward_of_swag_is_the_model():
     model, x = seeded(mlp), randn(N, 4)
     face = SWAG(model).eval()
     assert torch.equal(face(x), model(x))
+
+
+# The Laplace approximation.
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "low_rank", "full"])
+@pytest.mark.parametrize("where", [None, "3.*"])
+def test_the_laplace_face_is_the_posterior_of_the_functions(structure, where):
+    model, x = seeded(mlp), randn(N, 4)
+    face = LaplaceApproximation(model, 25, structure=structure, where=where, prior_precision=0.5)
+    data = data_for(model)
+    face.fit(data, seed=3)
+    fn, params = fb.make_functional(model)
+    likelihood = Categorical()
+    q = fb.laplace.fit(
+        *(fn, params, data, likelihood), structure=structure, where=where, prior_precision=0.5, seed=3
+    )
+    expected = fb.predict(fn, params, q, x, likelihood=likelihood, num_samples=25, seed=2)
+    mean, variance = face.predict(x, seed=2)
+    assert_close(mean, expected.mean)
+    assert_close(variance, expected.epistemic_variance)
+    closed = fb.predict_linearized(fn, params, q, x, likelihood=likelihood, link="bridge")
+    assert_close(face.predict_linearized(x, link="bridge").mean, closed.mean)
+    c = fb.curvature.ggn(fn, params, data, likelihood, structure, where, seed=3)
+    assert_close(face.log_marginal_likelihood(), fb.laplace.log_marginal_likelihood(params, c, 0.5))
+    assert set(face.sample_parameters(seed=0)) == set(q.mean)
+
+
+def test_the_laplace_face_chooses_prior_and_noise_by_evidence():
+    model = seeded(functools.partial(mlp, 1))
+    face = LaplaceApproximation(model, structure="full", noise_std=3.0)
+    x = randn(300, 4, seed=5)
+    y = copy.deepcopy(model).eval()(x).detach() + 0.1 * randn(len(x), 1, seed=8)
+    face.fit((x, y))
+    before = face.log_marginal_likelihood()
+    wide = face.predict_linearized(x).aleatoric_variance
+    face.optimize_prior_precision()
+    assert face.log_marginal_likelihood() > before
+    assert 0.07 < face.noise_std < 0.14  # the noise of the targets is 0.1
+    assert_close(wide, torch.full_like(wide, 9.0))
+    assert_close(face.predict_linearized(x).aleatoric_variance, torch.full_like(wide, face.noise_std**2))
+
+
+def test_the_laplace_face_keeps_what_was_fitted_in_its_state(tmp_path):
+    model, x = seeded(mlp), randn(N, 4)
+    face = LaplaceApproximation(model, structure="kron")
+    face.fit(data_for(model))
+    face.optimize_prior_precision(per="leaf")
+    torch.save(face.state_dict(), tmp_path / "state.pt")
+    other = LaplaceApproximation(seeded(mlp, 9))
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_close(other.log_marginal_likelihood(), face.log_marginal_likelihood())
+    assert_close(other.predict_linearized(x).mean, face.predict_linearized(x).mean)
+    another = LaplaceApproximation(nn.Linear(4, 3).double())
+    with pytest.raises(ValueError, match=r"load_state_dict.*same architecture"):
+        another.set_extra_state(face.get_extra_state())
+
+
+def test_the_laplace_face_is_of_the_weights_it_was_fitted_at():
+    model, x = seeded(mlp), randn(N, 4)
+    face = LaplaceApproximation(model)
+    face.fit(data_for(model))
+    before = face.predict(x, seed=0)[0]
+    nudged(model, 3, 0.5)
+    assert_close(face.predict(x, seed=0)[0], before)
+    face.fit(data_for(model))
+    assert not torch.allclose(face.predict(x, seed=0)[0], before)
+
+
+@pytest.mark.parametrize(
+    "call", ["predict", "predict_linearized", "sample_parameters", "log_marginal_likelihood"]
+)
+def test_the_laplace_face_says_that_it_was_not_fitted(call):
+    face = LaplaceApproximation(mlp())
+    arguments = (randn(N, 4).float(),) if call.startswith("predict") else ()
+    with pytest.raises(RuntimeError, match=r"call `fit\(data\)` before"):
+        getattr(face, call)(*arguments)
+    with pytest.raises(ValueError, match="at least one batch an epoch, got none"):
+        face.fit([])

@@ -10,5 +10,6 @@ that are held; anything else of a module is as it was when the face was made.
 """
 
 from ._deep_ensemble import DeepEnsemble as DeepEnsemble
+from ._laplace import LaplaceApproximation as LaplaceApproximation
 from ._mc_dropout import MCDropout as MCDropout
 from ._swag import SWAG as SWAG
