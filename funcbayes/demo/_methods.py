@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ensemble, swag, training
+from .. import ensemble, laplace, swag, training
 from .._functional import Model, make_functional
+from .._linearize import linearize
 from .._predict import predict
 from .._prediction import Prediction
-from .._tree import Params
+from .._tree import Params, index, merge
 from ..likelihoods import Likelihood
-from ..posteriors import Dropout, Gaussian, Point, Posterior, join, mixture, restrict
+from ..posteriors import Dropout, Gaussian, Mixture, Point, Posterior, join, mixture, restrict
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,44 @@ def fit_swag_and_dropout(task: Task, seed: int, rate: float) -> Fitted:
     return Fitted(fn, params, posterior, {"num_samples": task.num_draws, "seed": seed}, loop)
 
 
+def fit_laplace(task: Task, seed: int, *, last_layer: bool) -> Fitted:
+    """A Gaussian around one network, as wide as curvature says; its prior is chosen by evidence."""
+    fn, params = make_functional(_seeded_module(task, 0.0, seed))
+    params = training.fit(fn, params, task.data, task.likelihood, seed=seed, **task.training)
+    where = f"{list(params)[-1].rpartition('.')[0]}.*" if last_layer else None
+    posterior = laplace.fit(fn, params, task.data, task.likelihood, where=where, tune="model")
+    options = {"num_samples": task.num_draws, "seed": seed}
+    return Fitted(fn, params, posterior, options, lambda x: _jvp_loop(fn, params, posterior, x, options))
+
+
+def fit_laplace_mixture(task: Task, seed: int) -> Fitted:
+    """Such a Gaussian around every member of an ensemble, all curvatures in one pass, mixed."""
+    fn, members = ensemble.init(functools.partial(task.make_module, 0.0), task.num_members, seed)
+    trained = ensemble.fit(fn, members, task.data, task.likelihood, seed=seed, **task.training)
+    gaussians = laplace.fit(fn, trained.members, task.data, task.likelihood, tune="model", stacked=True)
+    posterior = mixture(gaussians, stacked=True)
+    assert isinstance(posterior, Mixture)
+
+    def loop(x: Tensor) -> Tensor:
+        """As many draws of each component as there are in all, in turns."""
+        counts = [len(part) for part in torch.arange(task.num_draws).tensor_split(task.num_members)]
+        outputs = []
+        for k, (component, count) in enumerate(zip(posterior.components, counts, strict=True)):
+            if count:
+                options = {"num_samples": count, "seed": seed}
+                outputs.append(_jvp_loop(fn, index(trained.members, k), component, x, options))
+        return torch.cat(outputs)
+
+    return Fitted(fn, None, posterior, {"num_samples": task.num_draws, "seed": seed}, loop)
+
+
+def _jvp_loop(fn: Model, params: Params, posterior: Any, x: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """What one writes by hand: the linearised model at one draw after another."""
+    linear, draws = linearize(fn, params), posterior.sample(**options)
+    with torch.no_grad():
+        return torch.stack([linear(merge(params, index(draws, i)), x) for i in range(options["num_samples"])])
+
+
 def _collected(task: Task, seed: int, fn: Model, params: Params, **options: Any) -> Gaussian:
     settings = {**task.training, **task.collecting, **options}
     return swag.fit(fn, params, task.data, task.likelihood, seed=seed, **settings)
@@ -161,4 +200,7 @@ METHODS = (
     Method("SWAG", fit_swag),
     Method("MultiSWAG", fit_multi_swag),
     Method("dropout, SWAG head", functools.partial(fit_swag_and_dropout, rate=0.1)),
+    Method("Laplace", functools.partial(fit_laplace, last_layer=False)),
+    Method("Laplace, last layer", functools.partial(fit_laplace, last_layer=True)),
+    Method("mixture of Laplace", fit_laplace_mixture),
 )
