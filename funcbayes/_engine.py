@@ -8,11 +8,8 @@ model and shape is learned from the time that the chunks of real predictions tak
 
 import dataclasses
 import functools
-import threading
 import time
-import types
 import warnings
-import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -26,6 +23,7 @@ from ._functorch import map_first_axis
 from ._intercept import Batching, DropoutMasks, LargestBatched, with_dropout
 from ._linearize import Linearization, with_linearization
 from ._random import Seed, fold, forked
+from ._remember import Remembered
 from ._tree import Params, device_of, index, is_repeated, merge, num_rows, tensors, unbind
 from ._warning import levels_to_the_user
 from .posteriors import Draw, to
@@ -93,10 +91,8 @@ class _Tuner:
         return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
 
 
-_tuners: "weakref.WeakKeyDictionary[Any, dict[Any, _Tuner]]" = weakref.WeakKeyDictionary()
-_MAX_CELLS = 32  # remembered for one model; the oldest are forgotten
-_warned: "weakref.WeakSet[Any]" = weakref.WeakSet()
-_tuners_lock = threading.Lock()
+_tuners: Remembered[_Tuner] = Remembered()
+_warned: Remembered[list[bool]] = Remembered()
 
 
 def evaluate(
@@ -208,15 +204,7 @@ class _Run:
         return outputs
 
     def _tuner(self) -> _Tuner:
-        owner, cell = _owner(self.fn), (getattr(self.fn, "__func__", None), self.cell)
-        try:
-            with _tuners_lock:
-                cells = _tuners.setdefault(owner, {})
-                if cell not in cells and len(cells) >= _MAX_CELLS:
-                    del cells[next(iter(cells))]
-                return cells.setdefault(cell, _Tuner())
-        except TypeError:  # a callable that has no hash or takes no weak references
-            return _Tuner()
+        return _tuners.get(self.fn, self.cell, _Tuner)
 
     def _candidates(self) -> list[Mechanism]:
         draw = self.draws(slice(0, 1))
@@ -277,14 +265,9 @@ class _Run:
         )
 
     def _was_warned(self) -> bool:
-        owner = _owner(self.fn)
-        try:
-            with _tuners_lock:
-                is_known = owner in _warned
-                _warned.add(owner)
-        except TypeError:
-            return False
-        return is_known
+        seen = _warned.get(self.fn, "warned", list)
+        seen.append(True)
+        return len(seen) > 1
 
     def _outputs(
         self, draws: Draw, mechanism: Mechanism, start: int, seen: LargestBatched | None = None
@@ -343,11 +326,6 @@ def _raise_mapping_threshold() -> None:
     # page-faulted in again. The threshold follows the largest block freed so far, up to 32 MB: one
     # such block, once a process, lets later buffers up to that size be reused.
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8).fill_(0)
-
-
-def _owner(fn: Model) -> Any:
-    # A bound method is made anew at every access; its object lives as long as it matters.
-    return fn.__self__ if isinstance(fn, types.MethodType) else fn
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:

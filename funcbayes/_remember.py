@@ -23,8 +23,7 @@ class Remembered(Generic[_T]):
 
     def get(self, fn: Any, key: Hashable, make: Callable[[], _T]) -> _T:
         """What was remembered, or else what ``make`` gives, from now on."""
-        # A bound method is made anew at every access; its object lives as long as it matters.
-        owner = fn.__self__ if isinstance(fn, types.MethodType) else fn
+        owner = _owner(fn)
         key = (getattr(fn, "__func__", None), key)
         try:
             with self._lock:
@@ -38,3 +37,12 @@ class Remembered(Generic[_T]):
             while len(values) >= self._most:
                 del values[next(iter(values))]
             return values.setdefault(key, value)
+
+    def count(self, fn: Any) -> int:
+        """How many values are remembered for a model."""
+        return len(self._values.get(_owner(fn), ()))
+
+
+def _owner(fn: Any) -> Any:
+    # A bound method is made anew at every access; its object lives as long as it matters.
+    return fn.__self__ if isinstance(fn, types.MethodType) else fn
