@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class LinearizedPrediction:
         num_samples: int,
         seed: int,
     ) -> None:
+        check_link(link, likelihood, "predict_linearized")
         self.components, self.weights = components, weights
         self.likelihood, self.link = likelihood, link
         self._num_samples, self._seed = num_samples, seed
@@ -308,11 +309,6 @@ class LinearizedPrediction:
         if isinstance(self.likelihood, Bernoulli):
             if self.link == "mc":
                 return _links.monte_carlo_bernoulli(mean, variance, **draws, log=True)
-            if self.link != "probit":
-                raise ValueError(
-                    f"`predict_linearized(link={self.link!r})` is for logits of several classes; `Bernoulli` "
-                    "has one: write 'probit' or 'mc'."
-                )
             return _links.probit_bernoulli(mean, variance, log=True)
         assert isinstance(self.likelihood, Categorical)
         axis = self.likelihood.output_axis(mean)
@@ -347,6 +343,18 @@ class LinearizedPrediction:
         white = torch.linalg.solve_triangular(lower, residual.to(lower.dtype).unsqueeze(-1), upper=False)
         logdet = 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (white.square().sum((1, 2)) + logdet + residual.shape[1] * math.log(2 * math.pi))
+
+
+def check_link(link: Link, likelihood: Likelihood | None, call: str) -> None:
+    """Refuse a link that there is not, or not for the likelihood."""
+    if link not in get_args(Link):
+        known = ", ".join(map(repr, get_args(Link)))
+        raise ValueError(f"`{call}(link=...)` should be one of {known}, got {link!r}.")
+    if isinstance(likelihood, Bernoulli) and link not in ("probit", "mc"):
+        raise ValueError(
+            f"`{call}(link={link!r})` is for logits of several classes; `Bernoulli` has one: write 'probit' "
+            "or 'mc'."
+        )
 
 
 def _moments_of(likelihood: Likelihood, component: Component) -> tuple[Tensor, Tensor, Tensor]:

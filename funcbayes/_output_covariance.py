@@ -77,7 +77,10 @@ class Jacobian:
             vmap(pushed)({name: leaf[start : start + size] for name, leaf in columns.items()})
             for start in range(0, rank, size)
         ]
-        return torch.cat(found).flatten(2).movedim(0, -1) if found else self.block.outputs.new_zeros(0)
+        _, count, *_ = self.block.outputs.shape
+        if not found:
+            return self.block.outputs.new_zeros(count, self.num_outputs, 0)
+        return torch.cat(found).reshape(rank, count, -1).movedim(0, -1)
 
 
 Pair = tuple[Tensor, Tensor, int]  # A, B (N, F, R) and a sign: adds sign A B^T

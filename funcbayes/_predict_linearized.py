@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._checks import check_model, positive_int
 from ._functional import Model
-from ._linearized_prediction import Component, LinearizedPrediction, Link
+from ._linearized_prediction import Component, LinearizedPrediction, Link, check_link
 from ._output_covariance import Form, Jacobian, Terms, covariance_terms, gathered, jacobians
 from ._random import Seed, resolve_seed
 from ._tree import Params, as_tree, merge, missing_path, named_leaves, parameters_of
@@ -78,11 +78,9 @@ def predict_linearized(
             f"`{_CALL}(fn, params, posterior, x)` should be given a posterior, got "
             f"{type(posterior).__name__}."
         )
-    if link not in get_args(Link):
-        known = ", ".join(map(repr, get_args(Link)))
-        raise ValueError(f"`{_CALL}(link=...)` should be one of {known}, got {link!r}.")
     if likelihood is not None:
         check_is_likelihood(likelihood, f"{_CALL}(likelihood=...)")
+    check_link(link, likelihood, _CALL)
     num_samples = positive_int(num_samples, f"{_CALL}(num_samples=...)")
     params, x = as_tree(params), as_tree(x)
     weights, components = [], []

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .. import curvature as curvatures
+from .._checks import check_model
 from .._random import Seed
 from .._tree import Params, Where, index, stack
 from ..curvature import Curvature
@@ -13,9 +14,9 @@ from ..curvature._sums import WeightSharing
 from ..likelihoods import Likelihood
 from ..posteriors import Gaussian
 from ..training._data import Data
-from ._posterior import posterior
+from ._posterior import check_positive, posterior
 from ._prior import Numbers
-from ._tuning import Per, maximize_evidence
+from ._tuning import Per, check_per, maximize_evidence
 
 Kind = Literal["ggn", "fisher", "empirical_fisher", "hessian"]
 _CALL = "laplace.fit"
@@ -104,11 +105,19 @@ def fit(
         >>> fb.predict(fn, params, q, torch.randn(5, 2), likelihood=fb.likelihoods.Categorical()).mean.shape
         torch.Size([5, 3])
     """
+    check_model(fn, _CALL)
     if curvature not in ("ggn", "fisher", "empirical_fisher", "hessian"):
         raise ValueError(
             f"`{_CALL}(curvature=...)` should be 'ggn', 'fisher', 'empirical_fisher' or 'hessian', got "
             f"{curvature!r}."
         )
+    check_positive(temperature, f"{_CALL}(temperature=...)")
+    if noise_std is not None:
+        check_positive(noise_std, f"{_CALL}(noise_std=...)")
+    if isinstance(prior_precision, float | int | Tensor):
+        check_positive(prior_precision, f"{_CALL}(prior_precision=...)")
+    if tune is not None:
+        check_per(tune, f"{_CALL}(tune=...)", is_kronecker=structure == "kron")
     if tune is not None and prior is not None:
         raise ValueError(
             f"`{_CALL}(tune={tune!r})` tunes a prior precision, and `prior` has one: leave one out."

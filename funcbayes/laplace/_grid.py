@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._linearized_prediction import Component, LinearizedPrediction, Link
+from .._checks import positive_int
+from .._linearized_prediction import Component, LinearizedPrediction, Link, check_link
 from .._output_covariance import Form, Jacobian, Terms, gathered, in_bases, independent_terms, jacobians
 from .._random import Seed, resolve_seed
 from .._tree import Params, named_leaves
@@ -16,7 +17,7 @@ from ..curvature import Curvature, Diag, EigenKron, Full, Kron, LowRank
 from ..curvature._pass import Problem
 from ..likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from ..training._data import Data
-from ._posterior import check_positive, covered_leaves
+from ._posterior import checked_leaves
 
 _CALL = "laplace.minimize_validation_nll"
 
@@ -93,12 +94,9 @@ def minimize_validation_nll(
         >>> found = fb.laplace.minimize_validation_nll(fn, params, c, (x[20:], y[20:]), categorical)
         >>> q = fb.laplace.posterior(params, c, found.prior_precision)
     """
-    if not isinstance(c, Curvature):
-        raise TypeError(
-            f"`{_CALL}(fn, params, c, ...)` should be given one of `funcbayes.curvature`, got "
-            f"{type(c).__name__}."
-        )
-    leaves = covered_leaves(params, c, _CALL)
+    leaves = checked_leaves(params, c, noise_std, temperature, call=_CALL)
+    precisions = _checked_grid(grid)
+    num_samples = positive_int(num_samples, f"{_CALL}(num_samples=...)")
     problem = Problem.of(
         *(fn, params, data, likelihood, lambda name, leaf: name in leaves),
         call=_CALL,
@@ -110,11 +108,10 @@ def minimize_validation_nll(
             f"`{_CALL}(likelihood=...)` has no closed form for {type(likelihood).__name__}. Choose by "
             "evidence: `laplace.maximize_evidence`."
         )
-    check_positive(temperature, f"{_CALL}(temperature=...)")
-    precisions = _checked_grid(grid)
-    if noise_std is not None:
-        check_positive(noise_std, f"{_CALL}(noise_std=...)")
-        likelihood = Normal(noise_std)
+    check_link(link, likelihood, _CALL)
+    if noise_std is not None and not isinstance(likelihood, Normal):
+        raise ValueError(f"`{_CALL}(noise_std=...)` goes with `Normal`, got {type(likelihood).__name__}.")
+    likelihood = likelihood if noise_std is None else Normal(noise_std)
     factor = c.data.factor(noise_std) / temperature
     seed = int(resolve_seed(seed)) if link == "mc" else 0
     form: Form = "variance" if link == "probit" and not isinstance(likelihood, Normal) else "covariance"

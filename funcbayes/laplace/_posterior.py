@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .._functorch import is_concrete
 from .._tree import Fixed, Params, difference, is_parameter, named_leaves, parameters_of, select
-from ..covariances._flat import dtype_of
-from ..curvature import Curvature, Diag, Full
+from ..covariances._flat import dtype_of, without_columns
+from ..covariances._kronecker import sides
+from ..curvature import Curvature, EigenKron, Kron, LowRank
 from ..posteriors import Gaussian
 from ._precision import Precision, precision_of
 from ._prior import Numbers, Prior
@@ -160,6 +161,17 @@ def _prepared(
     call: str,
 ) -> tuple[dict[str, Tensor], Precision, Prior]:
     """The covered leaves, the posterior's precision and the prior, after checks."""
+    leaves = checked_leaves(params, c, noise_std, temperature, call=call)
+    given = Prior.of(leaves, prior_precision, prior_mean, prior, call)
+    factor = c.data.factor(noise_std) / temperature
+    like = select(params, lambda name, leaf: name in leaves)
+    return leaves, precision_of(c, given, factor, like), given
+
+
+def checked_leaves(
+    params: Params, c: Any, noise_std: float | Tensor | None, temperature: float | Tensor, *, call: str
+) -> dict[str, Tensor]:
+    """The leaves that a curvature covers, after checks of it and of numbers."""
     if not isinstance(c, Curvature):
         raise TypeError(
             f"`{call}(params, c)` should be given one of `funcbayes.curvature`, got {type(c).__name__}. Find "
@@ -178,11 +190,7 @@ def _prepared(
             f"`{call}(params, c)` should be given the curvature of one network, got those of "
             f"{len(c.data.num_data)}. `laplace.fit(..., stacked=True)` makes posteriors of all."
         )
-    leaves = covered_leaves(params, c, call)
-    given = Prior.of(leaves, prior_precision, prior_mean, prior, call)
-    factor = c.data.factor(noise_std) / temperature
-    like = select(params, lambda name, leaf: name in leaves)
-    return leaves, precision_of(c, given, factor, like), given
+    return covered_leaves(params, c, call)
 
 
 def covered_leaves(params: Params, c: Curvature, call: str) -> dict[str, Tensor]:
@@ -195,11 +203,28 @@ def covered_leaves(params: Params, c: Curvature, call: str) -> dict[str, Tensor]
                 "is missing."
             )
     leaves = {name: there[name] for name in c.leaves}
-    if isinstance(c, Diag | Full):
-        differing = difference(c.leaves, leaves)
-        if differing:
-            raise ValueError(f"`{call}(params, c)` should have a curvature of `params`; in it {differing}.")
+    differing = _difference(c, leaves)
+    if differing:
+        raise ValueError(f"`{call}(params, c)` should have a curvature of `params`; in it {differing}.")
     return leaves
+
+
+def _difference(c: Curvature, leaves: dict[str, Tensor]) -> str | None:
+    """In words how the leaves of a curvature differ from those of the parameters."""
+    if isinstance(c, LowRank):
+        return difference(without_columns(c.leaves), leaves)
+    if not isinstance(c, Kron | EigenKron):
+        return difference(c.leaves, leaves)
+    found = c.leaves if isinstance(c, EigenKron) else {}
+    if isinstance(c, Kron):
+        inputs = named_leaves(c.input_sum)
+        found = {name: _placeholder(len(one), len(inputs[name])) for name, one in c.leaves.items()}
+    differing = difference(found, {name: _placeholder(*sides(leaf)) for name, leaf in leaves.items()})
+    return None if differing is None else f"as matrices {differing}"
+
+
+def _placeholder(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
 
 
 def check_positive(number: float | Tensor, call: str) -> None:

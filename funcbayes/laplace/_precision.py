@@ -56,8 +56,8 @@ def _(curvature: Diag, prior: Prior, factor: Tensor, like: Params) -> Precision:
     if prior.precision is None:
         return _with_low_rank_prior(diagonal, {}, prior, like, "'diag'")
     precision = {name: leaf + prior.precision[name] for name, leaf in diagonal.items()}
-    for name, leaf in precision.items():
-        refuse_indefinite(leaf, f"of {name!r}, the smallest entry of its diagonal,")
+    name, least = _least(precision)
+    refuse_indefinite(least, f"(its diagonal, in {name!r})")
 
     def covariance() -> Covariance:
         return Diagonal(map_named(lambda name, leaf: (1 / precision[name]).to(leaf.dtype), like))
@@ -81,8 +81,8 @@ def _(curvature: EigenKron, prior: Prior, factor: Tensor, like: Params) -> Preci
     else:
         numbers = prior.numbers("'kron'")
         values = {name: leaf + numbers[name] for name, leaf in values.items()}
-    for name, leaf in values.items():
-        refuse_indefinite(leaf, f"of {name!r}")
+    name, least = _least(values)
+    refuse_indefinite(least, f"(of {name!r})")
 
     def covariance() -> Covariance:
         variance = {name: 1 / leaf for name, leaf in values.items()}
@@ -97,7 +97,8 @@ def _(curvature: EigenKron, prior: Prior, factor: Tensor, like: Params) -> Preci
 
 @precision_of.register
 def _(curvature: LowRank, prior: Prior, factor: Tensor, like: Params) -> Precision:
-    roots = (as_double(curvature.eigenvalues) * factor).sqrt()
+    # Rounding may make an eigenvalue negative; and of one that is 0 no derivative in the factor is asked.
+    roots = as_double(curvature.eigenvalues).clamp_min(0).sqrt() * factor.sqrt()
     vectors = curvature.leaves
 
     def factors() -> dict[str, Tensor]:
@@ -291,6 +292,16 @@ def _one_number(precision: Mapping[str, Tensor] | None) -> Tensor | None:
 
 def _sum(terms: Any) -> Tensor:
     return functools.reduce(torch.add, terms)
+
+
+def _least(values: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """The leaf with the smallest number, or with one that is no number."""
+    given = {name: leaf for name, leaf in values.items() if leaf.numel()}
+    if not all(map(is_concrete, given.values())):
+        return next(iter(given.items()))
+    lows = {name: float(leaf.detach().min()) for name, leaf in given.items()}
+    name = min(lows, key=lambda name: (not math.isnan(lows[name]), lows[name]))
+    return name, given[name]
 
 
 def refuse_indefinite(values: Tensor, of_what: str) -> None:

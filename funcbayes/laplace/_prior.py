@@ -101,7 +101,7 @@ class Prior:
         shift = {name: as_double(leaf.detach()) - self.mean[name] for name, leaf in leaves.items()}
         if self.precision is None:
             assert self.gaussian is not None
-            column = ravel(shift, shift).unsqueeze(-1)
+            column = ravel(shift, self.gaussian.covariance.like).unsqueeze(-1)
             return self.gaussian.covariance.inverse().quadratic(column)
         return torch.stack([(self.precision[name] * shift[name].square()).sum() for name in leaves]).sum()
 

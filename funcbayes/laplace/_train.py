@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .. import curvature as curvatures
-from .._checks import check_model, positive_int
+from .._checks import positive_int
 from .._functional import training_call
 from .._random import Seed, resolve_seed
 from .._tree import (
@@ -24,17 +24,17 @@ from .._tree import (
 )
 from ..curvature._curvature import Structure
 from ..curvature._data_term import noise_of
+from ..curvature._pass import Problem
 from ..curvature._sums import WeightSharing
 from ..likelihoods import Likelihood, Normal
-from ..likelihoods._checks import check_is_likelihood
 from ..posteriors import Gaussian
 from ..training._data import Data, open_data
 from ..training._fit import for_one, with_member_axis
 from ..training._loop import minimize
 from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
 from ._posterior import posterior
-from ._prior import Numbers, by_leaf
-from ._tuning import Hyperparameters, Per, maximize_evidence
+from ._prior import Numbers, Prior, by_leaf
+from ._tuning import Hyperparameters, Per, check_per, maximize_evidence
 
 _CALL = "laplace.train"
 
@@ -147,8 +147,10 @@ def train(
         progress=progress,
         callback=callback and for_one(callback),
     )
-    check_model(fn, _CALL)
-    check_is_likelihood(likelihood, f"{_CALL}(likelihood=...)")
+    Problem.of(fn, params, data, likelihood, where, call=_CALL, batch_size=batch_size)  # for its checks
+    if structure not in get_args(Structure):
+        known = ", ".join(map(repr, get_args(Structure)))
+        raise ValueError(f"`{_CALL}(structure=...)` should be one of {known}, got {structure!r}.")
     update_every = positive_int(update_every, f"{_CALL}(update_every=...)")
     num_steps = positive_int(num_steps, f"{_CALL}(num_steps=...)")
     if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
@@ -158,8 +160,10 @@ def train(
             f"`{_CALL}(start_epoch={start_epoch}, update_every={update_every})` should leave an epoch at "
             f"whose end the evidence is found, of `num_epochs={num_epochs}`."
         )
+    check_per(per, f"{_CALL}(per=...)", is_kronecker=structure == "kron")
     leaves = parameters_of(params)
-    numbers = by_leaf(prior_precision, leaves, f"{_CALL}(prior_precision=...)")
+    numbers = Prior.of(leaves, prior_precision, 0.0, None, _CALL).precision
+    assert numbers is not None
     source = open_data(data, batch_size=batch_size, num_streams=1, call=_CALL)
     seed = int(resolve_seed(seed))
     joint = _NegativeLogJoint(fn, likelihood, numbers, source.num_data(seed))
@@ -196,7 +200,7 @@ def train(
         found.prior_precision,
         found.noise_std,
         found.log_marginal_likelihood,
-        torch.tensor(climber.history),
+        torch.tensor(climber.history, dtype=found.log_marginal_likelihood.dtype),
     )
 
 

@@ -81,13 +81,7 @@ def maximize_evidence(
         >>> q = fb.laplace.posterior(params, c, found.prior_precision, noise_std=found.noise_std)
     """
     call = "laplace.maximize_evidence"
-    if per not in get_args(Per):
-        raise ValueError(f"`{call}(per=...)` should be 'model', 'leaf' or 'parameter', got {per!r}.")
-    if per == "parameter" and isinstance(c, Kron | EigenKron):
-        raise ValueError(
-            f"`{call}(per='parameter')` does not go with a Kronecker curvature, whose prior has one number, "
-            "or one for each leaf: write 'model' or 'leaf'."
-        )
+    check_per(per, f"{call}(per=...)", is_kronecker=isinstance(c, Kron | EigenKron))
     num_steps = positive_int(num_steps, f"{call}(num_steps=...)")
     # At the start, for all its checks.
     value = evidence(
@@ -129,6 +123,17 @@ def maximize_evidence(
     return Hyperparameters(
         chosen, torch.as_tensor(told).to(dtype) if c.data.has_noise else None, best.to(dtype)
     )
+
+
+def check_per(per: Per, call: str, *, is_kronecker: bool) -> None:
+    """Refuse numbers of precisions that there are not, or not for a curvature."""
+    if per not in get_args(Per):
+        raise ValueError(f"`{call}` should be 'model', 'leaf' or 'parameter', got {per!r}.")
+    if per == "parameter" and is_kronecker:
+        raise ValueError(
+            f"`{call}` should not be 'parameter' with a Kronecker curvature, whose prior has one number, or "
+            "one for each leaf: write 'model' or 'leaf'."
+        )
 
 
 def _start(prior_precision: Numbers, leaves: dict[str, Tensor], per: Per) -> dict[str, Tensor]:
