@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -96,6 +97,15 @@ def map_first_axis(function: Callable[[_T], Tensor], tree: _T, size: int) -> Ten
         return _functorch._remove_batch_dim(function(entry), level, size, 0)
     finally:
         _functorch._vmap_decrement_nesting()
+
+
+_forward_mode = threading.RLock()
+
+
+def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """``torch.func.jvp``, one thread at a time: the levels of forward mode belong to the process."""
+    with _forward_mode:
+        return torch.func.jvp(function, primals, tangents)
 
 
 def wrap(tensor: Tensor, axis: int, level: int) -> Tensor:

@@ -119,12 +119,12 @@ class Outer(RowGradients):
         # Columns beside the width of their side, so that there is one product a row.
         left = _columns_inside(self.left)  # (M, N, G, T, K or 1, L)
         right = _columns_inside(self.right)
-        product = left.flatten(4).mT @ right.flatten(4)  # (M, N, G, K L, R) or (M, N, G, L, K R)
+        sums = left.flatten(4).mT @ right.flatten(4)  # (M, N, G, K L, R) or (M, N, G, L, K R)
         if self.is_left_gradient:
-            product = product.unflatten(3, (columns, d_left))
+            sums = sums.unflatten(3, (columns, d_left))
         else:
-            product = product.unflatten(4, (columns, d_right)).movedim(4, 3)
-        return product.movedim(3, 2).reshape(members, num_rows, columns, groups * d_left, d_right)
+            sums = sums.unflatten(4, (columns, d_right)).movedim(4, 3)
+        return sums.movedim(3, 2).reshape(members, num_rows, columns, groups * d_left, d_right)
 
     def sum_of_squares(self) -> Tensor:
         """``(M, d_out, d_in)``."""
@@ -134,8 +134,8 @@ class Outer(RowGradients):
             return self.left.sum(4).square().sum((0, 2)).flatten(1).unsqueeze(-1)
         # Without a sum over positions squares of products are products of squares.
         left, right = (side[..., 0, :].square().sum(0) for side in (self.left, self.right))  # (M, N, G, .)
-        product = left.movedim(1, -1) @ right.movedim(1, 2)  # (M, G, L, N) @ (M, G, N, R)
-        return product.flatten(1, 2)
+        sums = left.movedim(1, -1) @ right.movedim(1, 2)  # (M, G, L, N) @ (M, G, N, R)
+        return sums.flatten(1, 2)
 
     def turned(self, outputs: Tensor | None, inputs: Tensor | None) -> RowGradients:
         """``U^T gradient V``."""
@@ -143,9 +143,9 @@ class Outer(RowGradients):
             return Formed(self.matrices(), self.shape).turned(outputs, inputs)
         left, right = self.left, self.right
         if outputs is not None:
-            left = left @ _for_sides(outputs)
+            left = product(left, _for_sides(outputs))
         if inputs is not None and right is not None:
-            right = right @ _for_sides(inputs)
+            right = product(right, _for_sides(inputs))
         elif inputs is not None:  # (M, 1, 1)
             left = left * _for_sides(inputs)
         return Outer(left, right, self.shape, self.is_left_gradient, self.is_bias)
@@ -205,9 +205,9 @@ class Formed(RowGradients):
         """``U^T gradient V``."""
         values = self.values
         if inputs is not None:
-            values = values @ inputs[:, None, None]
+            values = product(values, inputs[:, None, None])
         if outputs is not None:
-            values = outputs.mT[:, None, None] @ values
+            values = product(outputs.mT[:, None, None], values)
         return Formed(values, self.shape)
 
     def weighed(self, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,11 +223,13 @@ class Looked(RowGradients):
         tokens: Which rows, ``(M, N, T)``; none twice in one row of data: see :func:`once`.
         gradients: ``(K, M, N, T, d_in)``.
         shape: Shape of the table.
+        padding: A row of the table that has no gradients wherever it is looked up, if there is one.
     """
 
     tokens: Tensor
     gradients: Tensor
     shape: torch.Size
+    padding: int | None = None
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -236,7 +238,7 @@ class Looked(RowGradients):
 
     def rows(self, part: slice) -> "Looked":
         """The gradients of some of the rows."""
-        return Looked(self.tokens[:, part], self.gradients[:, :, part], self.shape)
+        return Looked(self.tokens[:, part], self.gradients[:, :, part], self.shape, self.padding)
 
     def matrices(self) -> Tensor:
         """``(M, N, K, d_out, d_in)``."""
@@ -256,8 +258,8 @@ class Looked(RowGradients):
         """``U^T gradient V``."""
         if outputs is not None:
             return Formed(self.matrices(), self.shape).turned(outputs, inputs)
-        gradients = self.gradients if inputs is None else self.gradients @ inputs[:, None]
-        return Looked(self.tokens, gradients, self.shape)
+        gradients = self.gradients if inputs is None else product(self.gradients, inputs[:, None])
+        return Looked(self.tokens, gradients, self.shape, self.padding)
 
     def weighed(self, variance: Tensor) -> tuple[Tensor, Tensor]:
         """``(M, N, K, T d_in)``."""
@@ -272,6 +274,12 @@ def once(tokens: Tensor, gradients: Tensor) -> Tensor:
     same = tokens.unsqueeze(-1) == tokens.unsqueeze(-2)  # (M, N, T, T)
     is_first = same.to(torch.uint8).argmax(-1) == torch.arange(tokens.shape[-1], device=tokens.device)
     return same.to(gradients.dtype) @ gradients * is_first.unsqueeze(-1)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, in the wider dtype of both."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def _columns_inside(side: Tensor) -> Tensor:

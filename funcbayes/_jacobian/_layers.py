@@ -64,9 +64,9 @@ def _embedding(call: LayerCall, value: Tensor, gradient: Tensor, leaves: dict[st
     tokens, gradients = value.flatten(2), gradient.flatten(3, -2)
     padding = call.settings.get("padding_idx")
     if padding is not None:
-        is_padding = tokens == padding % leaves[call.weight][0]
-        gradients = gradients.masked_fill(is_padding.unsqueeze(-1), 0)
-    return {call.weight: Looked(tokens, gradients, leaves[call.weight])}
+        padding %= leaves[call.weight][0]
+        gradients = gradients.masked_fill((tokens == padding).unsqueeze(-1), 0)
+    return {call.weight: Looked(tokens, gradients, leaves[call.weight], padding)}
 
 
 def _last_axes(call: LayerCall, value: Tensor, gradient: Tensor, leaves: dict[str, torch.Size]) -> Found:

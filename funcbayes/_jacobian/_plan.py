@@ -22,6 +22,7 @@ from ._tape import LayerCall, RowsMixError, Tape
 Model = Callable[[Params, Any], Any]
 Rows = tuple[int, int, bool]  # axis, entries of it for one row of data, whether these lie together
 
+_HALF = (torch.bfloat16, torch.float16)
 _MUCH = 1 << 16  # numbers in the gradients of one row from which on a slow way is worth a word
 
 
@@ -83,8 +84,8 @@ def plan_for(fn: Model, params: Params, names: Sequence[str], x: Any, call: str)
     try:
         with torch.inference_mode(False):
             return _plans.get(fn, key, lambda: _make(fn, params, names, x, call))
-    except _NothingFoundError:  # nor will anything that follows from such outputs be finite
-        return Plan((), (), tuple(names), (), torch.Size(), 0, 0)
+    except _NothingFoundError as error:  # nor will anything that follows from such outputs be finite
+        return Plan((), (), tuple(names), (), error.event, 0, 0)
 
 
 def tape(
@@ -184,13 +185,20 @@ def gradients_of_layers(
         gradient = gradient.unsqueeze(1) if axis is None else gradient.movedim(axis + 1, 1)
         value = by_rows(call.value.expand(members, *call.value.shape[1:]), rows, 1, count)
         gradient = by_rows(gradient.expand(-1, members, *gradient.shape[2:]), rows, 2, count)
+        if value.is_floating_point():  # of another dtype under autocast
+            dtype = torch.promote_types(value.dtype, gradient.dtype)
+            value, gradient = value.to(dtype), gradient.to(dtype)
         of_layer = row_gradients(call, value, gradient, shapes)
         found |= {name: of_layer[name] for name in plan.layers[i]}
     return found
 
 
 class _NothingFoundError(Exception):
-    """Outputs are not finite here, though inputs are."""
+    """Outputs, of this shape in each row, are not finite, though inputs are."""
+
+    def __init__(self, event: torch.Size) -> None:
+        super().__init__()
+        self.event = event
 
 
 def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) -> Plan:
@@ -206,8 +214,9 @@ def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) ->
     *alone, together = (tape(fn, params, names, rows, keep_outputs=True) for rows in (first, second, both))
     outputs = [taped.outputs.detach()[0] for taped in (*alone, together)]
     if not all(bool(f.isfinite().all()) for f in outputs):
-        raise _NothingFoundError
-    if not _is_by_rows(outputs):
+        raise _NothingFoundError(outputs[0].shape[1:])
+    tolerance = _tolerance(together)
+    if not _is_by_rows(outputs, tolerance):
         raise RowsMixError(
             f"`{call}` needs a model whose outputs for a row, the first axis, depend on that row alone; here "
             "two rows together give other outputs than each alone."
@@ -249,7 +258,7 @@ def signature_of(taped: Taped) -> tuple[tuple[str, str | None, str | None], ...]
 
 def _widened(leaf: Any) -> Any:
     """In at least single precision, for comparisons."""
-    is_half = isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16)
+    is_half = isinstance(leaf, Tensor) and leaf.dtype in _HALF
     return leaf.float() if is_half else leaf
 
 
@@ -259,11 +268,17 @@ def _finite(leaf: Any) -> Any:
     return leaf.nan_to_num(nan=0.3, posinf=1, neginf=-1) if is_number else leaf
 
 
-def _is_by_rows(outputs: list[Tensor]) -> bool:
+def _tolerance(taped: Taped) -> float:
+    """How much numbers that should agree may differ, relative to their norm: half precision is coarse."""
+    outputs = [layer.output for layer in taped.calls if layer.output is not None]
+    return 0.03 if any(output.dtype in _HALF for output in outputs) else 1e-3
+
+
+def _is_by_rows(outputs: list[Tensor], tolerance: float) -> bool:
     first, second, both = outputs
     if both.ndim == 0 or first.shape[0] != 1 or both.shape[0] != 2:
         return False
-    return float((torch.cat([first, second]) - both).norm()) <= 1e-3 * float(both.norm())
+    return float((torch.cat([first, second]) - both).norm()) <= tolerance * float(both.norm())
 
 
 def _rows_of(i: int, layer: LayerCall, alone: Sequence[Taped], together: Taped) -> Rows | None:
@@ -314,7 +329,7 @@ def _leaves_with_other_gradients(plan: Plan, taped: Taped, shapes: dict[str, tor
     ]
     norms = [float(gradient.norm()) for gradients in of_rows for gradient in gradients]
     noise = 30 * torch.finfo(outputs.dtype).eps * max(float(column.norm()), *norms)
-    found = gradients_of_layers(plan, taped, columns, shapes)
+    found, tolerance = gradients_of_layers(plan, taped, columns, shapes), _tolerance(taped)
     wrong = set()
     for i, name in enumerate(names):
         right = torch.stack([gradients[i].to_dense().flatten() for gradients in of_rows])
@@ -322,7 +337,7 @@ def _leaves_with_other_gradients(plan: Plan, taped: Taped, shapes: dict[str, tor
         expected[0, 0], expected[1, 1] = right
         got = found[name].matrices()[0].flatten(2) if name in found else torch.zeros_like(expected)
         is_right = got.shape == expected.shape and float((got.to(right) - expected).norm()) <= (
-            1e-3 * float(right.norm()) + noise
+            tolerance * float(right.norm()) + noise
         )
         if not is_right:
             wrong.add(name)

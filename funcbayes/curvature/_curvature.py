@@ -314,17 +314,22 @@ def hessian(
         progress=progress,
     )
 
+    rank = positive_int(rank, f"{call}(rank=...)")
+    start = resolve_seed(seed) if structure == "low_rank" else 0
+
     def of_one(problem: Problem) -> Curvature:
         def product(vectors: Vectors) -> tuple[Vectors, DataTerm]:
             return hessian_product(problem, vectors)
 
         if structure == "low_rank":
-            return _low_rank(problem, product, rank, seed)
+            return _low_rank(problem, product, rank, start)
         return _by_unit_vectors(problem, product, structure)
 
-    return _one_by_one(problem, of_one)
+    with torch.inference_mode(False):
+        return _one_by_one(problem, of_one)
 
 
+@torch.inference_mode(False)
 def _of_columns(
     problem: Problem,
     columns: Columns,
@@ -347,6 +352,7 @@ def _of_columns(
             f"`{problem.call}(eigenvalue_correction=True)` goes with `structure='kron'`, got {structure!r}."
         )
     if structure == "low_rank":
+        rank, seed = positive_int(rank, f"{problem.call}(rank=...)"), resolve_seed(seed)
         return _one_by_one(
             problem,
             lambda one: _low_rank(one, functools.partial(columns_product, one, columns), rank, seed),
@@ -406,9 +412,8 @@ def _low_rank(
     problem: Problem,
     product: Callable[[Vectors], tuple[Vectors, DataTerm]],
     rank: int,
-    seed: Seed | None,
+    seed: Seed,
 ) -> LowRank:
-    rank = positive_int(rank, f"{problem.call}(rank=...)")
     terms: list[DataTerm] = []
 
     def image(vectors: Vectors) -> Vectors:
@@ -416,7 +421,8 @@ def _low_rank(
         terms.append(term)
         return found
 
-    values, vectors = largest_eigenpairs(image, problem.leaves, rank, resolve_seed(seed))
+    # The outputs of a linear model, with one noise for all, each have the same eigenvalues.
+    values, vectors = largest_eigenpairs(image, problem.leaves, rank, seed, multiplicity=problem.num_outputs)
     kept = values > 0
     values, vectors = values[kept], vectors[kept]
     parts = vectors.mT.split([leaf.numel() for leaf in problem.leaves.values()])
@@ -465,4 +471,6 @@ def _one_by_one(problem: Problem, of_one: Callable[[Problem], Curvature]) -> Cur
     if problem.num_members is None:
         return of_one(problem)
     networks = (index(problem.params, k) for k in range(problem.num_members))
-    return stack([of_one(dataclasses.replace(problem, params=p, num_members=None)) for p in networks])
+    found = [of_one(dataclasses.replace(problem, params=p, num_members=None)) for p in networks]
+    most = max((c.rank for c in found if isinstance(c, LowRank)), default=0)
+    return stack([c.padded(most) if isinstance(c, LowRank) else c for c in found])

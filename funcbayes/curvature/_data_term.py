@@ -99,7 +99,7 @@ def data_term(likelihood: Likelihood, outputs: Tensor, y: Tensor, noise_power: i
         residuals = zeros
     else:
         Normal(1.0).log_prob(outputs[0], y)  # refuses targets of another shape
-        found, residuals = zeros, torch.stack([(f - y.to(f.dtype)).double().square().sum() for f in outputs])
+        found, residuals = zeros, torch.stack([(f.double() - y.double()).square().sum() for f in outputs])
     terms = likelihood.num_terms(outputs[0], y).double()
     return DataTerm(
         found,

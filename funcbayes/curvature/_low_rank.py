@@ -8,39 +8,50 @@ from torch import Tensor
 from .._random import Seed, fold, normal
 
 Vectors = dict[str, Tensor]  # leaves by path, (k, *s)
-_BLOCK = 4  # vectors multiplied at a time: one pass through the data each
+_BLOCK = 4  # vectors multiplied at a time, in one pass through the data
 
 
 def largest_eigenpairs(
-    product: Callable[[Vectors], Vectors], like: Mapping[str, Tensor], rank: int, seed: Seed
+    product: Callable[[Vectors], Vectors],
+    like: Mapping[str, Tensor],
+    rank: int,
+    seed: Seed,
+    *,
+    multiplicity: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Largest eigenvalues and their eigenvectors, by block Lanczos iteration with full reorthogonalisation.
 
     Golub & Underwood (1977), "The block Lanczos method for computing eigenvalues". The Krylov space has
-    ``2 rank + 16`` dimensions, so memory is that many vectors, and a pass through the data multiplies four of
-    them. Eigenvalues are never above the true ones, and exact if the matrix has no higher rank than the
-    space.
+    ``2 rank + 4 b`` dimensions, so memory is that many vectors, and a pass through the data multiplies ``b``
+    of them: four, or ``multiplicity``, since a block finds no more eigenvectors of one eigenvalue than it has
+    vectors.
+    Eigenvalues are never above the true ones, and exact if the matrix has no higher rank than the space.
 
     Args:
         product: ``k`` vectors times the matrix.
         like: Shapes, dtypes and devices of the leaves.
         rank: How many; fewer come back if the matrix has fewer that are not zero.
         seed: Of the random start.
+        multiplicity: How often an eigenvalue may be expected to occur.
 
     Returns:
-        Eigenvalues ``(R,)``, largest first, and eigenvectors as rows ``(R, P)``, in at least single
-        precision.
+        Eigenvalues ``(R,)``, largest first, without those that are zero but for rounding, and eigenvectors
+        as rows ``(R, P)``, in at least single precision.
     """
     sizes = {name: leaf.numel() for name, leaf in like.items()}
     first = next(iter(like.values()))
     total, dtype = sum(sizes.values()), torch.promote_types(first.dtype, torch.float32)
-    block = min(_BLOCK, rank, total)
-    most = min(2 * rank + 4 * _BLOCK, total)
+    block = min(max(_BLOCK, multiplicity), rank, total)
+    most = min(2 * rank + 4 * block, total)
     basis = torch.zeros(most, total, dtype=dtype, device=first.device)
     projected = torch.zeros(most, most, dtype=torch.float64, device=first.device)
-    keys = fold(fold(seed, "eigenvectors"), torch.arange(block))
-    fresh = _orthonormal(normal(keys, (total,), dtype=dtype, device=first.device), 0.0)
-    size = 0
+    seed = fold(seed, "eigenvectors")
+
+    def start(number: int) -> Tensor:
+        keys = fold(seed, torch.arange(number * block, (number + 1) * block))
+        return _orthonormal(normal(keys, (total,), dtype=dtype, device=first.device), 0.0)
+
+    fresh, size, number = start(0), 0, 0
     while len(fresh):
         span = slice(size, size + len(fresh))
         basis[span] = fresh
@@ -55,10 +66,17 @@ def largest_eigenpairs(
         negligible = 100 * torch.finfo(dtype).eps * float(projected[:size, :size].abs().max())
         fresh = _orthonormal(_beside(_beside(image, done), done), negligible)
         # Directions of rows that nearly depend on each other are rounding errors, and not beside the others.
-        fresh = _orthonormal(_beside(fresh, done), 0.5)[: most - size]
+        fresh = _orthonormal(_beside(fresh, done), 0.5)
+        if not len(fresh) and float(image.abs().max()) > negligible:
+            # The space is closed. An eigenvalue that occurs more often than a block has vectors has more
+            # eigenvectors beside it; if there is nothing more, the next image will be zero.
+            number += 1
+            fresh = _orthonormal(_beside(_beside(start(number), done), done), 0.0)
+        fresh = fresh[: most - size]
     values, turn = torch.linalg.eigh(projected[:size, :size])
-    chosen = min(rank, size)
-    return values.flip(0)[:chosen].to(dtype), turn.flip(1)[:, :chosen].mT.to(dtype) @ basis[:size]
+    values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
+    kept = values.abs() > 100 * torch.finfo(dtype).eps * values.abs().max()
+    return values[kept].to(dtype), turn[:, kept].mT.to(dtype) @ basis[:size]
 
 
 def _beside(rows: Tensor, basis: Tensor) -> Tensor:

@@ -11,9 +11,21 @@ from torch import Tensor
 from .._checks import check_model, positive_int
 from .._jacobian import blocks
 from .._jacobian._plan import plan_for
-from .._tree import Params, Where, device_of, index, is_parameter, map_named, matcher, named_leaves, select
+from .._tree import (
+    Params,
+    Where,
+    device_of,
+    index,
+    is_parameter,
+    map_leaves,
+    map_named,
+    matcher,
+    named_leaves,
+    select,
+)
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
+from ..training._batch import ready
 from ..training._data import Data, Source, open_data
 from ..training._several import count_members
 from ._columns import Columns
@@ -64,6 +76,8 @@ class Problem:
         num_members = count_members(params, f"{call}(fn, params, ..., stacked=True)") if stacked else None
         if max_bytes is not None:
             max_bytes = positive_int(max_bytes, f"{call}(max_bytes=...)")
+        with torch.inference_mode(False):
+            params = map_leaves(lambda leaf: ready(leaf, None), params)
         chosen = matcher(where)
         names = tuple(name for name, leaf in named_leaves(params).items() if chosen(name, leaf))
         for name in names:
@@ -111,22 +125,37 @@ class Problem:
             )
         return ()
 
+    @functools.cached_property
+    def num_outputs(self) -> int:
+        """``C``, of one position of a row."""
+        _, x, _ = next(self.batches())
+        outputs = torch.empty(1, *self.check_rows(x))
+        axis = self.likelihood.output_axis(outputs)
+        return 1 if axis is None else outputs.shape[axis]
+
+    def check_rows(self, x: Any) -> torch.Size:
+        """Refuse a model whose rows depend on each other; returns the shape of the outputs of one row."""
+        single = self.params if self.num_members is None else index(self.params, 0)
+        return plan_for(self.fn, single, (), x, self.call).event
+
     def batches(self) -> Iterator[tuple[int, Any, Tensor]]:
         """Number, inputs and targets of every batch; at least one."""
-        number = -1
-        for number, batch in enumerate(self._shown(self.source.plain_batches(device_of(self.params)))):
+        is_empty = True
+        for number, batch in enumerate(self.source.plain_batches(device_of(self.params))):
             x, y = batch.member(0)
             if len(y):
+                is_empty = False
                 yield number, x, y
-        if number < 0:
-            raise ValueError(f"`{self.call}(data=...)` should give at least one batch, got none.")
+        if is_empty:
+            raise ValueError(f"`{self.call}(data=...)` should give at least one batch with rows, got none.")
 
-    def _shown(self, batches: Iterable[Any]) -> Iterable[Any]:
+    def shown_batches(self) -> Iterable[tuple[int, Any, Tensor]]:
+        """The same, with a bar where one is asked for."""
         if not self.progress:
-            return batches
+            return self.batches()
         from tqdm.auto import tqdm
 
-        return tqdm(batches, desc=self.call, unit="batch", total=self.source.num_batches(0))
+        return tqdm(self.batches(), desc=self.call, unit="batch", total=self.source.num_batches(0))
 
     def tree(self, found: Mapping[str, Tensor]) -> Params:
         """Results by path, with members first, as a tree like the covered parameters."""
@@ -147,7 +176,7 @@ def go_through(problem: Problem, columns: Columns, sums: Sequence[Sums]) -> Data
     """
     total: DataTerm | None = None
     count = 0
-    for number, x, y in problem.batches():
+    for number, x, y in problem.shown_batches():
         for block in blocks(
             problem.fn,
             problem.params,

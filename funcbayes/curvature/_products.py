@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vjp, vmap
 
-from .._functorch import load_forward_rules
+from .._functorch import jvp, load_forward_rules
 from .._intercept import UnfusedAttention
 from .._tree import Params, Where, difference, map_named, named_leaves, select
 from ..likelihoods import Likelihood
+from ..training._batch import ready
 from ..training._data import Data
 from ._columns import Columns, ggn_columns
 from ._data_term import DataTerm, data_term, with_unit_noise
@@ -114,7 +115,8 @@ def _on_trees(problem: Problem, product: Callable[[Vectors], Vectors]) -> Callab
                 f"A product of `{problem.call}` should be given a vector like the parameters; {differing}."
             )
         leaves = named_leaves(vector)
-        found = product({name: leaves[name].unsqueeze(0) for name in problem.names})
+        with torch.inference_mode(False):
+            found = product({name: ready(leaves[name], None).unsqueeze(0) for name in problem.names})
         return map_named(lambda name, _: found[name][0], covered)
 
     return matvec
@@ -162,7 +164,11 @@ def hessian_product(
             pulled: Any = vjp(lambda q: -unit.log_likelihood(f(q), y), p)
             return pulled[1](torch.ones_like(pulled[0]))[0]
 
-        return _mapped(lambda vector: jvp(gradient, (at,), (vector,))[1], some)
+        try:
+            return _mapped(lambda vector: jvp(gradient, (at,), (vector,))[1], some)
+        except NotImplementedError:  # some backward passes have no forward mode, but can be differentiated
+            pulled: Any = vjp(gradient, at)
+            return _mapped(lambda vector: pulled[1](vector)[0], some)
 
     return _over_data(problem, vectors, product, 2)
 
@@ -175,7 +181,8 @@ def _over_data(
     total = {name: torch.zeros_like(leaf) for name, leaf in vectors.items()}
     terms: DataTerm | None = None
     with torch.no_grad():
-        for number, x, y in problem.batches():
+        for number, x, y in problem.shown_batches():
+            problem.check_rows(x)
             f = functools.partial(_outputs, problem, x)
             outputs = f(at)
             problem.likelihood.check(outputs, y, call=f"{problem.call}(data=...)")

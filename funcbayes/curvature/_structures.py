@@ -5,9 +5,10 @@ from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .._tree import Params, difference, map_leaves, map_named, named_leaves, pytree_dataclass
+from .._tree import Params, difference, index, map_leaves, map_named, named_leaves, pytree_dataclass, stack
 from ..covariances._kronecker import eigen, tree_like
 from ._data_term import DataTerm
 
@@ -199,6 +200,12 @@ class LowRank(Curvature):
         vectors = map_leaves(lambda leaf: leaf[..., :rank], self.eigenvectors)
         return LowRank(self.eigenvalues[..., :rank], vectors, self.data)
 
+    def padded(self, rank: int) -> "LowRank":
+        """The same with zeros for the eigenvalues, and vectors, that it lacks of ``rank``."""
+        lacking = (0, rank - self.rank)
+        vectors = map_leaves(lambda leaf: F.pad(leaf, lacking), self.eigenvectors)
+        return LowRank(F.pad(self.eigenvalues, lacking), vectors, self.data)
+
     def __add__(self, other: Any) -> "LowRank":
         """The curvature of both data sets."""
         if type(other) is type(self):
@@ -208,14 +215,18 @@ class LowRank(Curvature):
                 raise ValueError(f"Curvatures that are added should cover the same leaves; {differing}.")
         else:
             self._check_addend(other)
+        if self.eigenvalues.ndim > 1:  # of several networks
+            return stack([index(self, k) + index(other, k) for k in range(len(self.eigenvalues))])
         # U_1 l_1 U_1^T + U_2 l_2 U_2^T = Q (R diag(l) R^T) Q^T with [U_1 U_2] = Q R.
         both = map_leaves(lambda a, b: torch.cat([a, b], -1), self.eigenvectors, other.eigenvectors)
         leaves = named_leaves(both)
-        q, r = torch.linalg.qr(torch.cat([leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves.values()]))
+        sizes = [leaf.shape[:-1].numel() for leaf in leaves.values()]
+        rows = [leaf.reshape(size, leaf.shape[-1]) for size, leaf in zip(sizes, leaves.values(), strict=True)]
+        q, r = torch.linalg.qr(torch.cat(rows))
         values, turn = torch.linalg.eigh(r * torch.cat([self.eigenvalues, other.eigenvalues]) @ r.mT)
-        vectors = (q @ turn.flip(-1)).split([leaf[..., 0].numel() for leaf in leaves.values()])
+        vectors = (q @ turn.flip(-1)).split(sizes)
         placed = dict(zip(leaves, vectors, strict=True))
-        tree = map_named(lambda name, leaf: placed[name].reshape(*leaf.shape[:-1], -1), both)
+        tree = map_named(lambda name, leaf: placed[name].reshape(*leaf.shape[:-1], len(values)), both)
         return LowRank(values.flip(-1), tree, self.data + other.data)
 
 

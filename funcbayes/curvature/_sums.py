@@ -108,9 +108,11 @@ class KronSums(Sums):
         self.inputs[name] += values.mT @ values
         if is_first:
             tokens = gradient.tokens.flatten(1)
-            ones = torch.ones((), dtype=values.dtype, device=values.device).expand(tokens.shape)
-            self.outputs[name].scatter_add_(1, tokens, ones)
-            self._count(name, tokens.shape[1])
+            inputs = torch.ones_like(tokens, dtype=self.outputs[name].dtype)
+            if gradient.padding is not None:  # is no input
+                inputs[tokens == gradient.padding] = 0
+            self.outputs[name].scatter_add_(1, tokens, inputs)
+            self._count(name, inputs.sum(1))
 
     def _add_formed(self, name: str, gradient: RowGradients, is_first: bool) -> None:
         if len(gradient.shape) < 2:  # the block itself
@@ -124,11 +126,14 @@ class KronSums(Sums):
         # product of its partial traces has the right trace, and is exact for a single outer product.
         for part in gradient.blocks():
             values = part.matrices().flatten(1, 2)  # (M, N K, d_out, d_in)
-            self.outputs[name] += torch.einsum("mnoi,mnpi->mop", values, values)
+            if self.outputs[name].ndim == 2:  # of a table that is looked up in other batches
+                self.outputs[name] += values.square().sum((1, 3))
+            else:
+                self.outputs[name] += torch.einsum("mnoi,mnpi->mop", values, values)
             self.inputs[name] += torch.einsum("mnoi,mnoj->mij", values, values)
             self.counts[name] += values.square().sum((1, 2, 3))
 
-    def _count(self, name: str, number: int, *, ones: bool = False) -> None:
+    def _count(self, name: str, number: int | Tensor, *, ones: bool = False) -> None:
         self.counts[name] += number
         if ones:
             self.inputs[name] += number
