@@ -279,6 +279,23 @@ def test_fisher_is_the_hessian_averaged_over_y(make):
 
 
 @all_cases
+def test_the_output_axis_is_the_one_whose_outputs_a_block_of_the_fisher_is_of(make):
+    likelihood, f, y, axis = make()
+    found = likelihood.output_axis(f)
+    if f.ndim == 1:
+        assert found is None
+    else:
+        assert found == axis % f.ndim
+        blocks = likelihood.fisher(f, y=y)
+        assert blocks.shape == (*f.movedim(found, -1).shape, f.shape[found])
+
+
+def test_outputs_without_a_class_axis_have_no_output_axis():
+    with pytest.raises(ValueError, match="classes on axis 2"):
+        Categorical(class_axis=2).output_axis(randn(5, 3))
+
+
+@all_cases
 def test_outer_products_of_fisher_sqrt_columns_give_the_fisher(make):
     likelihood, f, _, axis = make()
     columns = likelihood.fisher_sqrt(f)

@@ -316,6 +316,39 @@ CALLS: dict[str, Callable[[World, int | None], Any]] = {
     "from_modules": lambda w, seed: fb.ensemble.from_modules([w.module, copy.deepcopy(w.module)])[1],
     "save": lambda w, seed: fb.save(w.posterior, w.path),
     "load": lambda w, seed: (fb.save(w.posterior, w.path), fb.load(w.path))[1],
+    "curvature_ggn": lambda w, seed: [
+        fb.curvature.ggn(w.fn, w.params, (w.x, w.y), Categorical(), structure, batch_size=4)
+        for structure in ("diag", "kron", "full")
+    ],
+    "curvature_ggn_stacked": lambda w, seed: fb.curvature.ggn(
+        w.fn, w.members, batches(w), Categorical(), eigenvalue_correction=True, stacked=True
+    ),
+    "curvature_ggn_low_rank": lambda w, seed: fb.curvature.ggn(
+        w.fn, w.params, (w.x, w.y), Categorical(), "low_rank", rank=3, seed=seed
+    ),
+    "curvature_fisher": lambda w, seed: fb.curvature.fisher(
+        w.fn, w.params, (w.x, w.y), Categorical(), mc_samples=2, seed=seed
+    ),
+    "curvature_fisher_low_rank": lambda w, seed: fb.curvature.fisher(
+        w.fn, w.params, (w.x, w.y), Categorical(), "low_rank", rank=3, seed=seed
+    ),
+    "curvature_empirical_fisher": lambda w, seed: fb.curvature.empirical_fisher(
+        w.fn, w.params, (w.x, w.outputs), Normal(w.noise_std)
+    ),
+    "curvature_hessian": lambda w, seed: fb.curvature.hessian(
+        w.fn, w.params, (w.x, w.y), Categorical(), where="5.*"
+    ),
+    "curvature_hessian_low_rank": lambda w, seed: fb.curvature.hessian(
+        w.fn, w.params, (w.x, w.y), Categorical(), "low_rank", rank=3, seed=seed
+    ),
+    "curvature_products": lambda w, seed: [
+        make(w.fn, w.params, (w.x, w.y), Categorical())(w.params)
+        for make in (fb.curvature.ggn_matvec, fb.curvature.hvp)
+    ],
+    "curvatures_added": lambda w, seed: added(
+        fb.curvature.ggn(w.fn, w.params, (w.x, w.y), Categorical(), structure, seed=1)
+        for structure in ("diag", "kron", "low_rank", "full")
+    ),
 }
 CALLS |= {
     f"likelihood_{name}": lambda w, seed, make=make: methods_of(make(w), seed)
@@ -334,10 +367,16 @@ HAS_NO_SEED = {
     *("low_rank_covariance", "gaussian_of_low_rank", "kl"),
     *("swag_update", "swag_posterior", "refresh_batch_norm"),
     *("bootstrap_rows", "select", "prune"),
+    *("curvature_ggn", "curvature_ggn_stacked", "curvature_empirical_fisher", "curvature_hessian"),
+    *("curvature_products", "curvatures_added"),
     *("moments_of_a_mixture", "moments_of_a_join", "temper", "restrict", "linearize"),
     *("point", "covariance", "to", "metrics_of_tensors", "member_seeds", "from_modules", "save", "load"),
     *(name for name in CALLS if name.startswith("likelihood_")),
 }
+
+
+def added(curvatures):
+    return [c + c for c in curvatures]
 
 
 def statistics(prediction, y):
