@@ -17,7 +17,7 @@ from torch.func import jvp, vmap
 from ._functorch import load_forward_rules
 from ._intercept import UnfusedAttention
 from ._jacobian import Block, RowGradients, blocks
-from ._tree import Params, map_named, named_leaves
+from ._tree import Params, map_leaves, map_named, named_leaves
 from .covariances import Covariance, Dense, Diagonal, Kronecker, LowRankPlusDiagonal, LowRankPrecision
 from .covariances._flat import ravel_columns
 
@@ -101,6 +101,7 @@ def jacobians(
         whole: Whether all rows are wanted at once.
     """
     limit = 1 << 62 if whole else None
+    params, x = map_leaves(_detached, params), map_leaves(_detached, x)
     for block in blocks(
         fn, params, names, x, num_columns=lambda event: event.numel(), call=call, max_bytes=limit
     ):
@@ -109,6 +110,10 @@ def jacobians(
         units = torch.eye(size, dtype=block.outputs.dtype, device=block.outputs.device)
         columns = units.reshape(size, 1, 1, *event).expand(size, 1, count, *event)
         yield Jacobian(fn, params, block, block.gradients(columns))
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def gathered(terms: Terms, like: Tensor, form: Form) -> Tensor:
