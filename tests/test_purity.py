@@ -349,6 +349,48 @@ CALLS: dict[str, Callable[[World, int | None], Any]] = {
         fb.curvature.ggn(w.fn, w.params, (w.x, w.y), Categorical(), structure, seed=1)
         for structure in ("diag", "kron", "low_rank", "full")
     ),
+    "laplace_posterior": lambda w, seed: fb.laplace.posterior(w.params, ggn_of(w), 2.0, prior_mean=w.params),
+    "laplace_posterior_with_a_prior": lambda w, seed: [
+        fb.laplace.posterior(w.params, ggn_of(w, structure), prior=w.posterior)
+        for structure in ("diag", "low_rank")
+    ],
+    "laplace_log_marginal_likelihood": lambda w, seed: fb.laplace.log_marginal_likelihood(
+        w.params, ggn_of(w), 2.0, prior_mean=w.params
+    ),
+    "laplace_maximize_evidence": lambda w, seed: vars(
+        fb.laplace.maximize_evidence(w.params, ggn_of(w), per="leaf", num_steps=5)
+    ),
+    "laplace_minimize_validation_nll": lambda w, seed: vars(
+        fb.laplace.minimize_validation_nll(
+            w.fn, w.params, ggn_of(w), (w.x, w.y), Categorical(), grid=[0.1, 1.0], link="mc", seed=seed
+        )
+    ),
+    "laplace_fit": lambda w, seed: fb.laplace.fit(
+        w.fn, w.params, batches(w), Categorical(), where="5.*", tune="leaf"
+    ),
+    "laplace_fit_low_rank": lambda w, seed: fb.laplace.fit(
+        w.fn, w.params, (w.x, w.y), Categorical(), structure="low_rank", rank=3, seed=seed
+    ),
+    "laplace_fit_stacked": lambda w, seed: fb.laplace.fit(
+        w.fn, w.members, (w.x, w.y), Categorical(), stacked=True
+    ),
+    "laplace_train": lambda w, seed: vars(
+        fb.laplace.train(
+            w.fn, w.params, (w.x, w.y), Categorical(), optimizer=SGD, num_epochs=2, batch_size=3, seed=seed
+        )
+    ),
+    "predict_linearized": lambda w, seed: linearized_statistics(
+        fb.predict_linearized(w.fn, w.params, w.posterior, w.x, likelihood=Categorical()), w.y
+    ),
+    "predict_linearized_by_monte_carlo": lambda w, seed: linearized_statistics(
+        fb.predict_linearized(
+            w.fn, w.params, w.posterior, w.x, likelihood=Categorical(), link="mc", num_samples=5, seed=seed
+        ),
+        w.y,
+    ),
+    "predict_linearized_sample": lambda w, seed: fb.predict_linearized(
+        w.fn, w.params, w.posterior, w.x, joint=True
+    ).sample(3, seed=seed),
 }
 CALLS |= {
     f"likelihood_{name}": lambda w, seed, make=make: methods_of(make(w), seed)
@@ -369,6 +411,8 @@ HAS_NO_SEED = {
     *("bootstrap_rows", "select", "prune"),
     *("curvature_ggn", "curvature_ggn_stacked", "curvature_empirical_fisher", "curvature_hessian"),
     *("curvature_products", "curvatures_added"),
+    *("laplace_posterior", "laplace_posterior_with_a_prior", "laplace_log_marginal_likelihood"),
+    *("laplace_maximize_evidence", "laplace_fit", "laplace_fit_stacked", "predict_linearized"),
     *("moments_of_a_mixture", "moments_of_a_join", "temper", "restrict", "linearize"),
     *("point", "covariance", "to", "metrics_of_tensors", "member_seeds", "from_modules", "save", "load"),
     *(name for name in CALLS if name.startswith("likelihood_")),
@@ -377,6 +421,18 @@ HAS_NO_SEED = {
 
 def added(curvatures):
     return [c + c for c in curvatures]
+
+
+def ggn_of(w, structure="kron"):
+    return fb.curvature.ggn(w.fn, w.params, (w.x, w.y), Categorical(), structure, seed=0)
+
+
+def linearized_statistics(prediction, y):
+    return [
+        *(getattr(prediction, name) for name in ("output_mean", "output_covariance", "mean", "variance")),
+        prediction.entropy,
+        prediction.log_prob(y),
+    ]
 
 
 def statistics(prediction, y):
