@@ -12,7 +12,7 @@ from ._functional import Model
 from ._linearized_prediction import Component, LinearizedPrediction, Link, check_link
 from ._output_covariance import Form, Jacobian, Terms, covariance_terms, gathered, jacobians
 from ._random import Seed, resolve_seed
-from ._tree import Params, as_tree, merge, missing_path, named_leaves, parameters_of
+from ._tree import Params, as_tree, merge, missing_path, named_leaves, num_rows, parameters_of
 from .likelihoods import Likelihood
 from .likelihoods._checks import check_is_likelihood
 from .posteriors import Dropout, Ensemble, Gaussian, Join, Mixture, Point, Posterior
@@ -198,10 +198,10 @@ def pushed_through(
     """
 
     def evaluated(form: Form) -> tuple[Tensor, Tensor]:
-        if not names:  # nothing is uncertain
+        if not names or num_rows(x) == 0:  # nothing is uncertain
             with torch.no_grad():
                 mean = fn(center, x)
-            return mean, gathered(iter(()), mean.reshape(len(mean), -1), form)
+            return mean, gathered(iter(()), mean.reshape(len(mean), mean.shape[1:].numel()), form)
         means, found = [], []
         for jacobian in jacobians(fn, center, names, x, call=call, whole=form == "joint"):
             outputs = jacobian.block.outputs[0]

@@ -1032,6 +1032,21 @@ def test_nothing_of_what_is_chosen_has_a_graph():
     assert all(leaf.grad is None for leaf in params.values())
 
 
+@every_structure
+def test_inference_mode_leaves_a_curvature_that_can_be_tuned(options):
+    model = MODELS["mlp"]()
+    c = regression_curvature(model, options)
+    expected = maximize_evidence(model.params, regression_curvature(model, options), per="leaf")
+    with torch.inference_mode():
+        params = optree.tree_map(torch.clone, model.params)
+        laplace.posterior(params, c)
+        log_marginal_likelihood(params, c)
+        inside = maximize_evidence(params, c, per="leaf")
+    for found in (inside, maximize_evidence(params, c, per="leaf")):
+        assert_close(found.log_marginal_likelihood, expected.log_marginal_likelihood)
+        assert_close(found.prior_precision, expected.prior_precision)
+
+
 # Choosing by held-out data.
 
 

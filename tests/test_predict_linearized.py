@@ -237,6 +237,18 @@ def test_inputs_may_be_any_mapping():
     assert_is(found, model.run(model.params, x), expected_joint(model, q, x))
 
 
+@every_covariance
+@pytest.mark.parametrize("joint", [True, False])
+def test_no_rows_have_no_predictions(joint, make):
+    model = MODELS["mlp"]()
+    q = Gaussian(model.params, make(model.params))
+    found = predict_linearized(model.fn, None, q, model.inputs(0), likelihood=Categorical(), joint=joint)
+    assert found.output_mean.shape == found.output_variance.shape == found.mean.shape == (0, 2)
+    assert found.output_covariance.shape == (0, 2, 2)
+    assert found.log_prob(torch.zeros(0).long()).shape == (0,)
+    assert not joint or found.joint_covariance.shape == (0, 0)
+
+
 # Every posterior that is made of Gaussians.
 
 

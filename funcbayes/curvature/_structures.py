@@ -106,6 +106,7 @@ class Kron(Curvature):
         return map_leaves(lambda total, count: total / _not_zero(count), self.input_sum, self.count)
 
     @functools.cached_property
+    @torch.inference_mode(False)  # whoever asks first, it can be differentiated
     def eigen(self) -> "EigenKron":
         """The same in its eigenbasis, found once; eigenvalues that rounding made negative are 0."""
         outputs, inputs, counts = (named_leaves(t) for t in (self.output_sum, self.input_sum, self.count))
@@ -190,6 +191,7 @@ class LowRank(Curvature):
         return self.eigenvalues.shape[-1]
 
     @functools.cached_property
+    @torch.inference_mode(False)  # whoever asks first, it can be differentiated
     def grams(self) -> dict[str, Tensor]:
         """``U_l^T U_l`` by leaf, ``(R, R)``, found once, in double precision."""
         flat = {name: leaf.reshape(-1, leaf.shape[-1]).double() for name, leaf in self.leaves.items()}
@@ -250,6 +252,7 @@ class Full(Curvature):
         return named_leaves(self.like)
 
     @functools.cached_property
+    @torch.inference_mode(False)  # whoever asks first, it can be differentiated
     def eigenvalues(self) -> Tensor:
         """In ascending order, found once, in double precision."""
         return torch.linalg.eigvalsh(self.matrix.double())
