@@ -1014,6 +1014,33 @@ def test_many_data_and_a_weak_prior_are_no_trouble():
             assert_close(numbers, 1 / params["w"].square().mean(), rtol=0.5, atol=0)
 
 
+def test_rounding_in_single_precision_does_not_make_a_curvature_indefinite():
+    x = randn(100, 3)  # fewer rows than parameters
+    fn, _ = fb.make_functional(nn.Sequential(nn.Linear(3, 30), nn.Tanh(), nn.Linear(30, 1)))
+    params = {
+        "0.weight": randn(30, 3),
+        "0.bias": randn(30),
+        "2.weight": 0.2 * randn(1, 30),
+        "2.bias": randn(1),
+    }
+    data = x, torch.sin(x.sum(1, keepdim=True))
+    exact = curvature.ggn(fn, params, data, Normal(0.1), "full")
+    rounded = fb.to((params, data), dtype=torch.float32)
+    c = curvature.ggn(fn, *rounded, Normal(0.1), "full")
+    assert torch.linalg.eigvalsh(c.matrix.double())[0] * 100 < -1e-4  # or this would say little
+    per_leaf = dict.fromkeys(params, 1e-4) | {"2.bias": 1.1e-4}
+    for numbers in (1e-4, per_leaf):
+        q = laplace.posterior(rounded[0], c, numbers)
+        assert all(leaf.isfinite().all() for leaf in q.sample(2, seed=0).values())
+        evidence = log_marginal_likelihood(rounded[0], c, numbers).double()
+        assert_close(evidence, log_marginal_likelihood(params, exact, numbers), rtol=5e-3, atol=0)
+    for per in ("model", "leaf"):
+        found = maximize_evidence(rounded[0], c, per=per, prior_precision=1e-4)
+        assert found.log_marginal_likelihood.isfinite()
+    held = minimize_validation_nll(fn, rounded[0], c, rounded[1], Normal(0.1), grid=[1e-4, 1.0])
+    assert held.nll.isfinite().all()
+
+
 def test_nothing_of_what_is_chosen_has_a_graph():
     problem = regression()
     params = map_named(lambda name, leaf: leaf.clone().requires_grad_(), problem.params)
@@ -1132,6 +1159,19 @@ def test_the_grid_is_even_in_logarithms_if_none_is_given():
     )
     assert_close(found.grid, 10 ** torch.linspace(-4, 4, 21, dtype=F64))
     assert found.nll.isfinite().all()
+
+
+def test_a_precision_under_which_there_is_no_posterior_is_never_the_best():
+    model, (x, y) = MODELS["mlp"](), classes(MODELS["mlp"](), 6)
+    for structure in ("full", "diag"):
+        c = curvature.hessian(model.fn, model.params, (x, y), Categorical(), structure)
+        smallest = torch.linalg.eigvalsh(dense(c))[0]
+        grid = -smallest * torch.tensor([0.1, 0.5, 0.9, 1.1, 30.0], dtype=F64)
+        found = minimize_validation_nll(model.fn, model.params, c, (x, y), Categorical(), grid=grid)
+        assert found.nll[:3].isinf().all()
+        assert found.nll[3:].isfinite().all()
+        with pytest.raises(RuntimeError, match="No score .* is finite"):
+            minimize_validation_nll(model.fn, model.params, c, (x, y), Categorical(), grid=grid[:3])
 
 
 # In one call.

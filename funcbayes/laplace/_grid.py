@@ -18,8 +18,10 @@ from ..curvature._pass import Problem
 from ..likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from ..training._data import Data
 from ._posterior import checked_leaves
+from ._precision import not_negative_by_rounding
 
 _CALL = "laplace.minimize_validation_nll"
+_Spectral = Callable[[Jacobian], Callable[[float], Terms]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class GridSearch:
         prior_precision: The best of the grid, a scalar.
         grid: All of it, ``(G,)``.
         nll: Mean negative log probability of the held-out targets at each, ``(G,)``; infinite where it is not
-            finite.
+            finite, or the posterior precision is not positive definite.
     """
 
     prior_precision: Tensor
@@ -115,15 +117,19 @@ def minimize_validation_nll(
     factor = c.data.factor(noise_std) / temperature
     seed = int(resolve_seed(seed)) if link == "mc" else 0
     form: Form = "variance" if link == "probit" and not isinstance(likelihood, Normal) else "covariance"
-    totals, count = torch.zeros(len(precisions), dtype=torch.float64), 0
+    spectral, lowest = _spectral(c, factor, form)
+    usable = precisions > -lowest.cpu()  # under the others there is no posterior
+    totals, count = torch.where(usable, 0.0, torch.inf).double(), 0
     with torch.no_grad():
         for _, x, y in problem.batches():
             for jacobian in jacobians(fn, params, problem.names, x, call=_CALL):
                 outputs, own = jacobian.block.outputs[0], y[jacobian.block.rows]
                 likelihood.check(outputs, own, call=f"{_CALL}(data=...)")
-                terms = _spectral(c, jacobian, factor, form)
+                terms = spectral(jacobian)
                 flat = outputs.reshape(len(outputs), -1)
                 for g, precision in enumerate(precisions.tolist()):
+                    if not bool(usable[g]):
+                        continue
                     found = gathered(terms(precision), flat, form)
                     variance = found if form == "variance" else found.diagonal(dim1=-2, dim2=-1)
                     component = Component(outputs, variance, lambda found=found: found, None)
@@ -158,24 +164,25 @@ def _checked_grid(grid: Tensor | Sequence[float] | None) -> Tensor:
     return values
 
 
-def _spectral(c: Curvature, jacobian: Jacobian, factor: Tensor, form: Form) -> Callable[[float], Terms]:
-    """Terms of the covariance of the outputs as a function of the prior precision."""
+def _spectral(c: Curvature, factor: Tensor, form: Form) -> tuple[_Spectral, Tensor]:
+    """Terms of the covariance of the outputs, given a Jacobian, as a function of the prior precision.
+
+    And the lowest eigenvalue of the curvature.
+    """
+    nothing = torch.zeros_like(factor)
     if isinstance(c, Kron):
         c = c.eigen
     if isinstance(c, Diag):
-        return _by_eigenvalues(c.leaves, jacobian, factor, form)
+        leaves = c.leaves
+        lowest = torch.stack([leaf.min() for leaf in leaves.values()]).min() * factor
+        return lambda jacobian: _by_eigenvalues(leaves, jacobian, factor, form), lowest
     if isinstance(c, EigenKron):
-        turned = in_bases(jacobian, named_leaves(c.output_basis), named_leaves(c.input_basis))
-        return _by_eigenvalues(c.leaves, turned, factor, form)
+        values, bases = c.leaves, (named_leaves(c.output_basis), named_leaves(c.input_basis))
+        return lambda jacobian: _by_eigenvalues(values, in_bases(jacobian, *bases), factor, form), nothing
     if isinstance(c, LowRank):
-        return _low_rank(c, jacobian, factor, form)
+        return lambda jacobian: _low_rank(c, jacobian, factor), nothing
     if isinstance(c, Full):
-        values, vectors = torch.linalg.eigh(as_double(c.matrix))
-        sizes = [leaf.numel() for leaf in c.leaves.values()]
-        parts = vectors.to(jacobian.block.outputs.dtype).split(sizes)
-        shaped = zip(c.leaves.items(), parts, strict=True)
-        pushed = jacobian.times({name: part.reshape(*leaf.shape, -1) for (name, leaf), part in shaped})
-        return lambda precision: _weighed(pushed, 1 / (values * factor + precision))
+        return _full(c, factor)
     raise TypeError(f"`{_CALL}` does not know a curvature {type(c).__name__}.")
 
 
@@ -188,7 +195,21 @@ def _by_eigenvalues(
     )
 
 
-def _low_rank(c: LowRank, jacobian: Jacobian, factor: Tensor, form: Form) -> Callable[[float], Terms]:
+def _full(c: Full, factor: Tensor) -> tuple[_Spectral, Tensor]:
+    values, vectors = torch.linalg.eigh(as_double(c.matrix))
+    values = not_negative_by_rounding(values, c) * factor
+    sizes = [leaf.numel() for leaf in c.leaves.values()]
+    shaped = zip(c.leaves.items(), vectors.split(sizes), strict=True)
+    columns = {name: part.reshape(*leaf.shape, -1).to(leaf.dtype) for (name, leaf), part in shaped}
+
+    def of(jacobian: Jacobian) -> Callable[[float], Terms]:
+        pushed = jacobian.times(columns)
+        return lambda precision: _weighed(pushed, 1 / (values + precision))
+
+    return of, values[0]
+
+
+def _low_rank(c: LowRank, jacobian: Jacobian, factor: Tensor) -> Callable[[float], Terms]:
     outputs = jacobian.block.outputs[0]
     flat = outputs.reshape(len(outputs), -1)
     ones = {name: torch.ones_like(leaf[..., 0]) for name, leaf in c.leaves.items()}
@@ -196,8 +217,7 @@ def _low_rank(c: LowRank, jacobian: Jacobian, factor: Tensor, form: Form) -> Cal
     pushed = jacobian.times(c.leaves)
     beside = whole - pushed @ pushed.mT  # what no eigenvector sees
     identity = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device).expand_as(beside)
-    values = as_double(c.eigenvalues) * factor
-    del form
+    values = as_double(c.eigenvalues).clamp_min(0) * factor
 
     def terms(precision: float) -> Terms:
         yield beside / precision, identity, 1

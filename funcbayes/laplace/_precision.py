@@ -140,8 +140,8 @@ def _(curvature: Full, prior: Prior, factor: Tensor, like: Params) -> Precision:
     size = len(curvature.matrix)
     wide = torch.float64 if size <= _DOUBLE_SIZE else curvature.matrix.dtype
 
-    def matrix() -> Tensor:
-        scaled = curvature.matrix.to(wide) * factor.to(wide)
+    def matrix(of_data: Tensor) -> Tensor:
+        scaled = of_data.to(wide) * factor.to(wide)
         if prior.precision is not None:
             return scaled + torch.diag(_as_vector(prior.precision, curvature.leaves).to(wide))
         assert prior.gaussian is not None
@@ -150,8 +150,10 @@ def _(curvature: Full, prior: Prior, factor: Tensor, like: Params) -> Precision:
 
     @functools.cache
     def root() -> Tensor:
-        whole = matrix()
+        whole = matrix(curvature.matrix)
         lower, failed = torch.linalg.cholesky_ex(whole)
+        if is_concrete(failed) and bool(failed):
+            lower, failed = torch.linalg.cholesky_ex(matrix(_without_rounding(curvature)))
         if is_concrete(failed) and bool(failed):
             smallest = float(torch.linalg.eigvalsh(whole.detach().double())[0])
             raise RuntimeError(_indefinite("", smallest))
@@ -169,11 +171,25 @@ def _(curvature: Full, prior: Prior, factor: Tensor, like: Params) -> Precision:
         one = _one_number(prior.precision)
         if one is None:
             return 2 * as_double(root().diagonal()).log().sum()
-        values = curvature.eigenvalues * factor + one
+        values = not_negative_by_rounding(curvature.eigenvalues, curvature) * factor + one
         refuse_indefinite(values, "")
         return values.log().sum()
 
     return Precision(covariance, logdet)
+
+
+def not_negative_by_rounding(values: Tensor, curvature: Full) -> Tensor:
+    """Eigenvalues, with 0 for those that are negative by no more than rounding in the dtype of the matrix."""
+    eps = torch.finfo(curvature.matrix.dtype).eps
+    margin = eps * math.sqrt(max(len(values), 1)) * values.detach().abs().amax()
+    return torch.where((values < 0) & (values > -margin), 0.0, values)
+
+
+def _without_rounding(curvature: Full) -> Tensor:
+    """The matrix with such eigenvalues."""
+    values, vectors = torch.linalg.eigh(as_double(curvature.matrix.detach()))
+    cleaned = (vectors * not_negative_by_rounding(values, curvature)) @ vectors.mT
+    return curvature.matrix + (cleaned - curvature.matrix).detach()
 
 
 def _with_low_rank_prior(
@@ -317,5 +333,6 @@ def _indefinite(of_what: str, smallest: float) -> str:
     return (
         f"The posterior precision {of_what + ' ' if of_what else ''}is not positive definite (smallest "
         f"eigenvalue {smallest:.3g}). The Hessian of a network is indefinite where training has not ended, "
-        "and often where it has: use `curvature.ggn`, or a `prior_precision` that is larger by as much."
+        "and often where it has: use `curvature.ggn`, or a `prior_precision` that is larger by as much. If "
+        "it is one of `curvature.ggn`, float64 helps."
     )
