@@ -13,7 +13,7 @@ from torch.func import jvp
 from ._checks import check_model
 from ._functional import Model
 from ._functorch import load_forward_rules
-from ._intercept import UnfusedAttention
+from ._intercept import Unfused
 from ._tree import (
     MISSING,
     Params,
@@ -152,7 +152,7 @@ def _expanded(fn: Model, params: Params, center: Params, deviation: Params, x: A
     leaves, structure = optree.tree_flatten(center)
 
     def at(*values: Tensor) -> Any:
-        with UnfusedAttention():
+        with Unfused():
             return fn(merge(params, structure.unflatten(values)), x)
 
     load_forward_rules()

@@ -54,39 +54,3 @@ def attention_weights(
             scores = scores + attn_mask
     empty = scores.isneginf().all(-1, keepdim=True)  # may attend to nothing, and gets nothing
     return torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0), value
-
-
-def _unfused(
-    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    weights, value = attention_weights(*args, **kwargs)
-    return weights @ value
-
-
-def _without_padding(
-    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    looked = func(*args, **kwargs)
-    given = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
-    padding = given.get("padding_idx")
-    if padding is None:
-        return looked
-    is_padding = given["input"] == padding % given["weight"].shape[0]
-    return torch.where(is_padding.unsqueeze(-1), looked.detach(), looked)
-
-
-class UnfusedAttention(Interception):
-    """Attention by operations that have derivatives of every kind, as its fused kernels do not.
-
-    And embeddings whose padding has no derivative in forward mode either, as it has none in backward mode:
-    otherwise ``J v`` and ``J^T u`` would be of different matrices.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            {
-                F.multi_head_attention_forward: open_attention,
-                F.scaled_dot_product_attention: _unfused,
-                F.embedding: _without_padding,
-            }
-        )

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from .._functorch import load_forward_rules
-from .._intercept import UnfusedAttention
+from .._intercept import Unfused
+from .._remember import Remembered
 from .._tree import Params, index, map_named, named_leaves
 from .._warning import levels_to_the_user
 from ._gradients import BLOCK_BYTES, RowGradients
 from ._layers import formed
 
 Model = Callable[[Params, Any], Any]
+_warned: Remembered[list[bool]] = Remembered()
 
 
 def gradients_of_others(
@@ -54,7 +56,7 @@ def _of_network(
         given = map_named(lambda name, leaf: chosen.get(name, leaf), params)
         own = [leaf.unsqueeze(0) if is_row else leaf for leaf, is_row in zip(row, has_rows, strict=True)]
         whole: Any = spec.unflatten(own)
-        with UnfusedAttention():
+        with Unfused():
             return fn(given, whole)[0]
 
     def of_row(row: Sequence[Any], column: Tensor) -> dict[str, Tensor]:
@@ -110,6 +112,10 @@ def _one_by_one(
         ]
         for name, gradients in zip(given, zip(*pulled, strict=True), strict=True):
             found[name].append(torch.stack(gradients))
+    seen = _warned.get(fn, "warned", list)
+    seen.append(True)
+    if len(seen) > 1:
+        return {name: torch.stack(gradients, 1) for name, gradients in found.items()}
     warnings.warn(
         f"`vmap` cannot take {fn!r}, so gradients of its rows are found one by one, {columns.shape[1]} rows "
         f"of {len(columns)} columns: {reason[0] if reason else type(error).__name__}",

@@ -58,11 +58,13 @@ class Taped:
         outputs: ``(M, N, *event)``, with a graph.
         calls: The layers on the way.
         leaves: The chosen leaves that were given to the model, which require gradients.
+        others: Names of those that went into something else than a layer's weight or bias.
     """
 
     outputs: Tensor
     calls: Sequence[LayerCall]
     leaves: Mapping[str, Tensor]
+    others: set[str]
 
 
 _plans: Remembered[Plan] = Remembered()
@@ -111,12 +113,14 @@ def tape(
     given = map_named(lambda name, leaf: _as_given(leaf, name in chosen), params)
     leaves = {name: leaf for name, leaf in named_leaves(given).items() if name in chosen}
     calls: list[LayerCall] = []
+    others: set[str] = set()
 
     def run(part: Params) -> Tensor:
         ids = {id(leaf): name for name, leaf in named_leaves(part).items() if name in chosen}
         with Tape(ids, keep_outputs=keep_outputs) as mode:
             outputs = fn(part, x)
         calls.extend(mode.calls)
+        others.update(mode.others)
         return outputs
 
     with torch.inference_mode(False), torch.enable_grad():
@@ -127,7 +131,7 @@ def tape(
                     f"`fn(params, x)` should return one tensor, got {type(outputs).__name__}. Pick one: "
                     "`lambda params, x: fn(params, x)[...]`."
                 )
-            return Taped(outputs.unsqueeze(0), calls, leaves)
+            return Taped(outputs.unsqueeze(0), calls, leaves, others)
 
         def mapped(part: Params, kind: str) -> Tensor:
             with Batching(kind):
@@ -139,7 +143,7 @@ def tape(
         except Exception:  # a batching rule stands in the model's way; if not, the error comes again
             calls.clear()
             outputs = map_first_axis(lambda part: mapped(part, "vmap"), given, num_members)
-        return Taped(outputs, calls, leaves)
+        return Taped(outputs, calls, leaves, others)
 
 
 def _as_given(leaf: Any, is_chosen: bool) -> Any:
@@ -223,9 +227,9 @@ def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) ->
         )
     signature = signature_of(together)
     is_alike = all(signature_of(taped) == signature for taped in alone)
-    uses = [name for layer in together.calls for name in layer.leaves]
+    uses = [name for layer in together.calls for name in layer.leaves] + [*together.others]
     rows = tuple(
-        _rows_of(i, together.calls[i], alone, together) if is_alike else None for i in range(len(signature))
+        _rows_of(i, layer, alone, together) if is_alike else None for i, layer in enumerate(together.calls)
     )
     layers = tuple(
         tuple(name for name in layer.leaves if uses.count(name) == 1) if where is not None else ()
@@ -252,8 +256,11 @@ def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) ->
 
 
 def signature_of(taped: Taped) -> tuple[tuple[str, str | None, str | None], ...]:
-    """What layers were called."""
-    return tuple((layer.kind, layer.weight, layer.bias) for layer in taped.calls)
+    """What layers were called, and what was used otherwise."""
+    others: list[tuple[str, str | None, str | None]] = [
+        ("other", name, None) for name in sorted(taped.others)
+    ]
+    return (*((layer.kind, layer.weight, layer.bias) for layer in taped.calls), *others)
 
 
 def _widened(leaf: Any) -> Any:

@@ -4,7 +4,7 @@ A layer is a call of one of torch's functions whose weight, or bias, *is* a leaf
 object, so nothing has to be known of modules, and a function of the user's own is seen as well.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._functorch import unwrap, vmap_level
-from .._intercept._attention import UnfusedAttention
+from .._functorch import physical, unwrap, vmap_level
+from .._intercept import Unfused
 from .._intercept._call import Interception
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -77,7 +77,8 @@ class LayerCall:
 class Tape(Interception):
     """Writes down the calls of layers whose weight or bias is one of some leaves.
 
-    Attention is opened, so that the linear maps inside are seen and every derivative exists.
+    Attention is opened, so that the linear maps inside are seen and every derivative exists. Leaves that
+    go into anything else are written down, too: no number can tell of a use that does nothing at present.
 
     Args:
         names: Names of the chosen leaves, by the identity of the tensors that the model is given.
@@ -85,9 +86,31 @@ class Tape(Interception):
     """
 
     def __init__(self, names: Mapping[int, str], *, keep_outputs: bool = False) -> None:
-        super().__init__({**UnfusedAttention().handlers, **dict.fromkeys(LAYERS, _note)})
+        super().__init__({**Unfused().handlers, **dict.fromkeys(LAYERS, _note)})
         self.names, self.keep_outputs = names, keep_outputs
         self.calls: list[LayerCall] = []
+        self.others: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        """Take note of what a function is given."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func not in LAYERS and func is not F.multi_head_attention_forward:
+            self.note_others((*args, *(kwargs or {}).values()), result)
+        return result
+
+    def note_others(self, given: Iterable[Any], result: Any) -> None:
+        """Write down the leaves among arguments of which a result is a differentiable function."""
+        used = {self.names[id(value)] for value in _flat(given) if id(value) in self.names}
+        if used and any(isinstance(t, Tensor) and physical(t).requires_grad for t in _flat([result])):
+            self.others |= used
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 class RowsMixError(ValueError):
@@ -106,19 +129,20 @@ def _note(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     weight, bias = (mode.names.get(id(given[key])) if given.get(key) is not None else None for key in _KEYS)
     if (weight is None and bias is None) or given.get("max_norm") is not None:
         return output
+    mode.note_others((v for key, v in given.items() if key not in _KEYS), output)
     value = given["input"]
     if kind in ("last axes", "channels") and weight is not None:
         plain = {key: v for key, v in given.items() if key not in _KEYS}
         with torch.no_grad():
             value = func(**plain)
     level = vmap_level()
-    physical, axis = (output, None) if level is None else unwrap(output, level)
-    if not physical.requires_grad:  # the model keeps gradients away from here
+    whole, axis = (output, None) if level is None else unwrap(output, level)
+    if not whole.requires_grad:  # the model keeps gradients away from here
         return output
-    if physical._is_view():
+    if whole._is_view():
         # Writing into a view (an activation in place) would give it another place in the graph.
         output = output.clone()
-        physical, axis = (output, None) if level is None else unwrap(output, level)
+        whole, axis = (output, None) if level is None else unwrap(output, level)
     shape = given["weight"].shape if given.get("weight") is not None else torch.Size()
     mode.calls.append(
         LayerCall(
@@ -127,7 +151,7 @@ def _note(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
             weight,
             bias,
             _members_first(value, level).detach(),
-            get_gradient_edge(physical),
+            get_gradient_edge(whole),
             axis,
             _members_first(output, level).detach().clone() if mode.keep_outputs else None,
             {key: v for key, v in given.items() if key not in ("input", "weight", "bias")},
@@ -141,5 +165,5 @@ _KEYS = ("weight", "bias")
 
 
 def _members_first(value: Tensor, level: int | None) -> Tensor:
-    physical, axis = (value, None) if level is None else unwrap(value, level)
-    return physical.unsqueeze(0) if axis is None else physical.movedim(axis, 0)
+    whole, axis = (value, None) if level is None else unwrap(value, level)
+    return whole.unsqueeze(0) if axis is None else whole.movedim(axis, 0)

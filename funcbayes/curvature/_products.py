@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from .._functorch import jvp, load_forward_rules
-from .._intercept import UnfusedAttention
+from .._intercept import Unfused
 from .._tree import Params, Where, difference, map_named, named_leaves, select
 from ..likelihoods import Likelihood
 from ..training._batch import ready
@@ -204,7 +204,7 @@ def _over_data(
 
 def _outputs(problem: Problem, x: Any, leaves: Vectors) -> Tensor:
     given = map_named(lambda name, leaf: leaves.get(name, leaf), problem.params)
-    with UnfusedAttention():
+    with Unfused():
         return problem.fn(given, x)
 
 

@@ -1,0 +1,61 @@
+"""Operations by parts that have derivatives of every kind, as fused kernels do not."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._attention import attention_weights, open_attention
+from ._call import Interception
+
+Args = tuple[Any, ...]
+
+_switches = threading.Lock()  # those of torch are the whole process's
+
+
+class Unfused(Interception):
+    """Attention, recurrent layers and weight normalisation without fused kernels."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            {
+                F.multi_head_attention_forward: open_attention,
+                F.scaled_dot_product_attention: _attention,
+                torch._weight_norm: _weight_norm,
+                **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+            }
+        )
+
+
+def _attention(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
+    weights, value = attention_weights(*args, **kwargs)
+    return weights @ value
+
+
+def _weight_norm(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
+    given = dict(zip(("v", "g", "dim"), args, strict=False)) | kwargs
+    return given["v"] * (given["g"] / torch.norm_except_dim(given["v"], 2, given.get("dim", 0)))
+
+
+def _recurrent(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
+    with _native_kernels():
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _native_kernels() -> Iterator[None]:
+    """Keep to torch's own kernels; one thread at a time, or one would put back another's setting."""
+    with _switches:
+        backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+        before = [backend.enabled for backend in backends]
+        try:
+            for backend in backends:
+                backend.enabled = False
+            yield
+        finally:
+            for backend, was in zip(backends, before, strict=True):
+                backend.enabled = was
