@@ -18,13 +18,18 @@ _switches = threading.Lock()  # those of torch are the whole process's
 
 
 class Unfused(Interception):
-    """Attention, recurrent layers and weight normalisation without fused kernels."""
+    """Attention, recurrent layers and weight normalisation without fused kernels.
+
+    And embeddings whose padding has no derivative in forward mode either, as it has none in backward mode:
+    otherwise ``J v`` and ``J^T u`` would be of different matrices.
+    """
 
     def __init__(self) -> None:
         super().__init__(
             {
                 F.multi_head_attention_forward: open_attention,
                 F.scaled_dot_product_attention: _attention,
+                F.embedding: _without_padding,
                 torch._weight_norm: _weight_norm,
                 **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
             }
@@ -34,6 +39,18 @@ class Unfused(Interception):
 def _attention(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
     weights, value = attention_weights(*args, **kwargs)
     return weights @ value
+
+
+def _without_padding(
+    mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]
+) -> Tensor:
+    looked = func(*args, **kwargs)
+    given = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
+    padding = given.get("padding_idx")
+    if padding is None:
+        return looked
+    is_padding = given["input"] == padding % given["weight"].shape[0]
+    return torch.where(is_padding.unsqueeze(-1), looked.detach(), looked)
 
 
 def _weight_norm(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:

@@ -67,6 +67,10 @@ class Taped:
     others: set[str]
 
 
+class UnmappableError(RuntimeError):
+    """A model that ``vmap`` cannot map over members."""
+
+
 _plans: Remembered[Plan] = Remembered()
 
 
@@ -140,9 +144,14 @@ def tape(
         try:
             kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
             outputs = map_first_axis(lambda part: mapped(part, kind), given, num_members)
-        except Exception:  # a batching rule stands in the model's way; if not, the error comes again
+        except RowsMixError:
+            raise
+        except Exception:  # a batching rule stands in the model's way
             calls.clear()
-            outputs = map_first_axis(lambda part: mapped(part, "vmap"), given, num_members)
+            try:
+                outputs = map_first_axis(lambda part: mapped(part, "vmap"), given, num_members)
+            except Exception as error:
+                raise UnmappableError("`vmap` over members cannot take the model.") from error
         return Taped(outputs, calls, leaves, others)
 
 

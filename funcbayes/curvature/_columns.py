@@ -18,8 +18,8 @@ class Columns:
     """What a kind of curvature is made of.
 
     Attributes:
-        roots: Given outputs ``(N, *event)``, targets and the number of the block: columns ``(K, N, *event)``,
-            where one column may carry several positions of a row that are blocks of their own.
+        roots: Given outputs ``(N, *event)``, targets and the number of the first row: columns
+            ``(K, N, *event)``, where one column may carry several positions of a row that are blocks of their own.
         likelihood: What says which axis of the outputs is one block; ``None`` if a row is one.
         count: How many columns there are at a time, given the shape of the outputs of a row.
         noise_power: See :class:`DataTerm`.
@@ -30,9 +30,9 @@ class Columns:
     count: Callable[[torch.Size], int]
     noise_power: int = 2
 
-    def make(self, outputs: Tensor, y: Tensor, number: int) -> Iterator[Tensor]:
+    def make(self, outputs: Tensor, y: Tensor, first_row: int) -> Iterator[Tensor]:
         """Columns ``(K, M, N, *event)`` for outputs ``(M, N, *event)``, some at a time, each of one block."""
-        roots = torch.stack([self.roots(f, y, number) for f in outputs], 1)
+        roots = torch.stack([self.roots(f, y, first_row) for f in outputs], 1)
         return at_once(
             [roots] if self.likelihood is None else positions_apart(roots, self.likelihood, outputs[0])
         )
@@ -54,8 +54,8 @@ def ggn_columns(likelihood: Likelihood, *, with_noise: bool = False) -> Columns:
     """
     unit = likelihood if with_noise else with_unit_noise(likelihood)
 
-    def roots(outputs: Tensor, y: Tensor, number: int) -> Tensor:
-        del number
+    def roots(outputs: Tensor, y: Tensor, first_row: int) -> Tensor:
+        del first_row
         return unit.fisher_sqrt(outputs, y=y)
 
     def count(event: torch.Size) -> int:
@@ -69,10 +69,13 @@ def fisher_columns(likelihood: Likelihood, mc_samples: int, seed: int) -> Column
     """Those of the Fisher by Monte Carlo: gradients at targets drawn from the likelihood."""
     unit = with_unit_noise(likelihood)
 
-    def roots(outputs: Tensor, y: Tensor, number: int) -> Tensor:
-        key = fold(fold(seed, "fisher"), number) & (1 << 63) - 1
-        generator = torch.Generator(outputs.device).manual_seed(key)
-        targets = unit.sample(outputs, generator=generator, num_samples=mc_samples)
+    def roots(outputs: Tensor, y: Tensor, first_row: int) -> Tensor:
+        generator = torch.Generator(outputs.device)
+        drawn = []
+        for n in range(len(outputs)):  # each by its number: what is drawn does not depend on blocks of rows
+            generator.manual_seed(fold(fold(seed, "fisher"), first_row + n) & (1 << 63) - 1)
+            drawn.append(unit.sample(outputs[n : n + 1], generator=generator, num_samples=mc_samples))
+        targets = torch.cat(drawn, 1)
         scores = [score(unit, outputs, _as_ignored(unit, target, y)) for target in targets]
         return torch.stack(scores) * mc_samples**-0.5
 
@@ -83,8 +86,8 @@ def empirical_columns(likelihood: Likelihood) -> Columns:
     """Those of the empirical Fisher: gradients at the observed targets."""
     unit = with_unit_noise(likelihood)
 
-    def roots(outputs: Tensor, y: Tensor, number: int) -> Tensor:
-        del number
+    def roots(outputs: Tensor, y: Tensor, first_row: int) -> Tensor:
+        del first_row
         return score(unit, outputs, y).unsqueeze(0)
 
     return Columns(roots, None, lambda event: 1, noise_power=4)

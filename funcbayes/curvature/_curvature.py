@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from .._checks import positive_int
+from .._jacobian import UnmappableError
 from .._random import Seed, resolve_seed
 from .._tree import Params, Where, index, named_leaves, stack
 from ..likelihoods import Likelihood
@@ -72,7 +73,7 @@ def ggn(
         seed: For ``"low_rank"``: of the random start of the eigensolver.
         batch_size: Rows a batch, for data in tensors; ``None`` leaves it to ``max_bytes``.
         stacked: Whether ``params`` are those of several networks, every leaf with a leading axis ``K``; all
-            are gone through in one pass, and the result has a leading axis, too. Not for ``"low_rank"``.
+            are gone through in one pass, but for ``"low_rank"``, and the result has a leading axis, too.
         max_bytes: Bytes that the gradients of a block of rows may take; ``None`` for 64 MiB, which suits
             caches.
         progress: Whether to show a bar over the batches.
@@ -144,7 +145,8 @@ def fisher(
         weight_sharing: As for :func:`ggn`.
         eigenvalue_correction: As for :func:`ggn`.
         rank: As for :func:`ggn`.
-        seed: Of the drawn targets, which also depend on how rows fall into batches; and as for :func:`ggn`.
+        seed: Of the drawn targets: those of a row depend on it and on the row's number in the data, so give
+            curvatures that are added different ones; and as for :func:`ggn`.
         batch_size: As for :func:`ggn`.
         stacked: As for :func:`ggn`.
         max_bytes: As for :func:`ggn`.
@@ -359,10 +361,7 @@ def _of_columns(
         )
     try:
         return _summed(problem, columns, structure, weight_sharing, eigenvalue_correction)
-    except (RuntimeError, NotImplementedError):
-        if problem.num_members is None:
-            raise
-        # `vmap` over members cannot take every model; an error that is not about that comes again.
+    except UnmappableError:  # if the error is the model's own, it comes again
         return _one_by_one(
             problem, lambda one: _summed(one, columns, structure, weight_sharing, eigenvalue_correction)
         )

@@ -175,7 +175,7 @@ def go_through(problem: Problem, columns: Columns, sums: Sequence[Sums]) -> Data
         The log likelihood, fields ``(M,)``.
     """
     total: DataTerm | None = None
-    count = 0
+    row = 0
     for number, x, y in problem.shown_batches():
         for block in blocks(
             problem.fn,
@@ -192,11 +192,11 @@ def go_through(problem: Problem, columns: Columns, sums: Sequence[Sums]) -> Data
             term = data_term(problem.likelihood, outputs, own, columns.noise_power)
             refuse_infinite(outputs, term, number, problem.call)
             total = term if total is None else total + term
-            for i, some in enumerate(columns.make(outputs, own, count)):
+            for i, some in enumerate(columns.make(outputs, own, row)):
                 gradients = block.gradients(some)
                 for each in sums:
                     each.add(gradients, is_first=i == 0)
-            count += 1
+            row += len(own)
         if not all(each.is_finite() for each in sums):
             raise RuntimeError(
                 f"The curvature in `{problem.call}` is not finite in batch {number}, though its loss is. "

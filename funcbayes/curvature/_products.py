@@ -132,11 +132,11 @@ def columns_product(problem: Problem, columns: Columns, vectors: Vectors) -> tup
     """The product with the squared gradients of columns, for vectors ``(k, *s)``, and the log likelihood."""
 
     def product(
-        f: Callable[[Vectors], Tensor], y: Tensor, number: int, at: Vectors, some: Vectors
+        f: Callable[[Vectors], Tensor], y: Tensor, first_row: int, at: Vectors, some: Vectors
     ) -> Vectors:
         pulled: Any = vjp(f, at)
         outputs, pull = pulled
-        roots = columns.roots(outputs, y, number)
+        roots = columns.roots(outputs, y, first_row)
         axes = columns.axes(outputs)
 
         def one(vector: Vectors) -> Vectors:
@@ -156,9 +156,9 @@ def hessian_product(
     unit = with_unit_noise(problem.likelihood) if likelihood is None else likelihood
 
     def product(
-        f: Callable[[Vectors], Tensor], y: Tensor, number: int, at: Vectors, some: Vectors
+        f: Callable[[Vectors], Tensor], y: Tensor, first_row: int, at: Vectors, some: Vectors
     ) -> Vectors:
-        del number
+        del first_row
 
         def gradient(p: Vectors) -> Vectors:
             pulled: Any = vjp(lambda q: -unit.log_likelihood(f(q), y), p)
@@ -180,6 +180,7 @@ def _over_data(
     at = {name: leaf.detach() for name, leaf in problem.leaves.items()}
     total = {name: torch.zeros_like(leaf) for name, leaf in vectors.items()}
     terms: DataTerm | None = None
+    row = 0
     with torch.no_grad():
         for number, x, y in problem.shown_batches():
             problem.check_rows(x)
@@ -190,7 +191,7 @@ def _over_data(
             refuse_infinite(outputs, term, number, problem.call)
             terms = term if terms is None else terms + term
             for part in _parts(vectors, problem.max_bytes):
-                added = product(f, y, number, at, {name: leaf[part] for name, leaf in vectors.items()})
+                added = product(f, y, row, at, {name: leaf[part] for name, leaf in vectors.items()})
                 for name, leaf in added.items():
                     total[name][part] += leaf
                     if not bool(leaf.isfinite().all()):
@@ -198,6 +199,7 @@ def _over_data(
                             f"A product with the curvature in `{problem.call}` is not finite in batch "
                             f"{number}, though its loss is. float64, or smaller outputs, may help."
                         )
+            row += len(y)
     assert terms is not None
     return total, terms
 

@@ -34,6 +34,12 @@ class Curvature(ABC):
     def __add__(self, other: Any) -> Self:
         """The curvature of both data sets."""
 
+    def __radd__(self, other: Any) -> Self:
+        """Start a sum: ``sum(curvatures)`` is the curvature of all data sets."""
+        if isinstance(other, int) and other == 0:
+            return self
+        return NotImplemented
+
     def _check_addend(self, other: object) -> None:
         if type(other) is not type(self):
             raise TypeError(

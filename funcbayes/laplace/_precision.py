@@ -118,7 +118,7 @@ def _(curvature: LowRank, prior: Prior, factor: Tensor, like: Params) -> Precisi
     def logdet() -> Tensor:
         # det(D + F F^T) = det(D) det(I + F^T D^-1 F), and F^T D^-1 F is small.
         whole = _sum(
-            number.log().sum() * (vectors[name][..., 0].numel() // max(number.numel(), 1))
+            number.log().sum() * (vectors[name].shape[:-1].numel() // max(number.numel(), 1))
             for name, number in precision.items()
         )
         if all(number.ndim == 0 for number in precision.values()):
