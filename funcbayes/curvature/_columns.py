@@ -18,8 +18,8 @@ class Columns:
     """What a kind of curvature is made of.
 
     Attributes:
-        roots: Given outputs ``(N, *event)``, targets and the number of the first row: columns
-            ``(K, N, *event)``, where one column may carry several positions of a row that are blocks of their own.
+        roots: Given outputs ``(N, *event)``, targets and the first row's number: columns
+            ``(K, N, *event)``; one column may carry several positions of a row that are blocks of their own.
         likelihood: What says which axis of the outputs is one block; ``None`` if a row is one.
         count: How many columns there are at a time, given the shape of the outputs of a row.
         noise_power: See :class:`DataTerm`.

@@ -55,7 +55,7 @@ def ggn(
 
     Args:
         fn: Pure model ``fn(params, x) -> outputs (N, ...)``; the outputs of a row must depend on that row
-            alone.
+            alone. One of ``make_functional`` is in evaluation mode, whatever mode its module was in.
         params: Where.
         data: An ``(x, y)`` tuple of tensors, ``x`` any pytree of tensors, or a re-iterable of such batches.
         likelihood: ``p(y|f)``. For ``Normal`` with one noise the curvature is that of unit noise.

@@ -7,15 +7,16 @@ from torch import Tensor
 from .. import curvature as curvatures
 from .._checks import check_model
 from .._random import Seed
-from .._tree import Params, Where, index, stack
+from .._tree import Params, Where, index, matcher, parameters_of, stack
 from ..curvature import Curvature
 from ..curvature._curvature import Structure
+from ..curvature._data_term import noise_of
 from ..curvature._sums import WeightSharing
 from ..likelihoods import Likelihood
 from ..posteriors import Gaussian
 from ..training._data import Data
-from ._posterior import check_positive, posterior
-from ._prior import Numbers
+from ._posterior import check_numbers, posterior
+from ._prior import Numbers, Prior
 from ._tuning import Per, check_per, maximize_evidence
 
 Kind = Literal["ggn", "fisher", "empirical_fisher", "hessian"]
@@ -111,17 +112,16 @@ def fit(
             f"`{_CALL}(curvature=...)` should be 'ggn', 'fisher', 'empirical_fisher' or 'hessian', got "
             f"{curvature!r}."
         )
-    check_positive(temperature, f"{_CALL}(temperature=...)")
-    if noise_std is not None:
-        check_positive(noise_std, f"{_CALL}(noise_std=...)")
-    if isinstance(prior_precision, float | int | Tensor):
-        check_positive(prior_precision, f"{_CALL}(prior_precision=...)")
     if tune is not None:
         check_per(tune, f"{_CALL}(tune=...)", is_kronecker=structure == "kron")
     if tune is not None and prior is not None:
         raise ValueError(
             f"`{_CALL}(tune={tune!r})` tunes a prior precision, and `prior` has one: leave one out."
         )
+    _check_beforehand(
+        *(params, where, likelihood, structure, prior_precision, prior_mean, prior, noise_std, temperature),
+        stacked=stacked,
+    )
     options: dict[str, Any] = {
         "rank": rank,
         "seed": seed,
@@ -156,3 +156,28 @@ def fit(
         return of_one(params, c)
     count = len(c.data.num_data)
     return stack([of_one(index(params, k), index(c, k)) for k in range(count)])
+
+
+def _check_beforehand(
+    params: Params,
+    where: Where | None,
+    likelihood: Likelihood,
+    structure: Structure,
+    prior_precision: Numbers,
+    prior_mean: Numbers,
+    prior: Gaussian | None,
+    noise_std: float | Tensor | None,
+    temperature: float | Tensor,
+    *,
+    stacked: bool,
+) -> None:
+    """Refuse a prior and numbers that no curvature goes with, before one is found."""
+    check_numbers(noise_std, temperature, has_noise=noise_of(likelihood) is not None, call=_CALL)
+    chosen = matcher(where)
+    leaves = {name: leaf for name, leaf in parameters_of(params).items() if chosen(name, leaf)}
+    if not leaves or (stacked and not all(leaf.ndim for leaf in leaves.values())):
+        return  # which is refused with the data
+    leaves = {name: leaf[0] if stacked else leaf for name, leaf in leaves.items()}
+    given = Prior.of(leaves, prior_precision, prior_mean, prior, _CALL)
+    if structure == "kron" and given.precision is not None:
+        given.numbers("'kron'")

@@ -177,20 +177,27 @@ def checked_leaves(
             f"`{call}(params, c)` should be given one of `funcbayes.curvature`, got {type(c).__name__}. Find "
             "it with `curvature.ggn(fn, params, data, likelihood)`."
         )
-    check_positive(temperature, f"{call}(temperature=...)")
-    if noise_std is not None:
-        check_positive(noise_std, f"{call}(noise_std=...)")
-        if not c.data.has_noise:
-            raise ValueError(
-                f"`{call}(noise_std=...)` goes with a curvature of a `Normal` likelihood with one noise for "
-                "all outputs; leave it out."
-            )
+    check_numbers(noise_std, temperature, has_noise=c.data.has_noise, call=call)
     if c.data.num_data.ndim:
         raise ValueError(
             f"`{call}(params, c)` should be given the curvature of one network, got those of "
             f"{len(c.data.num_data)}. `laplace.fit(..., stacked=True)` makes posteriors of all."
         )
     return covered_leaves(params, c, call)
+
+
+def check_numbers(
+    noise_std: float | Tensor | None, temperature: float | Tensor, *, has_noise: bool, call: str
+) -> None:
+    """Refuse numbers out of range, and a noise where there is none to choose."""
+    check_positive(temperature, f"{call}(temperature=...)")
+    if noise_std is not None:
+        check_positive(noise_std, f"{call}(noise_std=...)")
+        if not has_noise:
+            raise ValueError(
+                f"`{call}(noise_std=...)` goes with a curvature of a `Normal` likelihood with one noise for "
+                "all outputs; leave it out."
+            )
 
 
 def covered_leaves(params: Params, c: Curvature, call: str) -> dict[str, Tensor]:

@@ -137,6 +137,8 @@ def by_leaf(value: Numbers, leaves: dict[str, Tensor], call: str) -> dict[str, T
             )
         device = next((leaf.device for leaf in leaves.values()), None)
         return dict.fromkeys(leaves, as_double(torch.as_tensor(value).to(device)))
+    if isinstance(value, str):
+        raise TypeError(f"`{call}` should be a number or a tree of numbers, got {type(value).__name__}.")
     given = named_leaves(value)
     found = {}
     for name, leaf in leaves.items():

@@ -82,6 +82,8 @@ def train(
     scheduler_interval: Interval = "epoch",
     max_grad_norm: float | None = None,
     weight_sharing: WeightSharing = "expand",
+    rank: int = 20,
+    max_bytes: int | None = None,
     linearized: bool = True,
     progress: bool = False,
     callback: Callback | None = None,
@@ -115,6 +117,8 @@ def train(
         scheduler_interval: Whether the scheduler steps every epoch or every step.
         max_grad_norm: Longer gradients are shortened to this norm.
         weight_sharing: As for :func:`funcbayes.curvature.ggn`.
+        rank: As for :func:`funcbayes.curvature.ggn`.
+        max_bytes: As for :func:`funcbayes.curvature.ggn`.
         linearized: As for :func:`posterior`.
         progress: Whether to show a bar over the epochs.
         callback: As for :func:`funcbayes.training.fit`.
@@ -172,6 +176,8 @@ def train(
         c = curvatures.ggn(
             *(fn, network, data, joint.likelihood, structure, where),
             weight_sharing=weight_sharing,
+            rank=rank,
+            max_bytes=max_bytes,
             batch_size=batch_size,
             seed=seed,
         )
