@@ -479,6 +479,9 @@ OTHERS: dict[str, Case] = {
     "also_normalized": function(
         lambda p, x: F.linear(x, p["w"], p["b"]) / p["w"].norm(), WB, rows(3), ("w",)
     ),
+    "also_normalized_tiny": function(
+        lambda p, x: 1e-9 * F.linear(x, p["w"], p["b"]) / p["w"].norm(), WB, rows(3), ("w",)
+    ),
     "weight_normed": module(
         weight_normed,
         rows(3),
@@ -495,6 +498,9 @@ OTHERS: dict[str, Case] = {
         ("b",),
     ),
     "vector_as_weight": function(lambda p, x: F.linear(x, p["w"]), {"w": (3,)}, rows(3), ("w",)),
+    "vector_as_weight_at_many_positions": function(
+        lambda p, x: F.linear(x, p["w"]), {"w": (3,)}, rows(2, 4, 3), ("w",)
+    ),
     "vector_as_weight_at_positions": function(
         lambda p, x: F.linear(x, p["w"]), {"w": (3,)}, rows(4, 3), ("w",)
     ),
@@ -645,10 +651,24 @@ class Deciding(nn.Module):
 
 def test_a_layer_may_be_skipped_for_some_batches():
     model = from_module(Deciding, None, "")
-    names = set(model.params)
-    for deep, others in ((1.0, set()), (-1.0, names), (1.0, set())):
+    skipped = {"second.weight", "second.bias"}
+    for deep, others in ((1.0, set()), (-1.0, skipped), (1.0, set()), (-1.0, skipped)):
         x = {"x": randn(4, 3), "deep": torch.tensor(deep, dtype=F64)}
         check(model, x, others)
+
+
+def test_the_way_through_a_model_may_depend_on_its_rows():
+    """Each row is differentiated where it went when it was alone."""
+
+    def fn(params, x):
+        h = F.linear(x, params["w"]).tanh()
+        return torch.stack([F.linear(r, params["v"] if r[0] > 0 else params["u"]) for r in h])
+
+    x = torch.tensor([[1.0, 0], [-1, 2], [1, 1]], dtype=F64)
+    params = {"w": torch.eye(2, dtype=F64), "v": randn(2, 2), "u": randn(2, 2, seed=1)}
+    model = from_function(fn, params, None, "")
+    with pytest.warns(UserWarning, match="found one by one"):
+        check(model, x, ("u", "v", "w"))
 
 
 def test_a_batch_that_takes_another_way_than_the_first_is_found_out_for_stacked_networks():
@@ -802,6 +822,7 @@ def test_inputs_that_are_not_finite_do_not_decide_how_gradients_are_found(number
     bad[0] = number
     (block,) = some(model, bad, None)
     assert not block.outputs[0, 0].isfinite().all()
+    assert not block.plan.others
     assert_close(block.outputs[0, 1:], model.fn(model.params, x)[1:])
     check(model, x, ())
 
@@ -914,3 +935,37 @@ def test_four_threads_on_one_function_find_what_one_finds(name):
             for found in runs:
                 for leaf, of_leaf in rows.items():
                     assert_close(found[leaf], expected_matrices(of_leaf, seed * columns[:, 0]))
+
+
+USES_THAT_DO_NOTHING_AT_PRESENT = {
+    "scaled by nothing": lambda p, x: F.linear(x, p["w"]) + p["gate"] * torch.tanh(x @ p["w"].T),
+    "behind a gate that is shut": lambda p, x: (
+        F.linear(x, p["w"]) + torch.relu(x[:, :1] - 2) * (x @ p["w"].T)
+    ),
+    "as an input": lambda p, x: F.linear(x, p["w"]) + p["gate"] * F.linear(p["w"], p["w"]).sum(),
+    "in a list": lambda p, x: F.linear(x, p["w"]) + p["gate"] * torch.stack([p["w"], p["w"]]).sum(),
+}
+
+
+@pytest.mark.parametrize("name", USES_THAT_DO_NOTHING_AT_PRESENT)
+def test_a_second_use_of_a_weight_is_seen_even_if_no_number_tells_of_it_at_first(name):
+    fn = USES_THAT_DO_NOTHING_AT_PRESENT[name]
+    params = {"w": randn(2, 3), "gate": torch.zeros((), dtype=F64)}
+    for gate, scale in ((0.0, 0.1), (1.0, 3.0)):  # what is found at first is remembered
+        params = {**params, "gate": torch.tensor(gate, dtype=F64)}
+        model = from_function(fn, params, rows(3), "")
+        x = scale * model.inputs(5)
+        (block,) = some(model, x, None, names=("w",))
+        columns = cotangents(block.outputs)
+        expected = expected_matrices(jacobian(model, x)["w"], columns[:, 0])
+        assert_close(block.gradients(columns)["w"].matrices()[0], expected)
+
+
+def test_that_rows_are_found_one_by_one_is_said_once():
+    model = zoo.LOOPED_MODELS["lstm"][1]()
+    x = model.inputs(4)
+    (block,) = some(model, x, None)
+    with pytest.warns(UserWarning, match="found one by one"):
+        block.gradients(cotangents(block.outputs))
+    for block in some(model, x, None, max_bytes=1):
+        block.gradients(cotangents(block.outputs))  # warnings are errors

@@ -1847,3 +1847,44 @@ def test_a_training_that_is_stopped_before_the_evidence_is_found_says_so():
     options = {"optimizer": SGD, "num_epochs": 9, "update_every": 5, "seed": 0, "callback": lambda *_: True}
     with pytest.raises(RuntimeError, match="let training go on until the evidence is found"):
         laplace.train(fn, params, curve(10), Normal(0.5), **options)
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_a_curvature_without_any_eigenvalue_leaves_the_prior(num_classes):
+    """One class, or classes that the network is sure of: all that is known is the prior."""
+    params = {"w": 1e3 * torch.ones(num_classes, 2, dtype=F64) * torch.arange(num_classes)[:, None]}
+    data = (torch.ones(4, 2, dtype=F64), torch.full((4,), num_classes - 1))
+    fn = linear_classifier
+    c = curvature.ggn(fn, params, data, Categorical(), "low_rank", seed=0)
+    assert c.rank == 0
+    found = laplace.posterior(params, c, prior_precision=4.0)
+    assert_close(found.variance["w"], torch.full_like(params["w"], 0.25))
+    expected = -0.5 * 4.0 * params["w"].square().sum()
+    assert_close(log_marginal_likelihood(params, c, 4.0), expected)
+    assert math.isfinite(maximize_evidence(params, c).log_marginal_likelihood)
+    best = minimize_validation_nll(fn, params, c, data, Categorical())
+    assert best.nll.isfinite().all()
+
+
+def linear_classifier(params, x):
+    return x @ params["w"].T
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_std": 0.3}, "noise_std"),
+        ({"prior_precision": {"w": -1.0}}, "prior_precision"),
+        ({"prior_precision": {"w": torch.rand(3, 2, dtype=F64) + 1}}, "one number"),
+        ({"prior_mean": {"v": 0.0}}, "prior_mean"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"prior": 3.0}, "prior"),
+    ],
+)
+def test_what_goes_with_no_curvature_is_refused_before_the_data_are_gone_through(options, message):
+    def never(params, x):
+        raise AssertionError("evaluated")
+
+    data = (torch.ones(4, 2, dtype=F64), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises((ValueError, TypeError), match=message):
+        laplace.fit(never, {"w": torch.ones(3, 2, dtype=F64)}, data, Categorical(), **options)

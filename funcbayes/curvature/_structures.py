@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._tree import Params, difference, index, map_leaves, map_named, named_leaves, pytree_dataclass, stack
+from ..covariances._flat import as_columns
 from ..covariances._kronecker import eigen, tree_like
 from ._data_term import DataTerm
 
@@ -200,7 +201,7 @@ class LowRank(Curvature):
     @torch.inference_mode(False)  # whoever asks first, it can be differentiated
     def grams(self) -> dict[str, Tensor]:
         """``U_l^T U_l`` by leaf, ``(R, R)``, found once, in double precision."""
-        flat = {name: leaf.reshape(-1, leaf.shape[-1]).double() for name, leaf in self.leaves.items()}
+        flat = {name: as_columns(leaf).double() for name, leaf in self.leaves.items()}
         return {name: vectors.mT @ vectors for name, vectors in flat.items()}
 
     def truncated(self, rank: int) -> "LowRank":

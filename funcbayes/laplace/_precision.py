@@ -12,7 +12,7 @@ from torch import Tensor
 from .._functorch import is_concrete
 from .._tree import Params, map_named, named_leaves
 from ..covariances import Covariance, Dense, Diagonal, Kronecker, LowRankPrecision
-from ..covariances._flat import as_double
+from ..covariances._flat import as_columns, as_double
 from ..covariances._kronecker import eigen, tree_like
 from ..covariances._operator import inverse_transpose
 from ..curvature import Diag, EigenKron, Full, Kron, LowRank
@@ -284,7 +284,7 @@ def _overlap(new: Tensor | None, old: Tensor | None, size: int, like: Tensor) ->
 
 
 def _whitened_gram(vectors: Tensor, precision: Tensor) -> Tensor:
-    flat = as_double(vectors).reshape(-1, vectors.shape[-1])
+    flat = as_columns(as_double(vectors))
     return flat.mT @ (flat / precision.reshape(-1, 1))
 
 
