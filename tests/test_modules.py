@@ -556,3 +556,33 @@ def test_the_laplace_face_says_that_it_was_not_fitted(call):
         getattr(face, call)(*arguments)
     with pytest.raises(ValueError, match="at least one batch an epoch, got none"):
         face.fit([])
+
+
+def test_the_laplace_face_chooses_the_prior_by_held_out_data_too():
+    model = seeded(mlp)
+    face = LaplaceApproximation(model, structure="kron", eigenvalue_correction=True, temperature=0.5)
+    data = data_for(model)
+    face.fit(data)
+    held_out = (randn(30, 4, seed=9), torch.randint(3, (30,), generator=torch.Generator().manual_seed(1)))
+    face.optimize_prior_precision(held_out)
+    fn, params = fb.make_functional(model)
+    c = fb.curvature.ggn(fn, params, data, Categorical(), eigenvalue_correction=True)
+    best = fb.laplace.minimize_validation_nll(fn, params, c, held_out, Categorical(), temperature=0.5)
+    assert_close(face.prior_precision, best.prior_precision)
+    q = fb.laplace.posterior(params, c, best.prior_precision, temperature=0.5)
+    expected = fb.predict(fn, params, q, held_out[0], likelihood=Categorical(), num_samples=32, seed=0)
+    assert_close(face.predict(held_out[0], seed=0)[0], expected.mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"structure": "dense"}, "structure=.*one of 'diag'.*got 'dense'"),
+        ({"noise_std": 0.0}, "noise_std=.*positive and finite, got 0"),
+        ({"temperature": -1.0}, "temperature=.*positive and finite, got -1"),
+        ({"prior_precision": 0.0}, "prior_precision=.*positive and finite, got 0"),
+    ],
+)
+def test_the_laplace_face_refuses_bad_numbers_before_any_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        LaplaceApproximation(mlp(), **options)

@@ -1,6 +1,6 @@
 """The Laplace approximation as a module."""
 
-from typing import Any
+from typing import Any, get_args
 
 import optree
 import torch
@@ -13,6 +13,7 @@ from .._predict_linearized import predict_linearized
 from .._random import Seed
 from .._tree import Params, Where, device_of, difference, index, map_leaves, parameters_of
 from ..curvature._curvature import Structure
+from ..laplace._posterior import check_positive
 from ..laplace._prior import Numbers
 from ..laplace._tuning import Per
 from ..likelihoods import Likelihood, Normal
@@ -38,6 +39,9 @@ class LaplaceApproximation(Predicting):
             for each parameter tensor by name.
         noise_std: Standard deviation of the noise of a regression; :meth:`optimize_prior_precision` chooses
             it, too.
+        temperature: Divides the curvature, and not the prior.
+        eigenvalue_correction: For ``"kron"``: whether its eigenvalues are corrected (EKFAC).
+        rank: For ``"low_rank"``: how many eigenvalues.
         linearized: Whether draws are evaluated by the linearised model.
         likelihood: What outputs are: see :mod:`funcbayes.modules`.
 
@@ -62,13 +66,26 @@ class LaplaceApproximation(Predicting):
         where: Where | None = None,
         prior_precision: Numbers = 1.0,
         noise_std: float = 1.0,
+        temperature: float = 1.0,
+        eigenvalue_correction: bool = False,
+        rank: int = 20,
         linearized: bool = True,
         likelihood: Outputs = None,
     ) -> None:
         super().__init__("LaplaceApproximation", likelihood, num_samples)
         self.model = check_module(model, "LaplaceApproximation(model)")
         self.structure: Structure = structure
+        if structure not in get_args(Structure):
+            known = ", ".join(map(repr, get_args(Structure)))
+            raise ValueError(
+                f"`LaplaceApproximation(structure=...)` should be one of {known}, got {structure!r}."
+            )
+        for name, value in (("noise_std", noise_std), ("temperature", temperature)):
+            check_positive(value, f"LaplaceApproximation({name}=...)")
+        if isinstance(prior_precision, float | int | Tensor):
+            check_positive(prior_precision, "LaplaceApproximation(prior_precision=...)")
         self.where, self.linearized = where, linearized
+        self.temperature, self.eigenvalue_correction, self.rank = temperature, eigenvalue_correction, rank
         self.prior_precision: Numbers = prior_precision
         self.noise_std: float = noise_std
         self._fn, _ = make_functional(unwrapped(model))
@@ -93,19 +110,35 @@ class LaplaceApproximation(Predicting):
         """
         values = map_leaves(lambda leaf: leaf.detach().clone(), self._fn.values_of(unwrapped(self.model)))
         likelihood = self._likelihood_for(values, data)
-        options = {"batch_size": batch_size, "seed": seed, "progress": progress}
-        found = curvature.ggn(self._fn, values, data, likelihood, self.structure, self.where, **options)
+        found = curvature.ggn(
+            *(self._fn, values, data, likelihood, self.structure, self.where),
+            eigenvalue_correction=self.eigenvalue_correction,
+            rank=self.rank,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
         self._curvature, self._mode, self._found = found, values, None
 
-    def optimize_prior_precision(self, *, per: Per = "model", tune_noise: bool = True) -> None:
-        """Choose the prior precision, and the noise of a regression, by evidence.
+    def optimize_prior_precision(
+        self, validation: Data | None = None, *, per: Per = "model", tune_noise: bool = True
+    ) -> None:
+        """Choose the prior precision: by evidence, with the noise of a regression, or by held-out data.
 
         Args:
+            validation: Held-out ``(x, y)``, or a re-iterable of such batches: then the precision is that of a
+                grid under which they are most probable: :func:`funcbayes.laplace.minimize_validation_nll`.
             per: One precision for the ``"model"``, for each ``"leaf"`` (parameter tensor), or for each
                 ``"parameter"``.
             tune_noise: Whether noise is chosen, too.
         """
         mode, c = self._fitted("optimize_prior_precision")
+        if validation is not None:
+            likelihood = self._likelihood_for(mode, validation)
+            options: dict[str, Any] = {"noise_std": self._noise(c), "temperature": self.temperature}
+            best = laplace.minimize_validation_nll(self._fn, mode, c, validation, likelihood, **options)
+            self.prior_precision, self._found = best.prior_precision, None
+            return
         found = laplace.maximize_evidence(
             mode,
             c,
@@ -113,6 +146,7 @@ class LaplaceApproximation(Predicting):
             prior_precision=self.prior_precision,
             noise_std=self._noise(c),
             tune_noise=tune_noise,
+            temperature=self.temperature,
         )
         self.prior_precision, self._found = found.prior_precision, None
         if found.noise_std is not None:
@@ -121,7 +155,9 @@ class LaplaceApproximation(Predicting):
     def log_marginal_likelihood(self) -> Tensor:
         """The evidence of the present prior, a scalar, summed over the data."""
         mode, c = self._fitted("log_marginal_likelihood")
-        return laplace.log_marginal_likelihood(mode, c, self.prior_precision, noise_std=self._noise(c))
+        return laplace.log_marginal_likelihood(
+            mode, c, self.prior_precision, noise_std=self._noise(c), temperature=self.temperature
+        )
 
     def predict_linearized(
         self, x: Any, *, link: Link = "probit", joint: bool = False
@@ -164,7 +200,12 @@ class LaplaceApproximation(Predicting):
         mode, c = self._fitted(call)
         if self._found is None:
             self._found = laplace.posterior(
-                mode, c, self.prior_precision, noise_std=self._noise(c), linearized=self.linearized
+                mode,
+                c,
+                self.prior_precision,
+                noise_std=self._noise(c),
+                temperature=self.temperature,
+                linearized=self.linearized,
             )
         like = next(self.model.parameters())
         return to(self._found, device=like.device, dtype=like.dtype)
