@@ -1498,6 +1498,34 @@ def test_a_layer_that_some_batches_skip_is_part_of_the_sums_of_the_others(kind, 
     assert_close(dense(whole, params), sum(dense(part, params) for part in parts))
 
 
+@pytest.mark.parametrize("correction", [False, True])
+def test_batches_that_skip_a_layer_leave_its_kronecker_product_as_it_is(correction):
+    def fn(params, x):
+        h = F.embedding(x["tokens"], params["table"]) if x["deep"] > 0 else x["x"]
+        h = F.linear(h, params["w"], params["b"]) if x["deep"] > 0 else h
+        return F.linear(h.tanh(), params["v"])
+
+    params = leaves({"table": (4, 3), "w": (3, 3), "b": (3,), "v": (2, 3)})
+    y = torch.zeros(3, 2, dtype=F64)
+    batches = [
+        ({"tokens": tokens_of(3), "x": randn(3, 3, seed=k), "deep": torch.tensor(deep)}, y)
+        for k, deep in enumerate((1.0, -1.0, -1.0))
+    ]
+
+    def ggn(batches):
+        return curvature.ggn(
+            lambda p, x: fn(p, x), params, batches, Normal(1.0), eigenvalue_correction=correction
+        )
+
+    whole, used = ggn(batches), ggn(batches[:1])
+    for name in ("table", "w", "b"):
+        assert_close(block(whole, name), block(used, name))
+    if not correction:  # what every batch has is as it is of all
+        parts = [ggn([batch]) for batch in batches]
+        assert_close(whole.grad_cov["v"], sum(part.grad_cov["v"] for part in parts))
+        assert_close(whole.input_cov["v"], sum(part.input_cov["v"] for part in parts) / 3)
+
+
 # What is refused.
 
 

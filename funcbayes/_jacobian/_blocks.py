@@ -93,8 +93,11 @@ def blocks(
         part = slice(start, min(start + size, count))
         own = x if size >= count else _rows(x, part)
         taped = tape(fn, params, names, own, num_members=num_members)
-        if signature_of(taped) != plan.calls:  # its way depends on the data: nothing can be said beforehand
-            plan = replace(plan, layers=(), rows=(), others=tuple(names), calls=signature_of(taped))
+        way = signature_of(taped)
+        if way != plan.calls:  # it depends on the data
+            plan = plan_for(fn, single, names, own, call, way)
+        if way != plan.calls:  # and even on the row
+            plan = replace(plan, layers=(), rows=(), others=tuple(names), calls=way)
         yield Block(fn, params, own, plan, taped, num_members, part)
 
 

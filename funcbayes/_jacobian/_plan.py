@@ -20,6 +20,7 @@ from ._layers import row_gradients
 from ._tape import LayerCall, RowsMixError, Tape
 
 Model = Callable[[Params, Any], Any]
+Signature = tuple[tuple[str, str | None, str | None], ...]  # kind and leaves of each layer
 Rows = tuple[int, int, bool]  # axis, entries of it for one row of data, whether these lie together
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -44,7 +45,7 @@ class Plan:
     layers: tuple[tuple[str, ...], ...]
     rows: tuple[Rows | None, ...]
     others: tuple[str, ...]
-    calls: tuple[tuple[str, str | None, str | None], ...]
+    calls: Signature
     event: torch.Size
     numel: int
     windows: int
@@ -74,7 +75,9 @@ class UnmappableError(RuntimeError):
 _plans: Remembered[Plan] = Remembered()
 
 
-def plan_for(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) -> Plan:
+def plan_for(
+    fn: Model, params: Params, names: Sequence[str], x: Any, call: str, way: Signature | None = None
+) -> Plan:
     """Find out, or remember, how gradients of leaves are found.
 
     Args:
@@ -83,10 +86,11 @@ def plan_for(fn: Model, params: Params, names: Sequence[str], x: Any, call: str)
         names: The chosen leaves.
         x: Inputs, at least one row.
         call: How the user called us, for messages.
+        way: What layers the model calls for these inputs, if that is not what it does for others like them.
     """
     shapes = tuple((t.shape[1:], t.dtype) for t in tensors(x)), optree.tree_structure(x)
     leaves = tuple((name, leaf.shape, leaf.dtype) for name, leaf in parameters_of(params).items())
-    key = (tuple(names), leaves, shapes)
+    key = (tuple(names), leaves, shapes, way)
     try:
         with torch.inference_mode(False):
             return _plans.get(fn, key, lambda: _make(fn, params, names, x, call))
@@ -264,7 +268,7 @@ def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) ->
     return Plan(layers, rows, others, signature, plan.event, numel, windows)
 
 
-def signature_of(taped: Taped) -> tuple[tuple[str, str | None, str | None], ...]:
+def signature_of(taped: Taped) -> Signature:
     """What layers were called, and what was used otherwise."""
     others: list[tuple[str, str | None, str | None]] = [
         ("other", name, None) for name in sorted(taped.others)
