@@ -8,6 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
+from .._engine import _raise_mapping_threshold
 from .._tree import Params, index, map_leaves, named_leaves, num_rows
 from ._gradients import RowGradients
 from ._others import gradients_of_others
@@ -85,6 +86,8 @@ def blocks(
     plan = plan_for(fn, single, names, x, call)
     count = num_rows(x) or 0
     lead = next(iter(named_leaves(params).values()))
+    if getattr(lead, "is_cpu", False):
+        _raise_mapping_threshold()
     columns, members = num_columns(plan.event), num_members or 1
     each = members * (2 * (columns + 1) * plan.numel + plan.windows) * getattr(lead, "itemsize", 4)
     size = max((DEFAULT_BYTES if max_bytes is None else max_bytes) // max(each, 1), 1)

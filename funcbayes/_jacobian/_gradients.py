@@ -71,6 +71,17 @@ class RowGradients(ABC):
             variance: ``(M, d_out, d_in)``.
         """
 
+    def variances(self, variance: Tensor) -> Tensor:
+        """The diagonal of ``gradient diag(variance) gradient^T`` in each row, ``(M, N, K)``.
+
+        Args:
+            variance: ``(M, d_out, d_in)``.
+        """
+        weights = variance.flatten(1)[:, None, :, None]
+        return torch.cat(
+            [(part.matrices().square_().flatten(3) @ weights).squeeze(-1) for part in self.blocks()], 1
+        )
+
 
 @dataclass(frozen=True)
 class Outer(RowGradients):
@@ -117,9 +128,8 @@ class Outer(RowGradients):
             left, right = (side[..., 0, 0, :].movedim(0, 2) for side in (self.left, self.right))
             return left.unsqueeze(-1) * right.unsqueeze(-2)  # (M, N, K, L, 1) * (M, N, K, 1, R)
         # Columns beside the width of their side, so that there is one product a row.
-        left = _columns_inside(self.left)  # (M, N, G, T, K or 1, L)
-        right = _columns_inside(self.right)
-        sums = left.flatten(4).mT @ right.flatten(4)  # (M, N, G, K L, R) or (M, N, G, L, K R)
+        left, right = _columns_inside(self.left), _columns_inside(self.right)
+        sums = left.mT @ right  # (M, N, G, K L, R) or (M, N, G, L, K R)
         if self.is_left_gradient:
             sums = sums.unflatten(3, (columns, d_left))
         else:
@@ -141,13 +151,14 @@ class Outer(RowGradients):
         """``U^T gradient V``."""
         if self.left.shape[3] > 1 or self._is_cheaper_formed():
             return Formed(self.matrices(), self.shape).turned(outputs, inputs)
-        left, right = self.left, self.right
+        left, right = _once_for_rows(self.left), self.right
         if outputs is not None:
-            left = product(left, _for_sides(outputs))
+            left = _in_basis(left, outputs)
         if inputs is not None and right is not None:
-            right = product(right, _for_sides(inputs))
+            right = _in_basis(right, inputs)
         elif inputs is not None:  # (M, 1, 1)
-            left = left * _for_sides(inputs)
+            left = left * inputs[None, :, None, None]
+        left = left.expand(-1, -1, self.left.shape[2], -1, -1, -1)
         return Outer(left, right, self.shape, self.is_left_gradient, self.is_bias)
 
     def weighed(self, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,15 +168,36 @@ class Outer(RowGradients):
             return summed * variance.flatten(1)[:, None, None], summed
         if self.num_positions > 1:
             return _weighed(self.matrices(), variance)
+        gradient, weights = self._apart(variance)
+        return (gradient * weights).flatten(3).movedim(0, 2), gradient.flatten(3).movedim(0, 2)
+
+    def variances(self, variance: Tensor) -> Tensor:
+        """``(M, N, K)``."""
+        if self.right is None:
+            gradient, weights = _once_for_rows(self.left).sum(4), variance.movedim(2, 1)  # (M, 1, G L)
+        elif self.num_positions > 1:
+            return super().variances(variance)
+        else:
+            gradient, weights = self._apart(variance)
+        squares = _once_for_rows(gradient).square().flatten(3).movedim(0, 2)  # (M, N or 1, K, .)
+        weights = weights.flatten(2)  # (M, N or 1, .)
+        if squares.shape[1] == 1:
+            return (weights @ squares[:, 0].mT).expand(-1, self.left.shape[2], -1)
+        return (squares @ weights.unsqueeze(-1)).squeeze(-1)
+
+    def _apart(self, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient ``(K, M, N, G, .)`` and the variances of what it multiplies, ``(M, N, G, .)``.
+
+        Only where there is one position.
+        """
         # sum_oi (l_o r_i)^2 v_oi = sum_o l_o^2 (sum_i v_oi r_i^2): the side that all columns share goes
         # first.
+        assert self.right is not None
         left, right = (side[..., 0, :] for side in (self.left, self.right))  # (K or 1, M, N, G, .)
         variance = variance.unflatten(1, (left.shape[3], -1))  # (M, G, L, R)
         if self.is_left_gradient:
-            gradient, weights = left, torch.einsum("mngr,mglr->mngl", right[0].square(), variance)
-        else:
-            gradient, weights = right, torch.einsum("mngl,mglr->mngr", left[0].square(), variance)
-        return (gradient * weights).flatten(3).movedim(0, 2), gradient.flatten(3).movedim(0, 2)
+            return left, torch.einsum("mngr,mglr->mngl", right[0].square(), variance)
+        return right, torch.einsum("mngl,mglr->mngr", left[0].square(), variance)
 
     def _is_cheaper_formed(self) -> bool:
         """Whether there are more positions than numbers that the matrices of one row have, each a side."""
@@ -283,13 +315,28 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _columns_inside(side: Tensor) -> Tensor:
-    """``(K, M, N, G, T, w) -> (M, N, G, T, K, w)``."""
-    return side.movedim(0, -2)
+    """``(K, M, N, G, T, w) -> (M, N, G, T, K w)``, in memory with positions where they are."""
+    if positions_are_last(side):
+        return side.movedim(0, 3).mT.flatten(3, 4).mT
+    return side.movedim(0, -2).flatten(4)
 
 
-def _for_sides(basis: Tensor) -> Tensor:
-    """``(M, w, w)`` for products with ``(K, M, N, G, T, w)``."""
-    return basis[None, :, None, None]
+def positions_are_last(side: Tensor) -> bool:
+    """Whether the positions of ``(..., T, w)`` lie side by side in memory, as pixels do."""
+    return side.shape[-2] > 1 and side.stride(-2) == 1
+
+
+def _once_for_rows(side: Tensor) -> Tensor:
+    """``(K, M, N, ...) -> (K, M, 1, ...)`` of what is the same in all rows, as units of the outputs are."""
+    return side[:, :, :1] if side.stride(2) == 0 else side
+
+
+def _in_basis(side: Tensor, basis: Tensor) -> Tensor:
+    """``(K, M, N, G, T, w) @ (M, w, w)``."""
+    if positions_are_last(side):
+        return product(basis.mT[None, :, None, None], side.mT).mT
+    values = side.movedim(1, 0)
+    return product(values.flatten(1, 4), basis).unflatten(1, values.shape[1:5]).movedim(0, 1)
 
 
 def _weighed(matrices: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -109,14 +109,14 @@ def windows(
     """What a convolution multiplies its kernel with at each of its positions.
 
     Args:
-        value: ``(..., S, channels, *sizes)``.
+        value: ``(..., N, S, channels, *sizes)``.
         kernel: Shape of the weight, spatial axes last.
         settings: ``stride``, ``padding`` and ``dilation`` of the convolution.
         groups: Into how many groups channels are split.
         counts: Number of positions along each axis, if there are fewer than would fit.
 
     Returns:
-        ``(..., groups, S * positions, channels / groups * kernel numbers)``.
+        ``(..., N, groups, S * positions, channels / groups * kernel numbers)``.
     """
     sizes = tuple(kernel[2:])
     ndim, first = len(sizes), value.ndim - len(sizes)
@@ -126,10 +126,13 @@ def windows(
         value = value.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
         if counts is not None:
             value = value.narrow(axis, 0, counts[axis - first])
-    value = value.unflatten(first - 1, (groups, -1)).movedim(
-        first, first + ndim
-    )  # (.., S, G, *pos, c, *window)
-    return value.movedim(first - 2, first - 1).flatten(first + ndim).flatten(first - 1, first + ndim - 1)
+    value = value.unflatten(first - 1, (groups, -1))  # (*lead, N, S, G, c, *positions, *window)
+    lead = list(range(first - 3))
+    rows, entries, group, channel, *places = range(first - 3, value.ndim)
+    order = [*lead, group, channel, *places[ndim:], rows, entries, *places[:ndim]]
+    # Positions last in memory: copied in long runs, and one product sums over rows and positions.
+    value = value.permute(order).flatten(first - 2, first - 2 + ndim).flatten(first)  # (*lead, G, R, N, T)
+    return value.movedim(first - 1, first - 3).mT
 
 
 def _each(setting: Any, ndim: int, default: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._jacobian import RowGradients
-from .._jacobian._gradients import Looked, Outer
+from .._jacobian._gradients import Looked, Outer, positions_are_last
 
 Shapes = Mapping[str, torch.Size]
 WeightSharing = Literal["expand", "reduce"]
@@ -67,9 +67,10 @@ class KronSums(Sums):
 
     def add(self, gradients: Mapping[str, RowGradients], is_first: bool) -> None:
         """Take in a block."""
+        moments: _Moments = {}
         for name, gradient in gradients.items():
             if isinstance(gradient, Outer):
-                self._add_outer(name, gradient, is_first)
+                self._add_outer(name, gradient, is_first, moments)
             elif isinstance(gradient, Looked):
                 self._add_looked(name, gradient, is_first)
             else:
@@ -79,7 +80,8 @@ class KronSums(Sums):
         """Whether all sums are finite."""
         return _all_finite([*self.outputs.values(), *self.inputs.values()])
 
-    def _add_outer(self, name: str, gradient: Outer, is_first: bool) -> None:
+    def _add_outer(self, name: str, gradient: Outer, is_first: bool, moments: "_Moments") -> None:
+        """Take in outer products; ``moments`` are those of sides that were seen, by their identity."""
         left, right = gradient.left, gradient.right
         if self.sharing == "reduce":
             # Eschenhagen et al. (2023), eq. 22: inputs averaged over positions, gradients summed.
@@ -89,15 +91,16 @@ class KronSums(Sums):
                     right.mean(4, keepdim=True) if gradient.is_left_gradient else right.sum(4, keepdim=True)
                 )
         if right is None:  # a bias: its input is 1
-            self.outputs[name] += _moments(left.movedim(-2, 3).flatten(4).unsqueeze(3))[:, 0]
+            if left.shape[3] > 1:
+                left = left.movedim(-2, 3).flatten(4).unsqueeze(3)
+            self.outputs[name] += _moments_once(left, moments)[:, 0]
             if is_first:
                 self._count(name, left.shape[2] * left.shape[4], ones=True)
             return
         # Layers in groups share their weights in no way, but groups are positions, too: a gradient is that of
         # its group and 0 elsewhere, which makes the factor of the first axis block-diagonal.
         if is_first or gradient.is_left_gradient:
-            blocks = _moments(left)  # (M, G, L, L)
-            self.outputs[name] += _block_diagonal(blocks)
+            self.outputs[name] += _block_diagonal(_moments_once(left, moments))
         if is_first or not gradient.is_left_gradient:
             self.inputs[name] += _moments(right).sum(1)
         if is_first:
@@ -224,9 +227,27 @@ def _sides(shape: torch.Size) -> tuple[int, int]:
     return shape[:1].numel(), shape[1:].numel()
 
 
+_Moments = dict[int, tuple[Tensor, Tensor]]
+
+
+def _moments_once(side: Tensor, found: _Moments) -> Tensor:
+    """Moments of a side, which a weight and its bias share; that is held, so that its identity is its own."""
+    if id(side) not in found:
+        found[id(side)] = side, _moments(side)
+    return found[id(side)][1]
+
+
 def _moments(side: Tensor) -> Tensor:
     """``(K, M, N, G, T, w) -> (M, G, w, w)``: sums of products over columns, rows and positions."""
-    values = side.movedim((1, 3), (0, 1)).flatten(2, 4)
+    values = side.movedim((1, 3), (0, 1))  # (M, G, K, N, T, w)
+    positions, width = side.shape[-2:]
+    if positions_are_last(side) and len(side) > 1 and width <= 2 * positions:
+        values = values.flatten(2, 3).mT
+        return (values @ values.mT).sum(2)  # a matrix a row costs less than turning all of them round
+    if positions_are_last(side):
+        values = values.movedim(-1, 2).flatten(3)
+        return values @ values.mT
+    values = values.flatten(2, 4)
     return values.mT @ values
 
 
