@@ -7,7 +7,6 @@ model and shape is learned from the time that the chunks of real predictions tak
 """
 
 import dataclasses
-import functools
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -18,6 +17,7 @@ import optree
 import torch
 from torch import Tensor
 
+from ._allocator import keep_large_blocks
 from ._functional import Model
 from ._functorch import map_first_axis
 from ._intercept import Batching, DropoutMasks, LargestBatched, with_dropout
@@ -218,7 +218,7 @@ class _Run:
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
         if device != "cpu":  # kernels are queued there, so the time of a call tells nothing
             return [Mechanism(self.default, top)]
-        _raise_mapping_threshold()
+        keep_large_blocks()
         chunks = sorted({top, max(2, top // 2), max(2, top // 4)}, reverse=True)
         if _of_kind(Linearization, draw):  # the rules do not reach into `jvp`
             return [Mechanism("vmap", top), loop, *(Mechanism("vmap", chunk) for chunk in chunks[1:])]
@@ -318,14 +318,6 @@ class _Run:
                 "`make_functional(module, call=...)`."
             )
         return outputs
-
-
-@functools.cache
-def _raise_mapping_threshold() -> None:
-    # glibc maps blocks above a threshold anew each time, so every large intermediate would be
-    # page-faulted in again. The threshold follows the largest block freed so far, up to 32 MB: one
-    # such block, once a process, lets later buffers up to that size be reused.
-    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8).fill_(0)
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
