@@ -20,7 +20,7 @@ from zoo import F64, entry, from_module, randn, randn_like, seeded, shifted, sta
 import funcbayes as fb
 from funcbayes import curvature
 from funcbayes._tree import named_leaves
-from funcbayes.curvature import Diag, EigenKron, Full, Kron, LowRank
+from funcbayes.curvature import Diag, EigenKron, Full, Kron, LowRank, _columns
 from funcbayes.likelihoods import Bernoulli, Categorical, HeteroscedasticNormal, Normal, Poisson
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -873,6 +873,14 @@ def test_results_do_not_depend_on_how_much_memory_may_be_used(kind, structure, m
     fn, params, data, likelihood = tagging()
     whole = find(kind, structure, fn, params, data, likelihood, max_bytes=1 << 40)
     assert_same(find(kind, structure, fn, params, data, likelihood, max_bytes=max_bytes), whole)
+
+
+@combinations("hessian")
+def test_results_do_not_depend_on_how_many_columns_are_taken_at_a_time(kind, structure, monkeypatch):
+    fn, params, data, likelihood = tagging()
+    whole = find(kind, structure, fn, params, data, likelihood)
+    monkeypatch.setattr(_columns, "AT_ONCE", 1)
+    assert_same(find(kind, structure, fn, params, data, likelihood), whole)
 
 
 @combinations("fisher", "kron_corrected")
