@@ -15,11 +15,14 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from ._functorch import load_forward_rules
-from ._intercept import UnfusedAttention
+from ._intercept import Unfused
 from ._jacobian import Block, RowGradients, blocks
+from ._jacobian._gram import gram, is_plain, sides
+from ._jacobian._slices import formed, variances, weighed
 from ._tree import Params, map_leaves, map_named, named_leaves
 from .covariances import Covariance, Dense, Diagonal, Kronecker, LowRankPlusDiagonal, LowRankPrecision
-from .covariances._flat import ravel_columns
+from .covariances._flat import as_double, ravel_columns
+from .covariances._operator import root_of_capacitance
 
 Model = Any
 Form = Literal["variance", "covariance", "joint"]
@@ -53,18 +56,12 @@ class Jacobian:
         """``J factors`` for leaves ``(*s, R)``: ``(N, F, R)``."""
         rank = next(iter(factors.values())).shape[-1]
         if rank > 2 * self.num_outputs:  # then backwards is shorter
-            parts = [
-                gradient.matrices()[0].flatten(2) @ factors[name].reshape(-1, rank)
-                for name, gradient in self.gradients.items()
-                if name in factors
-            ]
-            if parts:
-                return functools.reduce(torch.add, parts)
+            return self.times_formed(factors, self.block.outputs.dtype)
         at = {name: leaf.detach() for name, leaf in named_leaves(self.params).items() if name in factors}
 
         def outputs(leaves: dict[str, Tensor]) -> Tensor:
             given = map_named(lambda name, leaf: leaves.get(name, leaf), self.params)
-            with UnfusedAttention():
+            with Unfused():
                 return self.fn(given, self.block.x)
 
         def pushed(tangents: dict[str, Tensor]) -> Tensor:
@@ -82,13 +79,56 @@ class Jacobian:
             return self.block.outputs.new_zeros(count, self.num_outputs, 0)
         return torch.cat(found).reshape(rank, count, -1).movedim(0, -1)
 
+    def times_formed(
+        self, factors: Mapping[str, Tensor], dtype: torch.dtype, std: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """``J diag(std) factors`` from the gradients, in a dtype: ``(N, F, R)``."""
+        count, rank = self.block.outputs.shape[1], next(iter(factors.values())).shape[-1]
+        total = torch.zeros(count, self.num_outputs, rank, dtype=dtype, device=self.block.outputs.device)
+        for name in factors.keys() & self.gradients.keys():
+            own = _by_first_axis(factors[name], 1, dtype)  # (d_out, d_in, R)
+            if not is_plain(self.gradients[name]):
+                for matrices, part in self.parts(name, dtype, std):
+                    total = total + matrices @ own[part].flatten(0, 1)
+                continue
+            left, right = sides(self.gradients[name], dtype)
+            size = max(_PUSHED_BYTES // max(count * rank * dtype.itemsize, 1), 1)
+            for start in range(0, len(own), size):
+                part = slice(start, start + size)
+                some = own[part]
+                if std is not None:
+                    some = some * _by_first_axis(std[name], 0, dtype)[part].unsqueeze(-1)
+                total = total + left[..., part] @ (right @ some).movedim(1, 0)  # (N, F, o) @ (N, o, R)
+        return total
 
-Pair = tuple[Tensor, Tensor, int]  # A, B (N, F, R) and a sign: adds sign A B^T
-Terms = Iterator[Pair]
+    def parts(
+        self, name: str, dtype: torch.dtype, std: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[Tensor, slice]]:
+        """``J diag(std)`` of parts of a leaf's first axis, ``(N, F, P)``, and which these are."""
+        for part, matrices in formed(self.gradients[name], dtype):
+            if std is not None:
+                matrices *= _by_first_axis(std[name], 0, dtype)[part].flatten()
+            yield matrices, part
+
+
+def _by_first_axis(leaf: Tensor, behind: int, dtype: torch.dtype) -> Tensor:
+    """A leaf as a matrix ``(d_out, d_in)``, ``behind`` which it has further axes."""
+    shape, own = leaf.shape[: leaf.ndim - behind], leaf.shape[leaf.ndim - behind :]
+    return leaf.reshape(shape[:1].numel(), shape[1:].numel(), *own).to(dtype)
+
+
+Terms = Iterator[Tensor]  # of the shape of a form
 
 
 def jacobians(
-    fn: Model, params: Params, names: Sequence[str], x: Any, *, call: str, whole: bool = False
+    fn: Model,
+    params: Params,
+    names: Sequence[str],
+    x: Any,
+    *,
+    call: str,
+    whole: bool = False,
+    max_bytes: int | None = None,
 ) -> Iterator[Jacobian]:
     """The Jacobian, some rows at a time.
 
@@ -99,11 +139,16 @@ def jacobians(
         x: Inputs.
         call: How the user called us, for messages.
         whole: Whether all rows are wanted at once.
+        max_bytes: Bytes that the gradients of one block may have.
     """
-    limit = 1 << 62 if whole else None
+    limit = 1 << 62 if whole else max_bytes
     params, x = map_leaves(_detached, params), map_leaves(_detached, x)
     for block in blocks(
-        fn, params, names, x, num_columns=lambda event: event.numel(), call=call, max_bytes=limit
+        *(fn, params, names, x),
+        num_columns=lambda event: event.numel(),
+        call=call,
+        max_bytes=limit,
+        are_held=True,
     ):
         _, count, *event = block.outputs.shape
         size = math.prod(event)
@@ -117,35 +162,37 @@ def _detached(leaf: Any) -> Any:
 
 
 def gathered(terms: Terms, like: Tensor, form: Form) -> Tensor:
-    """Add up pairs.
+    """Add up terms, and round what they are to the dtype of the outputs.
 
     Args:
-        terms: Pairs.
+        terms: Terms.
         like: Outputs ``(N, F)``.
         form: ``"variance"`` for the diagonal ``(N, F)``, ``"covariance"`` for ``(N, F, F)``, ``"joint"`` for
             ``(N F, N F)``.
     """
     count, size = like.shape
     shape = {"variance": (count, size), "covariance": (count, size, size), "joint": (count * size,) * 2}[form]
-    total = like.new_zeros(shape)
-    for one, two, sign in terms:
-        if form == "variance":
-            total = total + sign * (one * two).sum(-1)
-        elif form == "covariance":
-            total = total + sign * (one @ two.mT)
-        else:
-            total = total + sign * (one.flatten(0, 1) @ two.flatten(0, 1).mT)
-    return total if form == "variance" else (total + total.mT) / 2
+    total = functools.reduce(torch.add, terms, like.new_zeros(shape))
+    return (total if form == "variance" else (total + total.mT) / 2).to(like.dtype)
+
+
+def contracted(one: Tensor, two: Tensor, form: Form) -> Tensor:
+    """``A B^T`` of ``(N, F, R)``, or what a form wants of it."""
+    if form == "variance":
+        return (one * two).sum(-1)
+    if form == "covariance":
+        return one @ two.mT
+    return one.flatten(0, 1) @ two.flatten(0, 1).mT
 
 
 @functools.singledispatch
 def covariance_terms(covariance: Covariance, jacobian: Jacobian, form: Form) -> Terms:
-    """Pairs that add up to ``J S J^T``.
+    """Terms that add up to ``J S J^T``.
 
     Args:
         covariance: ``S``.
         jacobian: ``J``.
-        form: What they are for: products between rows need gradients that are formed.
+        form: What is wanted of it.
     """
     del jacobian, form
     raise NotImplementedError(
@@ -162,39 +209,83 @@ def _(covariance: Diagonal, jacobian: Jacobian, form: Form) -> Terms:
 def _(covariance: LowRankPlusDiagonal, jacobian: Jacobian, form: Form) -> Terms:
     yield from independent_terms(named_leaves(covariance.variance), jacobian, form)
     pushed = jacobian.times(named_leaves(covariance.factors))
-    yield pushed, pushed, 1
+    yield contracted(pushed, pushed, form)
 
 
 @covariance_terms.register
 def _(covariance: Dense, jacobian: Jacobian, form: Form) -> Terms:
-    del form
     pushed = jacobian.times(named_leaves(covariance.factors))
-    yield pushed, pushed, 1
+    yield contracted(pushed, pushed, form)
 
 
 @covariance_terms.register
 def _(covariance: LowRankPrecision, jacobian: Jacobian, form: Form) -> Terms:
-    # With D = diag(precision) and D^-1/2 F = Q diag(s) W^T,
-    #     (D + F F^T)^-1 = D^-1/2 [(I - Q Q^T) + Q diag(1 / (1 + s^2)) Q^T] D^-1/2:
-    # what the factors say nothing of keeps the prior's variance.
-    precision = named_leaves(covariance.precision)
-    yield from independent_terms({name: 1 / leaf for name, leaf in precision.items()}, jacobian, form)
-    factors = named_leaves(covariance.factors)
+    precision, factors = named_leaves(covariance.precision), named_leaves(covariance.factors)
     if not next(iter(factors.values())).shape[-1]:
+        yield from independent_terms({name: 1 / leaf for name, leaf in precision.items()}, jacobian, form)
         return
-    whitened = {name: leaf * precision[name].rsqrt().unsqueeze(-1) for name, leaf in factors.items()}
+    # With M = D^-1/2 F for D = diag(precision), I + M^T M = L L^T and Q = M L^-T, which has no singular value
+    # above one,
+    #     (I + M M^T)^-1 = I - Q Q^T = (I - Q Q^T)^2 + Q (L^T L)^-1 Q^T.
+    # The difference is cheap; the sum does not cancel where factors are very large.
+    std = {name: as_double(leaf).rsqrt() for name, leaf in precision.items()}
+    whitened = {name: as_double(leaf) * std[name].unsqueeze(-1) for name, leaf in factors.items()}
     columns = ravel_columns(whitened, whitened)
-    squares, turn = torch.linalg.eigh(columns.mT @ columns)
-    squares = squares.clamp_min(0)
-    # D^-1 F W diag(1 / s) has the columns D^-1/2 Q. Where s is nothing, neither is there anything to take
-    # away: 1 - 1 / (1 + s^2) = s^2 / (1 + s^2) has the 1 / s^2 in it.
-    shrink = (1 / (1 + squares)).sqrt()
-    turned = {
-        name: (leaf / precision[name].unsqueeze(-1)) @ (turn * shrink).to(leaf.dtype)
-        for name, leaf in factors.items()
-    }
-    pushed = jacobian.times(turned)
-    yield pushed, pushed, -1
+    lower = root_of_capacitance(columns)
+    seen = torch.linalg.solve_triangular(lower, columns.mT, upper=False).mT
+    parts = seen.split([leaf.shape[:-1].numel() for leaf in factors.values()])
+    basis = {name: part.reshape(factors[name].shape) for name, part in zip(factors, parts, strict=True)}
+    along, found = outside(jacobian, std, basis, form)
+    if found is None:
+        found = functools.reduce(torch.add, residual_terms(jacobian, std, basis, along, form))
+        along = torch.linalg.solve_triangular(lower, along, upper=False, left=False)
+        found = found + contracted(along, along, form)
+    yield found
+
+
+def outside(
+    jacobian: Jacobian, std: Mapping[str, Tensor], basis: Mapping[str, Tensor], form: Form
+) -> tuple[Tensor, Tensor | None]:
+    """Find ``B (I - Q Q^T) B^T`` for ``B = J diag(std)``.
+
+    Its two terms are of the same gradients and in double precision: they may nearly cancel.
+
+    Args:
+        jacobian: ``J``.
+        std: By leaf ``s``.
+        basis: ``Q``, leaves ``(*s, R)``, with no singular value above one.
+        form: What is wanted of it.
+
+    Returns:
+        ``B Q``, ``(N, F, R)``, and the difference; ``None`` if more than half of its digits are lost.
+    """
+    outputs = jacobian.block.outputs[0]
+    flat = as_double(outputs.reshape(len(outputs), -1))
+    along = jacobian.times_formed(basis, flat.dtype, std)
+    variance = {name: leaf.square() for name, leaf in std.items()}
+    whole = gathered(independent_terms(variance, jacobian, form, dtype=flat.dtype), flat, form)
+    found = whole - contracted(along, along, form)
+    one, two = (t if form == "variance" else t.diagonal(dim1=-2, dim2=-1) for t in (whole, found))
+    is_lost = bool((two < torch.finfo(flat.dtype).eps ** 0.5 * one).any())
+    return along, None if is_lost else found
+
+
+def residual_terms(
+    jacobian: Jacobian, std: Mapping[str, Tensor], basis: Mapping[str, Tensor], along: Tensor, form: Form
+) -> Terms:
+    """Terms that add up to ``(B - B Q Q^T) (B - B Q Q^T)^T``, in which nothing cancels: see :func:`outside`.
+
+    They need gradients that are formed.
+    """
+    dtype = along.dtype
+    for name, columns in basis.items():
+        if name not in jacobian.gradients:
+            columns = columns.reshape(-1, columns.shape[-1]).to(dtype)
+            yield contracted(along @ (columns.mT @ columns), along, form)
+            continue
+        for matrices, part in jacobian.parts(name, dtype, std):
+            beside = matrices - along @ _by_first_axis(columns, 1, dtype)[part].flatten(0, 1).mT
+            yield contracted(beside, beside, form)
 
 
 @covariance_terms.register
@@ -216,16 +307,28 @@ def _for_one(basis: Tensor | None, jacobian: Jacobian) -> Tensor | None:
     return None if basis is None else basis.to(jacobian.block.outputs.dtype).unsqueeze(0)
 
 
-def independent_terms(variance: Mapping[str, Tensor], jacobian: Jacobian, form: Form) -> Terms:
-    """Terms of parameters, or coordinates, that are independent."""
+def independent_terms(
+    variance: Mapping[str, Tensor], jacobian: Jacobian, form: Form, *, dtype: torch.dtype | None = None
+) -> Terms:
+    """Terms of parameters, or coordinates, that are independent.
+
+    Args:
+        variance: By leaf, one number or like the leaf.
+        jacobian: ``J``.
+        form: What is wanted of the terms.
+        dtype: What to compute in; ``None`` for that of the outputs.
+    """
+    dtype = jacobian.block.outputs.dtype if dtype is None else dtype
     for name, gradient in jacobian.gradients.items():
         if name not in variance:
             continue
-        shape = gradient.shape
-        own = variance[name].reshape(1, shape[:1].numel(), shape[1:].numel())
         if form == "joint":
-            matrices = gradient.matrices()[0]
-            yield (matrices * own).flatten(2), matrices.flatten(2), 1
-        else:
-            one, two = gradient.weighed(own.to(jacobian.block.outputs.dtype))
-            yield one[0], two[0], 1
+            gradients = [gradient]
+            yield gram(gradients, gradients, variance[name].to(dtype))
+            continue
+        own = _by_first_axis(variance[name].expand(gradient.shape), 0, dtype)
+        if form == "variance":
+            yield from (found[0] for found in variances(gradient, own.unsqueeze(0)))
+            continue
+        for one, two in weighed(gradient, own.unsqueeze(0)):
+            yield contracted(one[0], two[0], form)

@@ -12,12 +12,14 @@ from ._functional import Model
 from ._linearized_prediction import Component, LinearizedPrediction, Link, check_link
 from ._output_covariance import Form, Jacobian, Terms, covariance_terms, gathered, jacobians
 from ._random import Seed, resolve_seed
-from ._tree import Params, as_tree, merge, missing_path, named_leaves, num_rows, parameters_of
+from ._tree import Params, as_tree, merge, missing_path, named_leaves, num_rows, parameters_of, tensors
 from .likelihoods import Likelihood
 from .likelihoods._checks import check_is_likelihood
 from .posteriors import Dropout, Ensemble, Gaussian, Join, Mixture, Point, Posterior
 
 _CALL = "predict_linearized"
+# Covariances of so many outputs, and of so many bytes, are found at once, whether or not they are asked for.
+_FEW, _COVARIANCE_BYTES = 128, 16 << 20
 
 
 def predict_linearized(
@@ -31,6 +33,7 @@ def predict_linearized(
     joint: bool = False,
     num_samples: int = 1000,
     seed: Seed | None = None,
+    max_bytes: int | None = None,
 ) -> LinearizedPrediction:
     """Predict with the linearised model, in closed form: no draws.
 
@@ -55,6 +58,7 @@ def predict_linearized(
         joint: Whether the covariance between rows is wanted, too: for ``joint_covariance`` and ``sample``.
         num_samples: For ``"mc"``: how many draws of the logits.
         seed: For ``"mc"``: draws are a function of it; ``None`` takes one number from torch's global state.
+        max_bytes: As for :func:`funcbayes.curvature.ggn`: rows are seen so many at a time, unless ``joint``.
 
     Returns:
         The prediction, without a graph through the model; it is differentiable in the covariance.
@@ -82,12 +86,15 @@ def predict_linearized(
         check_is_likelihood(likelihood, f"{_CALL}(likelihood=...)")
     check_link(link, likelihood, _CALL)
     num_samples = positive_int(num_samples, f"{_CALL}(num_samples=...)")
+    if max_bytes is not None:
+        max_bytes = positive_int(max_bytes, f"{_CALL}(max_bytes=...)")
     params, x = as_tree(params), as_tree(x)
     weights, components = [], []
     for weight, gaussians, points in _components(posterior):
         run = _Linearized(fn, params, gaussians, points, x)
         weights.append(weight)
-        components.append(run.component(joint=joint, wants_covariance=wants_covariance(likelihood, link)))
+        wanted = wants_covariance(likelihood, link)
+        components.append(run.component(joint=joint, wants_covariance=wanted, max_bytes=max_bytes))
     if likelihood is not None:
         likelihood.check(components[0].mean, None, call=f"{_CALL}(..., likelihood=...)")
     needs_seed = likelihood is not None and likelihood.is_discrete and link == "mc"
@@ -158,7 +165,7 @@ class _Linearized:
             )
         object.__setattr__(self, "center", center)
 
-    def component(self, *, joint: bool, wants_covariance: bool) -> Component:
+    def component(self, *, joint: bool, wants_covariance: bool, max_bytes: int | None) -> Component:
         """Mean and covariance of the outputs."""
         names = [name for gaussian in self.gaussians for name in parameters_of(gaussian.mean)]
         return pushed_through(
@@ -166,6 +173,8 @@ class _Linearized:
             call=_CALL,
             joint=joint,
             wants_covariance=wants_covariance,
+            max_bytes=max_bytes,
+            covariances=[gaussian.covariance for gaussian in self.gaussians],
         )
 
     def _terms(self, jacobian: Jacobian, form: Form) -> Terms:
@@ -183,6 +192,8 @@ def pushed_through(
     call: str,
     joint: bool,
     wants_covariance: bool,
+    max_bytes: int | None = None,
+    covariances: Any = None,
 ) -> Component:
     """Mean and covariance of the outputs of a model linearised in some leaves.
 
@@ -191,33 +202,59 @@ def pushed_through(
         center: Where it is linearised.
         names: The leaves.
         x: Inputs.
-        terms: Pairs that add up to the covariance: see :func:`funcbayes._output_covariance.covariance_terms`.
+        terms: Of the covariance: see :func:`funcbayes._output_covariance.covariance_terms`.
         call: How the user called us, for messages.
         joint: Whether the covariance between rows is wanted.
-        wants_covariance: Whether that of the outputs of a row is; else it is found when it is asked for.
+        wants_covariance: Whether that of the outputs of a row is; else, if it is large, it is found when it
+            is asked for.
+        max_bytes: Bytes that the gradients of the rows of one block may have.
+        covariances: What else ``terms`` depends on, a tree.
     """
 
-    def evaluated(form: Form) -> tuple[Tensor, Tensor]:
+    def evaluated(form_of: Callable[[Tensor], Form]) -> tuple[Tensor, Tensor, Form]:
         if not names or num_rows(x) == 0:  # nothing is uncertain
             with torch.no_grad():
                 mean = fn(center, x)
-            return mean, gathered(iter(()), mean.reshape(len(mean), mean.shape[1:].numel()), form)
-        means, found = [], []
-        for jacobian in jacobians(fn, center, names, x, call=call, whole=form == "joint"):
+            form = form_of(mean)
+            return mean, gathered(iter(()), mean.reshape(len(mean), mean.shape[1:].numel()), form), form
+        means, found, form = [], [], None
+        for jacobian in jacobians(fn, center, names, x, call=call, whole=joint, max_bytes=max_bytes):
             outputs = jacobian.block.outputs[0]
+            form = form_of(outputs) if form is None else form
             means.append(outputs)
             found.append(gathered(terms(jacobian, form), outputs.reshape(len(outputs), -1), form))
-        return torch.cat(means), found[0] if len(found) == 1 else torch.cat(found)
+        assert form is not None
+        return torch.cat(means), found[0] if len(found) == 1 else torch.cat(found), form
 
-    mean, found = evaluated("joint" if joint else "covariance" if wants_covariance else "variance")
-    if joint:
+    def form_of(outputs: Tensor) -> Form:
+        if joint:
+            return "joint"
+        size = outputs.shape[1:].numel()
+        is_small = size <= _FEW and (num_rows(x) or 0) * size**2 * outputs.itemsize <= _COVARIANCE_BYTES
+        return "covariance" if wants_covariance or is_small else "variance"
+
+    def later() -> Tensor:
+        if any(leaf._version != version for leaf, version in versions):
+            raise RuntimeError(
+                "The covariance of the outputs is found when it is first asked for, and a tensor that "
+                f"`{call}` was given has been changed in place since. Ask for it before, or give copies."
+            )
+        return evaluated(lambda _: "covariance")[1]
+
+    given = (tensors(tree) for tree in (center, x, covariances))
+    versions = [(leaf, leaf._version) for leaves in given for leaf in leaves if not leaf.is_inference()]
+    mean, found, form = evaluated(form_of)
+    if form == "variance":
+        return Component(mean, found, later, None)
+    covariance = found
+    if form == "joint":
         count, size = len(mean), mean.shape[1:].numel()
         blocks = found.unflatten(0, (count, size)).unflatten(-1, (count, size))
         covariance = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        return Component(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance, found)
-    if wants_covariance:
-        return Component(mean, found.diagonal(dim1=-2, dim2=-1), lambda: found, None)
-    return Component(mean, found, lambda: evaluated("covariance")[1], None)
+    return Component(
+        *(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance),
+        found if form == "joint" else None,
+    )
 
 
 def _check_fit(values: Params, params: Params) -> None:

@@ -906,6 +906,76 @@ def test_the_jacobian_of_a_layer_with_many_classes_is_not_formed(structure):
     assert_close(found.output_variance.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+# Covariances that are found later.
+
+
+def numbered(num_outputs=2):
+    params = {"w": randn(3, num_outputs)}
+    q = Gaussian(params, Diagonal({"w": 0.1 + randn(3, num_outputs, seed=1) ** 2}))
+    return (lambda params, x: x @ params["w"]), params, q, randn(4, 3, seed=2)
+
+
+@pytest.mark.parametrize("what", ["x", "params", "covariance"])
+def test_small_covariances_are_of_the_tensors_as_they_were(what):
+    fn, params, q, x = numbered()
+    expected = predict_linearized(fn, None, q, x, joint=True).output_covariance
+    found = predict_linearized(fn, None, q, x)
+    {"x": x, "params": params["w"], "covariance": q.covariance.variance["w"]}[what].mul_(2)
+    assert_close(found.output_covariance, expected)
+    assert_close(found.output_variance, expected.diagonal(dim1=-2, dim2=-1))
+
+
+@pytest.mark.parametrize("what", ["x", "params", "covariance"])
+def test_large_covariances_of_tensors_that_have_changed_are_refused(what, monkeypatch):
+    monkeypatch.setattr(fb._predict_linearized, "_COVARIANCE_BYTES", 0)
+    fn, params, q, x = numbered()
+    expected = predict_linearized(fn, None, q, x, joint=True).output_covariance
+    found, asked = (predict_linearized(fn, None, q, x) for _ in range(2))
+    assert_close(asked.output_covariance, expected)
+    {"x": x, "params": params["w"], "covariance": q.covariance.variance["w"]}[what].mul_(2)
+    assert_close(asked.output_covariance, expected)
+    with pytest.raises(RuntimeError, match="`predict_linearized` was given has been changed in place"):
+        _ = found.output_covariance
+
+
+def test_large_covariances_are_found_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(fb._predict_linearized, "_COVARIANCE_BYTES", 0)
+    with torch.inference_mode():
+        fn, _, q, x = numbered()
+        expected = predict_linearized(fn, None, q, x, joint=True).output_covariance
+        assert_close(predict_linearized(fn, None, q, x).output_covariance, expected)
+
+
+def test_rows_are_seen_so_many_at_a_time_as_bytes_are_given(monkeypatch):
+    model, seen = MODELS["mlp"](), []
+    x, q = model.inputs(5), zoo.gaussian(model.params)
+    original = _output_covariance.blocks
+
+    def counting(*args, **options):
+        for block in original(*args, **options):
+            seen.append(block.outputs.shape[1])
+            yield block
+
+    monkeypatch.setattr(_output_covariance, "blocks", counting)
+    expected = predict_linearized(model.fn, None, q, x).output_covariance
+    assert seen == [5]
+    assert_close(predict_linearized(model.fn, None, q, x, max_bytes=1).output_covariance, expected)
+    assert seen[1:] == [1] * 5
+    seen.clear()
+    y = torch.arange(5) % 2
+    c = fb.curvature.ggn(model.fn, model.params, (x, y), Categorical(), "diag")
+    laplace.minimize_validation_nll(model.fn, model.params, c, (x, y), Categorical(), max_bytes=1)
+    process = laplace.functional(model.fn, model.params, (x, y), Categorical())
+    process.predict(x, max_bytes=1)
+    assert seen == [1] * 10
+    for call in (
+        lambda: predict_linearized(model.fn, None, q, x, max_bytes=0),
+        lambda: process.predict(x, max_bytes=0),
+    ):
+        with pytest.raises(ValueError, match=r"max_bytes=\.\.\."):
+            call()
+
+
 # Bad input.
 
 

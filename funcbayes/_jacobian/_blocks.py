@@ -8,7 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .._engine import _raise_mapping_threshold
+from .._allocator import keep_large_blocks
 from .._tree import Params, index, map_leaves, named_leaves, num_rows
 from ._gradients import RowGradients
 from ._others import gradients_of_others
@@ -65,6 +65,7 @@ def blocks(
     call: str,
     num_members: int | None = None,
     max_bytes: int | None = None,
+    are_held: bool = False,
 ) -> Iterator[Block]:
     """Evaluate a batch.
 
@@ -77,6 +78,7 @@ def blocks(
         call: How the user called us, for messages.
         num_members: ``M``; ``None`` for a single network.
         max_bytes: Bytes that the gradients of one block may have.
+        are_held: Whether gradients of all columns and leaves are held at once, also those that are formed.
     """
     with torch.inference_mode(
         False
@@ -87,9 +89,11 @@ def blocks(
     count = num_rows(x) or 0
     lead = next(iter(named_leaves(params).values()))
     if getattr(lead, "is_cpu", False):
-        _raise_mapping_threshold()
+        keep_large_blocks()
     columns, members = num_columns(plan.event), num_members or 1
-    each = members * (2 * (columns + 1) * plan.numel + plan.windows) * getattr(lead, "itemsize", 4)
+    held = sum(named_leaves(single)[name].numel() for name in plan.others) if are_held else 0
+    each = members * (2 * (columns + 1) * plan.numel + plan.windows + columns * held)
+    each *= getattr(lead, "itemsize", 4)
     size = max((DEFAULT_BYTES if max_bytes is None else max_bytes) // max(each, 1), 1)
     size = -(-count // max(-(-count // size), 1))  # as equal as can be
     for start in range(0, count, max(size, 1)):

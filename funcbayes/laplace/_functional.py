@@ -1,5 +1,6 @@
 """The Laplace approximation over functions: linear algebra among the data, not among the parameters."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,12 @@ import optree
 import torch
 from torch import Tensor
 
+from .._checks import positive_int
 from .._jacobian import RowGradients, blocks
+from .._jacobian._gradients import Formed
 from .._jacobian._gram import gram
-from .._linearized_prediction import LinearizedPrediction, Link
-from .._output_covariance import Form, Jacobian, Terms, independent_terms
+from .._linearized_prediction import LinearizedPrediction, Link, check_link
+from .._output_covariance import Form, Jacobian, Terms, contracted, independent_terms
 from .._predict_linearized import pushed_through, wants_covariance
 from .._random import Seed, fold, permutation, resolve_seed
 from .._tree import Params, Where, as_tree, num_rows
@@ -43,8 +46,8 @@ class FunctionalLaplace:
     num_data: int
     log_marginal_likelihood: Tensor
     _names: tuple[str, ...]
-    _gradients: tuple[dict[str, RowGradients], ...]
-    _variance: dict[str, Tensor]  # of the prior, by leaf
+    _gradients: dict[str, list[RowGradients]]  # by leaf, in several parts
+    _variance: dict[str, Tensor]  # of the prior, by leaf, in double precision as all that follows
     _root: Tensor  # lower Cholesky factor of I + f R D^-1 R^T
     _factor: Tensor
 
@@ -57,6 +60,7 @@ class FunctionalLaplace:
         joint: bool = False,
         num_samples: int = 1000,
         seed: Seed | None = None,
+        max_bytes: int | None = None,
     ) -> LinearizedPrediction:
         """Predict: as :func:`funcbayes.predict_linearized` with the posterior over parameters, to rounding.
 
@@ -67,17 +71,23 @@ class FunctionalLaplace:
             joint: As for :func:`funcbayes.predict_linearized`.
             num_samples: As for :func:`funcbayes.predict_linearized`.
             seed: As for :func:`funcbayes.predict_linearized`.
+            max_bytes: As for :func:`funcbayes.predict_linearized`.
 
         Returns:
             The prediction.
         """
         if likelihood is not None:
             check_is_likelihood(likelihood, "predict(likelihood=...)")
+        check_link(link, likelihood, "predict")
+        num_samples = positive_int(num_samples, "predict(num_samples=...)")
+        if max_bytes is not None:
+            max_bytes = positive_int(max_bytes, "predict(max_bytes=...)")
         component = pushed_through(
             *(self.fn, self.params, self._names, as_tree(x), self._terms),
             call="FunctionalLaplace.predict",
             joint=joint,
             wants_covariance=wants_covariance(likelihood, link),
+            max_bytes=max_bytes,
         )
         if likelihood is not None:
             likelihood.check(component.mean, None, call="predict(likelihood=...)")
@@ -92,17 +102,16 @@ class FunctionalLaplace:
 
     def _terms(self, jacobian: Jacobian, form: Form) -> Terms:
         # J (D + f R^T R)^-1 J^T = J D^-1 J^T - f K^T (I + f R D^-1 R^T)^-1 K with K = R D^-1 J^T.
-        count = len(jacobian.block.outputs[0])
-        yield from independent_terms(
-            {name: self._variance[name].expand(g.shape) for name, g in jacobian.gradients.items()},
-            jacobian,
-            form,
-        )
-        parts = [_kernel(data, jacobian.gradients, self._variance) for data in self._gradients]
-        cross = as_double(torch.cat(parts)) * self._factor.sqrt()
-        white = torch.linalg.solve_triangular(self._root, cross, upper=False)  # (N K, n F)
-        white = white.mT.unflatten(0, (count, -1)).to(jacobian.block.outputs.dtype)
-        yield white, white, -1
+        # Both in double precision and of the same gradients, since where data are many it is nearly nothing.
+        count, dtype = len(jacobian.block.outputs[0]), self._root.dtype
+        yield from independent_terms(self._variance, jacobian, form, dtype=dtype)
+        own = {name: [gradient] for name, gradient in jacobian.gradients.items()}
+        if not own:
+            return
+        cross = _kernel(self._gradients, own, self._variance)
+        white = torch.linalg.solve_triangular(self._root, cross * self._factor.sqrt(), upper=False)
+        white = white.mT.unflatten(0, (count, -1))  # (n, F, N K)
+        yield -contracted(white, white, form)
 
 
 def functional(
@@ -153,14 +162,17 @@ def functional(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If a number is out of range, or data are empty.
-        RuntimeError: If a loss is not finite; the batch is named.
+        RuntimeError: If a loss is not finite; the batch is named. Or if rounding leaves no posterior.
 
     Example:
         >>> import torch, funcbayes as fb
-        >>> fn, params = fb.make_functional(torch.nn.Sequential(torch.nn.Linear(2, 50), torch.nn.Linear(50,
-        1))) >>> x = torch.randn(10, 2) >>> normal = fb.likelihoods.Normal(0.1) >>> process =
-        fb.laplace.functional(fn, params, (x, x.sum(1, keepdim=True)), normal) >>>
-        process.predict(torch.randn(5, 2), likelihood=normal).variance.shape torch.Size([5, 1])
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 50), torch.nn.Tanh(), torch.nn.Linear(50, 1))
+        >>> fn, params = fb.make_functional(net)
+        >>> x = torch.randn(10, 2)
+        >>> normal = fb.likelihoods.Normal(0.1)
+        >>> process = fb.laplace.functional(fn, params, (x, x.sum(1, keepdim=True)), normal)
+        >>> process.predict(torch.randn(5, 2), likelihood=normal).variance.shape
+        torch.Size([5, 1])
     """
     if num_points is not None:
         data = _subset(data, num_points, seed)
@@ -177,13 +189,10 @@ def functional(
     leaves = {name: leaf.detach() for name, leaf in problem.leaves.items()}
     prior = Prior.of(leaves, prior_precision, prior_mean, None, _CALL)
     assert prior.precision is not None
-    variance = {name: (1 / number).to(leaves[name].dtype) for name, number in prior.precision.items()}
+    variance = {name: 1 / number for name, number in prior.precision.items()}
     gradients, term = _gathered(problem)
-    rows = [torch.cat([_kernel(one, two, variance) for two in gradients], 1) for one in gradients]
-    factor = term.factor(noise_std) / temperature
-    kernel = as_double(torch.cat(rows)) * factor
-    identity = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-    root = torch.linalg.cholesky(identity + (kernel + kernel.mT) / 2)
+    factor = as_double(term.factor(noise_std) / temperature)
+    root = _root(_kernel(gradients, gradients, variance), factor)
     occam = 2 * root.diagonal().log().sum() + prior.quadratic(leaves)
     evidence = term.at(noise_std) / temperature - 0.5 * occam
     return FunctionalLaplace(
@@ -192,43 +201,69 @@ def functional(
         int(term.num_data),
         evidence.to(next(iter(leaves.values())).dtype),
         problem.names,
-        tuple(gradients),
+        gradients,
         variance,
         root,
         factor,
     )
 
 
-def _gathered(problem: Problem) -> tuple[list[dict[str, RowGradients]], DataTerm]:
-    """Gradients of the columns of the GGN for all rows, and the log likelihood."""
+def _gathered(problem: Problem) -> tuple[dict[str, list[RowGradients]], DataTerm]:
+    """Gradients of the columns of the GGN for all rows by leaf, and the log likelihood."""
     columns, found, total = ggn_columns(problem.likelihood), [], None
-    for number, x, y in problem.batches():
+    counts: list[tuple[int, int, int]] = []
+    for number, x, y in problem.shown_batches():
         for block in blocks(
             *(problem.fn, problem.params, problem.names, x),
             num_columns=columns.count,
             call=_CALL,
             max_bytes=problem.max_bytes,
+            are_held=True,
         ):
             outputs, own = block.outputs, y[block.rows]
             problem.likelihood.check(outputs[0], own, call=f"{_CALL}(data=...)")
             term = data_term(problem.likelihood, outputs, own, columns.noise_power)
             refuse_infinite(outputs, term, number, _CALL)
             total = term if total is None else total + term
-            found.extend(block.gradients(some) for some in columns.make(outputs, own, 0))
+            for some in columns.make(outputs, own, 0):
+                found.append(block.gradients(some))
+                counts.append((1, some.shape[2], some.shape[0]))
     assert total is not None
-    return found, problem.scalars(total)
+    zero = {name: leaf.detach().new_zeros(()) for name, leaf in problem.leaves.items()}
+    by_leaf: dict[str, list[RowGradients]] = {
+        name: [
+            part[name] if name in part else Formed(_like(zero[name], count, shape), shape)
+            for part, count in zip(found, counts, strict=True)
+        ]
+        for name, shape in problem.shapes.items()
+    }
+    return by_leaf, problem.scalars(total)
+
+
+def _like(zero: Tensor, counts: tuple[int, int, int], shape: torch.Size) -> Tensor:
+    """The gradients of rows in which a leaf has no part, one number of memory."""
+    return zero.expand(*counts, shape[:1].numel(), shape[1:].numel())
 
 
 def _kernel(
-    one: dict[str, RowGradients] | Any, two: dict[str, RowGradients] | Any, variance: dict[str, Tensor]
+    one: dict[str, list[RowGradients]], two: dict[str, list[RowGradients]], variance: dict[str, Tensor]
 ) -> Tensor:
     """``J P0^-1 J'^T``, ``(N K, N' K')``."""
-    (first, *_), (second, *_) = one.values(), two.values()
-    shape = (first.counts[1] * first.counts[2], second.counts[1] * second.counts[2])
-    total = next(iter(variance.values())).new_zeros(shape)
-    for name in one.keys() & two.keys():
-        total = total + gram(one[name], two[name], variance[name])
-    return total
+    terms = (gram(one[name], two[name], variance[name]) for name in one if name in two)
+    return functools.reduce(torch.add, terms)
+
+
+def _root(kernel: Tensor, factor: Tensor) -> Tensor:
+    """Lower Cholesky factor of ``I + f R D^-1 R^T``."""
+    kernel = (kernel + kernel.mT) * (factor / 2)
+    kernel.diagonal().add_(1)
+    root, info = torch.linalg.cholesky_ex(kernel)
+    if int(info) or not bool(root.isfinite().all()):
+        raise RuntimeError(
+            f"The posterior of `{_CALL}` is lost in rounding: the prior says next to nothing beside the "
+            "data. A larger `prior_precision` helps, or a model in float64."
+        )
+    return root
 
 
 def _subset(data: Data, num_points: int, seed: Seed | None) -> Data:

@@ -1,5 +1,6 @@
 """Choosing the prior precision by held-out data, on a grid, with one curvature and one projection on it."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,21 @@ from torch import Tensor
 
 from .._checks import positive_int
 from .._linearized_prediction import Component, LinearizedPrediction, Link, check_link
-from .._output_covariance import Form, Jacobian, Terms, gathered, in_bases, independent_terms, jacobians
+from .._output_covariance import (
+    Form,
+    Jacobian,
+    Terms,
+    contracted,
+    gathered,
+    in_bases,
+    independent_terms,
+    jacobians,
+    outside,
+    residual_terms,
+)
 from .._random import Seed, resolve_seed
 from .._tree import Params, named_leaves
-from ..covariances._flat import as_double
+from ..covariances._flat import as_double, ravel_columns
 from ..curvature import Curvature, Diag, EigenKron, Full, Kron, LowRank
 from ..curvature._pass import Problem
 from ..likelihoods import Bernoulli, Categorical, Likelihood, Normal
@@ -122,7 +134,7 @@ def minimize_validation_nll(
     totals, count = torch.where(usable, 0.0, torch.inf).double(), 0
     with torch.no_grad():
         for _, x, y in problem.batches():
-            for jacobian in jacobians(fn, params, problem.names, x, call=_CALL):
+            for jacobian in jacobians(fn, params, problem.names, x, call=_CALL, max_bytes=problem.max_bytes):
                 outputs, own = jacobian.block.outputs[0], y[jacobian.block.rows]
                 likelihood.check(outputs, own, call=f"{_CALL}(data=...)")
                 terms = spectral(jacobian)
@@ -180,9 +192,9 @@ def _spectral(c: Curvature, factor: Tensor, form: Form) -> tuple[_Spectral, Tens
         values, bases = c.leaves, (named_leaves(c.output_basis), named_leaves(c.input_basis))
         return lambda jacobian: _by_eigenvalues(values, in_bases(jacobian, *bases), factor, form), nothing
     if isinstance(c, LowRank):
-        return lambda jacobian: _low_rank(c, jacobian, factor), nothing
+        return _low_rank(c, factor, form), nothing
     if isinstance(c, Full):
-        return _full(c, factor)
+        return _full(c, factor, form)
     raise TypeError(f"`{_CALL}` does not know a curvature {type(c).__name__}.")
 
 
@@ -195,7 +207,7 @@ def _by_eigenvalues(
     )
 
 
-def _full(c: Full, factor: Tensor) -> tuple[_Spectral, Tensor]:
+def _full(c: Full, factor: Tensor, form: Form) -> tuple[_Spectral, Tensor]:
     values, vectors = torch.linalg.eigh(as_double(c.matrix))
     values = not_negative_by_rounding(values, c) * factor
     sizes = [leaf.numel() for leaf in c.leaves.values()]
@@ -204,27 +216,34 @@ def _full(c: Full, factor: Tensor) -> tuple[_Spectral, Tensor]:
 
     def of(jacobian: Jacobian) -> Callable[[float], Terms]:
         pushed = jacobian.times(columns)
-        return lambda precision: _weighed(pushed, 1 / (values + precision))
+        return lambda precision: _weighed(pushed, 1 / (values + precision), form)
 
     return of, values[0]
 
 
-def _low_rank(c: LowRank, jacobian: Jacobian, factor: Tensor) -> Callable[[float], Terms]:
-    outputs = jacobian.block.outputs[0]
-    flat = outputs.reshape(len(outputs), -1)
-    ones = {name: torch.ones_like(leaf[..., 0]) for name, leaf in c.leaves.items()}
-    whole = gathered(independent_terms(ones, jacobian, "covariance"), flat, "covariance")
-    pushed = jacobian.times(c.leaves)
-    beside = whole - pushed @ pushed.mT  # what no eigenvector sees
-    identity = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device).expand_as(beside)
+def _low_rank(c: LowRank, factor: Tensor, form: Form) -> _Spectral:
     values = as_double(c.eigenvalues).clamp_min(0) * factor
+    # They are orthonormal to the rounding of their dtype.
+    vectors = torch.linalg.qr(ravel_columns(c.leaves, c.leaves)).Q
+    sizes = [leaf.shape[:-1].numel() for leaf in c.leaves.values()]
+    shaped = zip(c.leaves.items(), vectors.split(sizes), strict=True)
+    basis = {name: part.reshape(leaf.shape) for (name, leaf), part in shaped}
+    ones = {name: leaf.new_ones(leaf.shape[:-1]) for name, leaf in c.leaves.items()}
 
-    def terms(precision: float) -> Terms:
-        yield beside / precision, identity, 1
-        yield from _weighed(pushed, 1 / (values + precision))
+    def of(jacobian: Jacobian) -> Callable[[float], Terms]:
+        # What no eigenvector sees has the variance of the prior.
+        along, beside = outside(jacobian, ones, basis, form)
+        if beside is None:
+            beside = functools.reduce(torch.add, residual_terms(jacobian, ones, basis, along, form))
 
-    return terms
+        def of_precision(precision: float) -> Terms:
+            yield beside / precision
+            yield from _weighed(along, 1 / (values + precision), form)
+
+        return of_precision
+
+    return of
 
 
-def _weighed(pushed: Tensor, variances: Tensor) -> Terms:
-    yield pushed * variances.to(pushed.dtype), pushed, 1
+def _weighed(pushed: Tensor, variances: Tensor, form: Form) -> Terms:
+    yield contracted(pushed * variances.to(pushed.dtype), pushed, form)
