@@ -35,9 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
         module = importlib.import_module(f"{__package__}.{name}")
         print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
         results = []
-        for result in module.run(args.repeats):
-            results.append(result)
-            print(".", end="", flush=True)
+        try:
+            for result in module.run(args.repeats):
+                results.append(result)
+                print(".", end="", flush=True)
+        except _measure.Unavailable as reason:
+            print(f"\nNot measured: {reason}", flush=True)
+            continue
         print("\n" + _measure.table(results), flush=True)
         report[name] = [dataclasses.asdict(result) | {"holds": result.holds} for result in results]
         broken += sum(not result.holds for result in results)

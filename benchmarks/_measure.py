@@ -2,6 +2,8 @@
 
 import platform
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +17,8 @@ import funcbayes
 class Result:
     """How many times faster ``ours`` is than ``theirs``: the median over repeats, and the quartiles.
 
-    ``at_least`` is what the claim says of the median; ``None`` where it says nothing.
+    ``at_least`` is what the claim says of the median; ``None`` where it says nothing. ``theirs_mb`` and
+    ``ours_mb`` are the memory of each at its peak, beyond what there was before, where it was measured.
     """
 
     case: str
@@ -25,6 +28,8 @@ class Result:
     theirs_ms: float
     ours_ms: float
     at_least: float | None = None
+    theirs_mb: float | None = None
+    ours_mb: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -61,6 +66,33 @@ def compare(
     return Result(case, middle, low, high, theirs_ms, ours_ms, at_least)
 
 
+class Unavailable(Exception):
+    """What a claim compares with is not installed."""
+
+
+def median_of(case: str, results: list[Result], at_least: float) -> Result:
+    """The median of several ratios, and the smallest and largest."""
+    ratios = [result.ratio for result in results]
+    times = (statistics.median(r.theirs_ms for r in results), statistics.median(r.ours_ms for r in results))
+    return Result(case, statistics.median(ratios), min(ratios), max(ratios), *times, at_least)
+
+
+def peak_mb(claim: str, *case: str) -> float | None:
+    """Memory at the peak of one call, in MB beyond what there was before it, in a process of its own.
+
+    Args:
+        claim: A module of this package; ``prepared(*case)`` in it gives the call.
+        *case: What to call.
+    """
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks._peak", claim, *case],
+        capture_output=True,
+        text=True,
+    )
+    last = child.stdout.strip().splitlines()[-1:] or [""]
+    return float(last[0]) if child.returncode == 0 and last[0] else None
+
+
 def environment() -> dict[str, str | int]:
     """What the figures depend on."""
     return {
@@ -83,10 +115,16 @@ def _processor() -> str:
 
 def table(results: list[Result]) -> str:
     width = max(len(r.case) for r in results)
+    with_memory = any(r.ours_mb is not None for r in results)
     lines = [f"{'case':{width}}  faster by   quartiles    theirs ms    ours ms  claimed  holds"]
+    lines[0] += "  theirs MB  ours MB" if with_memory else ""
     for r in results:
         claimed, holds = ("", "") if r.at_least is None else (f"{r.at_least:.2f}", "yes" if r.holds else "NO")
         times = f"{r.theirs_ms:10.3f} {r.ours_ms:10.3f}"
         spread = f"{r.ratio:9.2f}  {r.low:5.2f} {r.high:5.2f}"
-        lines.append(f"{r.case:{width}}  {spread}  {times}  {claimed:>7}  {holds:>5}".rstrip())
+        line = f"{r.case:{width}}  {spread}  {times}  {claimed:>7}  {holds:>5}"
+        if with_memory:
+            shown = ["" if mb is None else f"{mb:.0f}" for mb in (r.theirs_mb, r.ours_mb)]
+            line += f"  {shown[0]:>9}  {shown[1]:>7}"
+        lines.append(line.rstrip())
     return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""The released laplace-torch, and how it is called."""
+
+import contextlib
+import io
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ._measure import Unavailable
+from ._models import MODELS, inputs
+
+
+def load() -> Any:
+    """The package; ``Unavailable`` if it cannot be imported."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import laplace
+            import laplace.curvature
+    except Exception as error:  # it imports torchvision, which raises other errors, too
+        raise Unavailable(f"laplace-torch cannot be imported ({error}): pip install '.[bench]'.") from error
+    return laplace
+
+
+def backends() -> dict[str, Any]:
+    """Those that can be imported, by name."""
+    curvature = load().curvature
+    names = ("CurvlinopsGGN", "BackPackGGN")
+    return {name: getattr(curvature, name) for name in names if hasattr(curvature, name)}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def classifier(name: str, rows: int, small: bool = False) -> tuple[nn.Module, list[str], Tensor, Tensor]:
+    """A network, the names of its parameters but those of BatchNorm, and data.
+
+    laplace-torch has no curvature of BatchNorm for all structures, so neither side has one here.
+    """
+    torch.manual_seed(0)
+    net = SMALL[name]() if small else MODELS[name]()
+    net = net.eval()
+    norms = {f"{path}." for path, part in net.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    names = [n for n, _ in net.named_parameters() if not any(n.startswith(path) for path in norms)]
+    for n, p in net.named_parameters():
+        p.requires_grad_(n in names)
+    x = inputs(name, rows)
+    return net, names, x, torch.randint(0, 10, (rows,), generator=torch.Generator().manual_seed(1))
+
+
+def fitted(net: nn.Module, x: Tensor, y: Tensor, structure: str, backend: Any, batch_size: int = 256) -> Any:
+    """A Laplace approximation of all parameters that require gradients."""
+    loader = DataLoader(TensorDataset(x, y), batch_size=batch_size)
+    with quiet():
+        la = load().Laplace(net, "classification", "all", structure, backend=backend)
+        la.fit(loader)
+    return la
+
+
+def fastest(ways: dict[str, Callable[[], object]]) -> str:
+    """Name of the fastest of several ways that work, by one timing after a warm-up."""
+    times = {}
+    for name, way in ways.items():
+        try:
+            way()
+            began = time.perf_counter()
+            way()
+        except Exception:  # not every backend takes every network
+            continue
+        times[name] = time.perf_counter() - began
+    return min(times, key=lambda name: times[name])
+
+
+def _small_lenet() -> nn.Module:
+    body = (
+        nn.Conv2d(1, 4, 5, 2, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 8, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    )
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def _small_resnet() -> nn.Module:
+    from ._models import Block
+
+    blocks = (Block(4, 8, 2, 0.0), Block(8, 8, 2, 0.0))
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.ReLU(), *blocks, *head)
+
+
+# For matrices (P, P): 1.3 to 4.8 thousand parameters.
+SMALL: dict[str, Callable[[], nn.Module]] = {
+    "mlp-small": lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
+    "lenet": _small_lenet,
+    "resnet": _small_resnet,
+}
