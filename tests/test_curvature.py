@@ -1350,14 +1350,15 @@ def test_results_do_not_depend_on_the_mode_of_the_caller(kind, structure, mode):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("make", [curvature.ggn_matvec, curvature.hvp])
-def test_products_do_not_depend_on_the_mode_of_the_caller(make, mode):
+@pytest.mark.parametrize("where", [None, "embedding.*"])
+def test_products_do_not_depend_on_the_mode_of_the_caller(make, mode, where):
     fn, params, data, likelihood = tagging()
-    vector = randn_like(params, 1)
-    expected = make(fn, params, data, likelihood)(vector)
+    vector = randn_like(params if where is None else zoo.covering(params, lambda p: p.startswith("emb")), 1)
+    expected = make(fn, params, data, likelihood, where)(vector)
     with mode():
         params, vector = (optree.tree_map(torch.clone, tree) for tree in (params, vector))
-        assert_close(make(fn, params, data, likelihood)(vector), expected)
-    assert_close(make(fn, params, data, likelihood)(vector), expected)
+        assert_close(make(fn, params, data, likelihood, where)(vector), expected)
+    assert_close(make(fn, params, data, likelihood, where)(vector), expected)
 
 
 @combinations()
