@@ -326,7 +326,8 @@ def independent_terms(
             gradients = [gradient]
             yield gram(gradients, gradients, variance[name].to(dtype))
             continue
-        own = _by_first_axis(variance[name].expand(gradient.shape), 0, dtype)
+        own = variance[name] if variance[name].ndim else variance[name].expand(gradient.shape)
+        own = own.reshape(gradient.shape[:1].numel(), -1).to(dtype)
         if form == "variance":
             yield from (found[0] for found in variances(gradient, own.unsqueeze(0)))
             continue

@@ -44,7 +44,7 @@ class Likelihood(abc.ABC):
         """
 
     def output_axis(self, outputs: Tensor) -> int | None:
-        """Say which axis of ``outputs`` holds the ``C`` outputs of a position; the others are rows and positions.
+        """Say which axis holds the ``C`` outputs of a position; the others are rows and positions.
 
         ``None`` for outputs ``(N,)``, which are one output a row.
         """
