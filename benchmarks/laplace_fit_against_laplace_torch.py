@@ -3,8 +3,8 @@
 The claims are of medians over a small MLP, LeNet and a small residual network: `kron` at least 2 times,
 `diag` 1.5 and `full` 1.3, the latter with smaller networks of the kinds, whose matrices have a few thousand
 rows. "Theirs" is `Laplace(net, "classification", "all", structure, backend=...).fit(loader)`, the backend
-being the faster one of curvlinops and BackPACK for the case. "Ours" is one `curvature.ggn`. Beforehand both have to
-give posterior precisions of one determinant. Memory is that of one fit at its peak.
+being the faster one of curvlinops and BackPACK for the case. "Ours" is one `curvature.ggn`. Beforehand both
+have to give posterior precisions of one determinant. Memory is that of one fit at its peak.
 """
 
 import functools

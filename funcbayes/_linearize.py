@@ -8,11 +8,10 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from ._checks import check_model
 from ._functional import Model
-from ._functorch import load_forward_rules
+from ._functorch import jvp, load_forward_rules
 from ._intercept import Unfused
 from ._tree import (
     MISSING,

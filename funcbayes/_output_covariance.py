@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 
-from ._functorch import load_forward_rules
+from ._functorch import jvp, load_forward_rules
 from ._intercept import Unfused
 from ._jacobian import Block, RowGradients, blocks
 from ._jacobian._gram import gram, is_plain, sides
@@ -327,7 +327,7 @@ def independent_terms(
             yield gram(gradients, gradients, variance[name].to(dtype))
             continue
         own = variance[name] if variance[name].ndim else variance[name].expand(gradient.shape)
-        own = own.reshape(gradient.shape[:1].numel(), -1).to(dtype)
+        own = own.reshape(gradient.shape[:1].numel(), gradient.shape[1:].numel()).to(dtype)
         if form == "variance":
             yield from (found[0] for found in variances(gradient, own.unsqueeze(0)))
             continue
