@@ -151,7 +151,7 @@ class FunctionalModule:
                     + (" Pass a buffer as `fb.Fixed(tensor)`." if name in self.buffers else "")
                 )
             given[name] = value
-        for name in self._names:
+        for name in sorted(self._names):
             if name not in given:
                 raise ValueError(f"`fn(params, x)` of `{self.name}` needs the parameter {name!r}.")
         for name in given:
