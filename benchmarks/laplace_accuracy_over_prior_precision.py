@@ -21,7 +21,7 @@ import funcbayes as fb
 from ._measure import Result, Unavailable
 from ._models import lenet
 
-NUM_SAMPLES, PRECISIONS = 256, torch.logspace(-2, 2, 9).tolist()
+NUM_SAMPLES, PRECISIONS = 256, torch.logspace(-2, 2, 7).tolist()
 FOLDER = pathlib.Path(__file__).parent / "results"
 Split = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -75,7 +75,7 @@ def _mnist() -> Split:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 28, 28)[order] / 255
     y = torch.tensor(labels, dtype=torch.int64)[order]
-    return (x[:4000], y[:4000]), (x[4000:], y[4000:])
+    return (x[:4000], y[:4000]), (x[4500:], y[4500:])
 
 
 def _trained(make: Any, data: tuple[Tensor, Tensor], prior: float, epochs: int) -> tuple[Any, Any]:
@@ -112,6 +112,6 @@ def _draw(curves: dict[str, Any]) -> None:
         axes.axvline(found["tuned"], color="0.8", linestyle=":", label="tuned by evidence")
         axes.set(xscale="log", xlabel="prior precision", title=name)
     figure.axes[0].set_ylabel(f"test accuracy, {NUM_SAMPLES} draws")
-    figure.axes[0].legend(fontsize="small", loc="lower right")
+    figure.axes[-1].legend(fontsize="small", loc="center left")
     FOLDER.mkdir(exist_ok=True)
     figure.savefig(FOLDER / "laplace_accuracy.png", dpi=150)

@@ -200,7 +200,7 @@ METHODS = (
     Method("SWAG", fit_swag),
     Method("MultiSWAG", fit_multi_swag),
     Method("dropout, SWAG head", functools.partial(fit_swag_and_dropout, rate=0.1)),
-    Method("Laplace", functools.partial(fit_laplace, last_layer=False)),
+    Method("Laplace, all layers", functools.partial(fit_laplace, last_layer=False)),
     Method("Laplace, last layer", functools.partial(fit_laplace, last_layer=True)),
     Method("mixture of Laplace", fit_laplace_mixture),
 )

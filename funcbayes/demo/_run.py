@@ -92,8 +92,9 @@ data is between 1.9 and 3.0 cm long.
 """
 _IRIS_NOTE = """
 Lower is better for RMSE and NLL. The epistemic part is the disagreement between draws: it should grow where
-there are no data, and does for networks from different starts, but not for draws around one network. The
-rest of an interval's width is the noise that networks have learned, smaller left of the gap than right.
+there are no data, and does for networks from different starts and for Laplace approximations, but not for
+dropout and SWAG around one network. The rest of an interval's width is the noise that networks have learned,
+smaller left of the gap than right.
 """
 
 
