@@ -17,7 +17,7 @@ import funcbayes as fb
 from . import _laplace_torch
 from ._measure import Result, compare, median_of, peak_mb
 
-ROWS = {"mlp-small": 1024, "lenet": 1024, "resnet": 128}
+ROWS = {"mlp-small": 1024, "lenet": 256, "resnet": 32}
 AT_LEAST = {"kron": 2.0, "diag": 1.5, "full": 1.3}
 CLAIM = __name__.rpartition(".")[2]
 
