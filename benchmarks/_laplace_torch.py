@@ -47,8 +47,9 @@ def classifier(name: str, rows: int, small: bool = False) -> tuple[nn.Module, li
     laplace-torch has no curvature of BatchNorm for all structures, so neither side has one here.
     """
     torch.manual_seed(0)
-    net = SMALL[name]() if small else MODELS[name]()
-    net = net.eval()
+    net: Any = SMALL[name]() if small else MODELS[name]()
+    # Dropout does nothing here, and BackPACK does not take all kinds of it.
+    net = nn.Sequential(*(part for part in net if not isinstance(part, nn.Dropout | nn.Dropout2d))).eval()
     norms = {f"{path}." for path, part in net.named_modules() if isinstance(part, nn.BatchNorm2d)}
     names = [n for n, _ in net.named_parameters() if not any(n.startswith(path) for path in norms)]
     for n, p in net.named_parameters():
