@@ -1046,7 +1046,7 @@ def test_outputs_that_the_likelihood_cannot_mean_are_refused():
 
 def test_a_leaf_that_is_nowhere_is_named():
     model = MODELS["mlp"]()
-    with pytest.raises(ValueError, match="needs the parameter '2.bias'"):
+    with pytest.raises(ValueError, match="needs the parameter '0.bias'"):
         predict_linearized(model.fn, None, zoo.head_only(model), model.inputs(3))
 
 
