@@ -93,14 +93,12 @@ class Outer(RowGradients):
         right: ``(K or 1, M, N, G, T, d_in)``, for the other axes; ``None`` for ones, as for a bias.
         shape: Shape of the leaf.
         is_left_gradient: Whether ``left`` is what depends on the columns.
-        is_bias: Whether the leaf is added to what the layer's weight gives.
     """
 
     left: Tensor
     right: Tensor | None
     shape: torch.Size
     is_left_gradient: bool = True
-    is_bias: bool = False
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -116,7 +114,7 @@ class Outer(RowGradients):
     def rows(self, part: slice) -> "Outer":
         """The gradients of some of the rows."""
         right = None if self.right is None else self.right[:, :, part]
-        return Outer(self.left[:, :, part], right, self.shape, self.is_left_gradient, self.is_bias)
+        return Outer(self.left[:, :, part], right, self.shape, self.is_left_gradient)
 
     def matrices(self) -> Tensor:
         """``(M, N, K, d_out, d_in)``."""
@@ -159,7 +157,7 @@ class Outer(RowGradients):
         elif inputs is not None:  # (M, 1, 1)
             left = left * inputs[None, :, None, None]
         left = left.expand(-1, -1, self.left.shape[2], -1, -1, -1)
-        return Outer(left, right, self.shape, self.is_left_gradient, self.is_bias)
+        return Outer(left, right, self.shape, self.is_left_gradient)
 
     def weighed(self, variance: Tensor) -> tuple[Tensor, Tensor]:
         """``(M, N, K, R)``, with ``R`` one side's width where there is one position."""
@@ -252,7 +250,7 @@ class Looked(RowGradients):
     """Gradients of an embedding: rows of the table that were looked up, each with a gradient of its own.
 
     Attributes:
-        tokens: Which rows, ``(M, N, T)``; none twice in one row of data: see :func:`once`.
+        tokens: Which rows, ``(M, N, T)``; one may occur several times in a row of data: see :func:`once`.
         gradients: ``(K, M, N, T, d_in)``.
         shape: Shape of the table.
         padding: A row of the table that has no gradients wherever it is looked up, if there is one.

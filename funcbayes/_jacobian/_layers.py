@@ -172,7 +172,7 @@ def _weight_and_bias(
     if call.weight is not None:
         found[call.weight] = Outer(left, right, leaves[call.weight], is_left_gradient)
     if call.bias is not None:
-        found[call.bias] = Outer(biases, None, leaves[call.bias], is_bias=True)
+        found[call.bias] = Outer(biases, None, leaves[call.bias])
     return found
 
 

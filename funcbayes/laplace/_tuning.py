@@ -117,7 +117,7 @@ def maximize_evidence(
     logs, noise = _minimized(negative, logs, noise, num_steps)
     with torch.no_grad():
         best = -negative(logs, noise)
-        chosen = _in_dtype(precisions(logs), leaves, params)
+        chosen = _in_dtype(precisions(logs), leaves)
     told = c.data.noise(noise_std) if noise is None else noise_of(noise)
     dtype = next(iter(leaves.values())).dtype
     return Hyperparameters(
@@ -179,8 +179,7 @@ def _minimized(
     return found, None if noise is None else kept[-1]
 
 
-def _in_dtype(numbers: Numbers, leaves: dict[str, Tensor], params: Params) -> Numbers:
-    del params
+def _in_dtype(numbers: Numbers, leaves: dict[str, Tensor]) -> Numbers:
     if isinstance(numbers, float | Tensor):
         return torch.as_tensor(numbers).detach().to(next(iter(leaves.values())).dtype)
     return map_named(lambda name, number: number.detach().to(leaves[name].dtype), numbers)
