@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ._functional import Model
 from ._functorch import jvp, load_forward_rules
 from ._intercept import Unfused
 from ._jacobian import Block, RowGradients, blocks
@@ -24,7 +25,6 @@ from .covariances import Covariance, Dense, Diagonal, Kronecker, LowRankPlusDiag
 from .covariances._flat import as_double, ravel_columns
 from .covariances._operator import root_of_capacitance
 
-Model = Any
 Form = Literal["variance", "covariance", "joint"]
 _PUSHED_BYTES = 64 << 20  # of tangents of the outputs, so many columns at a time
 

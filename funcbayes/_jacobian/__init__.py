@@ -2,4 +2,4 @@
 
 from ._blocks import Block as Block, blocks as blocks
 from ._gradients import RowGradients as RowGradients
-from ._plan import UnmappableError as UnmappableError
+from ._taped import UnmappableError as UnmappableError

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .._allocator import keep_large_blocks
+from .._functional import Model
 from .._tree import Params, index, map_leaves, named_leaves, num_rows
 from ._gradients import RowGradients
 from ._others import gradients_of_others
-from ._plan import Plan, Taped, gradients_of_layers, plan_for, signature_of, tape
+from ._plan import Plan, gradients_of_layers, plan_for
+from ._taped import Taped, signature_of, tape
 
-Model = Callable[[Params, Any], Any]
 # Blocks of rows whose intermediates stay in the caches are fastest, so this is far less than memory has.
 DEFAULT_BYTES = 64 << 20
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from .._functional import Model
 from .._functorch import load_forward_rules
 from .._intercept import Unfused
 from .._remember import Remembered
@@ -17,7 +18,6 @@ from .._warning import levels_to_the_user
 from ._gradients import BLOCK_BYTES, RowGradients
 from ._layers import formed
 
-Model = Callable[[Params, Any], Any]
 _warned: Remembered[list[bool]] = Remembered()
 
 

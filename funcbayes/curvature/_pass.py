@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_model, positive_int
+from .._functional import Model
 from .._jacobian import blocks
 from .._jacobian._plan import plan_for
 from .._tree import (
@@ -31,8 +32,6 @@ from ..training._several import count_members
 from ._columns import Columns
 from ._data_term import DataTerm, data_term
 from ._sums import Sums
-
-Model = Any
 
 
 @dataclass(frozen=True)

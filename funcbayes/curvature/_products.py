@@ -64,7 +64,8 @@ def ggn_matvec(
         tensor([[20.]])
     """
     problem = Problem.of(fn, params, data, likelihood, where, call="ggn_matvec", batch_size=batch_size)
-    return _on_trees(problem, lambda vectors: ggn_product(problem, vectors, likelihood)[0])
+    columns = ggn_columns(likelihood, with_noise=True)
+    return _on_trees(problem, lambda vectors: columns_product(problem, columns, vectors)[0])
 
 
 def hvp(
@@ -120,12 +121,6 @@ def _on_trees(problem: Problem, product: Callable[[Vectors], Vectors]) -> Callab
         return map_named(lambda name, _: found[name][0], covered)
 
     return matvec
-
-
-def ggn_product(problem: Problem, vectors: Vectors, likelihood: Likelihood) -> tuple[Vectors, DataTerm]:
-    """``GGN v`` for vectors ``(k, *s)``, and the log likelihood."""
-    columns = ggn_columns(likelihood, with_noise=True)
-    return columns_product(problem, columns, vectors)
 
 
 def columns_product(problem: Problem, columns: Columns, vectors: Vectors) -> tuple[Vectors, DataTerm]:
