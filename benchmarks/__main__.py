@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             for result in module.run(args.repeats):
                 results.append(result)
-                print(".", end="", flush=True)
+                print(f"  {result.case}: {result.ratio:.2f}", flush=True)
         except _measure.Unavailable as reason:
             print(f"\nNot measured: {reason}", flush=True)
             continue

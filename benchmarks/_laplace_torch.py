@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from ._measure import Unavailable
 from ._models import MODELS, inputs
 
+_LONG = 3  # seconds, from which on one call is enough to tell
+
 
 def load() -> Any:
     """The package; ``Unavailable`` if it cannot be imported."""
@@ -27,10 +29,10 @@ def load() -> Any:
     return laplace
 
 
-def backends() -> dict[str, Any]:
-    """Those that can be imported, by name."""
+def backends(structure: str = "kron") -> dict[str, Any]:
+    """Those that can be imported, by name, in the order of asking."""
     curvature = load().curvature
-    names = ("CurvlinopsGGN", "BackPackGGN")
+    names = ("BackPackGGN", "CurvlinopsGGN") if structure == "diag" else ("CurvlinopsGGN", "BackPackGGN")
     return {name: getattr(curvature, name) for name in names if hasattr(curvature, name)}
 
 
@@ -67,19 +69,34 @@ def fitted(net: nn.Module, x: Tensor, y: Tensor, structure: str, backend: Any, b
     return la
 
 
-def fastest(ways: dict[str, Callable[[], object]]) -> str:
-    """Name of the fastest of several ways that work, by one timing, after a warm-up if that is short."""
-    times = {}
+def fastest(
+    ways: dict[str, Callable[[], object]], check: Callable[[object], None], *, is_first_enough: bool
+) -> str:
+    """Name of the fastest of several ways that work and agree, by one timing, after a warm-up if it is short.
+
+    Args:
+        ways: By name.
+        is_first_enough: Whether to leave the others once one works and agrees.
+        check: Raises ``AssertionError`` if what a way gives is not what it should be.
+    """
+    times, reasons = {}, []
     for name, way in ways.items():
-        for _ in range(2):
-            began = time.perf_counter()
-            try:
-                way()
-            except Exception:  # not every backend takes every network
-                break
-            times[name] = time.perf_counter() - began
-            if times[name] > 3:
-                break
+        try:
+            for _ in range(2):
+                began = time.perf_counter()
+                result = way()
+                seconds = time.perf_counter() - began
+                if seconds > _LONG:
+                    break
+            check(result)
+        except Exception as error:  # not every backend takes every network
+            reasons.append(f"{name}: {error}")
+            continue
+        times[name] = seconds
+        if is_first_enough:
+            break
+    if not times:
+        raise RuntimeError("No backend works and agrees. " + " ".join(reasons))
     return min(times, key=lambda name: times[name])
 
 
