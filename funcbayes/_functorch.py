@@ -6,7 +6,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -75,6 +75,14 @@ def unwrap_change(tensor: Tensor) -> tuple[Tensor, int | None]:
         tensor = _functorch.get_unwrapped(tensor)
     level = _functorch.maybe_get_level(tensor)
     return (tensor, None) if level is None else unwrap(tensor, level)
+
+
+@contextlib.contextmanager
+def quiet_fallbacks() -> Iterator[None]:
+    """Nothing is said of operations that ``vmap`` has no rule for: it loops, and so would we."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
 
 
 def map_first_axis(function: Callable[[_T], Tensor], tree: _T, size: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from .._functional import Model
-from .._functorch import load_forward_rules
+from .._functorch import load_forward_rules, quiet_fallbacks
 from .._intercept import Unfused
 from .._remember import Remembered
 from .._tree import Params, index, map_named, named_leaves
@@ -73,8 +73,7 @@ def _of_network(
         for part in _parts(count, size):
             rows = [leaf[part] if is_row else leaf for leaf, is_row in zip(leaves, has_rows, strict=True)]
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")
+                with quiet_fallbacks():
                     found.append(vmap(of_row, in_dims=dims)(rows, columns[:, part]))
             except Exception as error:  # whatever the model raises under a transform
                 return _one_by_one(outputs, chosen, leaves, has_rows, columns, error, fn)

@@ -8,8 +8,10 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from .._functional import Model
+from .._functorch import quiet_fallbacks
 from .._intercept._rows import row_axis, two_rows
 from .._remember import Remembered
 from .._tree import Params, map_leaves, num_rows, parameters_of, tensors
@@ -90,14 +92,7 @@ def gradients_of_layers(
     taken = [i for i, leaves in enumerate(plan.layers) if leaves]
     if not taken or not len(columns) or not taped.outputs.requires_grad:
         return {}
-    pulled = torch.autograd.grad(
-        taped.outputs,
-        [taped.calls[i].edge for i in taken],
-        columns,
-        is_grads_batched=True,
-        retain_graph=True,
-        allow_unused=True,
-    )
+    pulled = _pulled_back(taped.outputs, [taped.calls[i].edge for i in taken], columns)
     members, count = columns.shape[1:3]
     found: dict[str, RowGradients] = {}
     for i, gradient in zip(taken, pulled, strict=True):
@@ -115,6 +110,21 @@ def gradients_of_layers(
         of_layer = row_gradients(call, value, gradient, shapes)
         found |= {name: of_layer[name] for name in plan.layers[i]}
     return found
+
+
+def _pulled_back(outputs: Tensor, edges: Sequence[Any], columns: Tensor) -> list[Tensor | None]:
+    """Gradients at the edges for each column, ``(K, ...)``; ``None`` where outputs do not depend on one."""
+    reached: list[int] = []
+
+    def pulled(column: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, edges, column, retain_graph=True, allow_unused=True)
+        reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    # Not `is_grads_batched`, whose rules are fewer: it loops over the columns of a convolution.
+    with quiet_fallbacks():
+        found = dict(zip(reached, vmap(pulled)(columns), strict=False))
+    return [found.get(i) for i in range(len(edges))]
 
 
 class _NothingFoundError(Exception):
