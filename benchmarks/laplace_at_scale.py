@@ -1,8 +1,9 @@
-"""Time of Laplace of low rank, and of a last layer, grows about linearly up to 20 million parameters,
+"""Time of Laplace of low rank grows about linearly up to 20 million parameters, and so does memory.
 
-and so does memory. "Theirs" is the time of the smallest network times the ratio of the numbers of
-parameters; a ratio of 1 is linear growth, less is faster growth. Rank 10 of the GGN of all parameters; the
-last layer, some thousand parameters, with a Kronecker curvature.
+"Theirs" is the time of the smallest network times the ratio of the numbers of parameters; a ratio of 1 is
+linear growth, less is faster growth. Rank 10 of the GGN of all parameters; and, without a claim, the last
+layer with a Kronecker curvature. Its time is that of the eigenvalues of a matrix as wide as the layer before,
+which grows with the third power of the width, the network with the second.
 """
 
 import statistics
@@ -18,7 +19,7 @@ from ._measure import Result, peak_mb
 
 WIDTHS = (1000, 1700, 2700, 4200)  # of an MLP 784-h-h-10: 1.8 to 21 million parameters
 ROWS, RANK = 128, 10
-AT_LEAST = 0.6
+AT_LEAST = {"low rank": 0.6, "last layer": None}
 CLAIM = __name__.rpartition(".")[2]
 
 
@@ -37,7 +38,7 @@ def run(repeats: int) -> Iterator[Result]:
             ratios = sorted(linear / t for t in times)
             case = f"{what}, {size / 1e6:.1f}M parameters"
             measured = (statistics.median(ratios), ratios[0], ratios[-1], linear, statistics.median(times))
-            yield Result(case, *measured, AT_LEAST, ours_mb=peak_mb(CLAIM, what, str(width)))
+            yield Result(case, *measured, AT_LEAST[what], ours_mb=peak_mb(CLAIM, what, str(width)))
 
 
 def prepared(what: str, width: str) -> Callable[[], object]:
