@@ -1,6 +1,7 @@
 """Rows of Jacobians found through layers, against one row and one output differentiated at a time."""
 
 import math
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -709,6 +710,33 @@ def test_leaves_that_outputs_do_not_depend_on_have_no_gradients():
 
     model = from_function(fn, {"trunk": randn(4, 3), "head": randn(2, 4), "unused": randn(5, 2)}, rows(3), "")
     check(model, model.inputs(3), ("trunk", "unused"))
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_layers_whose_outputs_are_thrown_away_have_no_gradients(has_head):
+    def fn(params, x):
+        F.linear(x, params["spare"])
+        return F.linear(x, params["head"]) if has_head else x * params["scale"]
+
+    model = from_function(fn, {"spare": randn(2, 3), "head": randn(2, 3), "scale": randn(3)}, rows(3), "")
+    x = model.inputs(3)
+    names = ("spare", "head") if has_head else ("spare", "scale")
+    check(model, x, () if has_head else ("scale",), names)
+    (block,) = some(model, x, None, names)
+    assert set(block.gradients(cotangents(block.outputs))) == set(names) - {"spare"}
+
+
+def test_nothing_is_said_of_functions_without_a_batching_rule():
+    def fn(params, x):
+        h = F.linear(x, params["first"])
+        return F.linear(F.bilinear(h, h, params["both"]), params["last"])
+
+    leaves = {"first": randn(4, 3), "both": randn(2, 4, 4), "last": randn(2, 2)}
+    model = from_function(fn, leaves, rows(3), "")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        check(model, model.inputs(3), (), ("first", "last"))
+    assert [str(one.message) for one in said] == []
 
 
 def test_a_model_without_any_gradient_has_none():

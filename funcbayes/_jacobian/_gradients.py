@@ -150,7 +150,7 @@ class Outer(RowGradients):
         if self.left.shape[3] > 1 or self._is_cheaper_formed():
             return Formed(self.matrices(), self.shape).turned(outputs, inputs)
         left, right = _once_for_rows(self.left), self.right
-        if right is None:
+        if right is None:  # a bias: there are fewer sums than positions to turn
             left = left.sum(4, keepdim=True)
         if outputs is not None:
             left = _in_basis(left, outputs)
@@ -158,7 +158,7 @@ class Outer(RowGradients):
             right = _in_basis(right, inputs)
         elif inputs is not None:  # (M, 1, 1)
             left = left * inputs[None, :, None, None]
-        left = left.expand(-1, -1, self.left.shape[2], -1, -1, -1)  # rows again
+        left = left.expand(-1, -1, self.left.shape[2], -1, -1, -1)
         return Outer(left, right, self.shape, self.is_left_gradient)
 
     def weighed(self, variance: Tensor) -> tuple[Tensor, Tensor]:

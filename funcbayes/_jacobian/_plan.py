@@ -8,6 +8,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.func import vmap
 
 from .._functional import Model
@@ -89,17 +90,15 @@ def gradients_of_layers(
     plan: Plan, taped: Taped, columns: Tensor, shapes: dict[str, torch.Size]
 ) -> dict[str, RowGradients]:
     """Gradients of the leaves that layers show, for columns ``(K, M, N, *event)``."""
-    taken = [i for i, leaves in enumerate(plan.layers) if leaves]
-    if not taken or not len(columns) or not taped.outputs.requires_grad:
+    edges = {i: taped.calls[i].edge for i, leaves in enumerate(plan.layers) if leaves}
+    if not edges or not len(columns) or not taped.outputs.requires_grad:
         return {}
-    pulled = _pulled_back(taped.outputs, [taped.calls[i].edge for i in taken], columns)
+    pulled = _pulled_back(taped.outputs, edges, columns)
     members, count = columns.shape[1:3]
     found: dict[str, RowGradients] = {}
-    for i, gradient in zip(taken, pulled, strict=True):
+    for i, gradient in pulled.items():
         call, rows = taped.calls[i], plan.rows[i]
         assert rows is not None
-        if gradient is None:
-            continue
         axis = call.output_axis
         gradient = gradient.unsqueeze(1) if axis is None else gradient.movedim(axis + 1, 1)
         value = by_rows(call.value.expand(members, *call.value.shape[1:]), rows, 1, count)
@@ -112,19 +111,18 @@ def gradients_of_layers(
     return found
 
 
-def _pulled_back(outputs: Tensor, edges: Sequence[Any], columns: Tensor) -> list[Tensor | None]:
-    """Gradients at the edges for each column, ``(K, ...)``; ``None`` where outputs do not depend on one."""
-    reached: list[int] = []
+def _pulled_back(outputs: Tensor, edges: dict[int, GradientEdge], columns: Tensor) -> dict[int, Tensor]:
+    """Gradients for each column, ``(K, ...)``, at those of the edges that outputs depend on."""
 
-    def pulled(column: Tensor) -> tuple[Tensor, ...]:
-        found = torch.autograd.grad(outputs, edges, column, retain_graph=True, allow_unused=True)
-        reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
-        return tuple(gradient for gradient in found if gradient is not None)
+    def pulled(column: Tensor) -> dict[int, Tensor]:
+        found = torch.autograd.grad(
+            outputs, list(edges.values()), column, retain_graph=True, allow_unused=True
+        )
+        return {i: g for i, g in zip(edges, found, strict=True) if g is not None}
 
     # Not `is_grads_batched`, whose rules are fewer: it loops over the columns of a convolution.
     with quiet_fallbacks():
-        found = dict(zip(reached, vmap(pulled)(columns), strict=False))
-    return [found.get(i) for i in range(len(edges))]
+        return vmap(pulled)(columns)
 
 
 class _NothingFoundError(Exception):

@@ -79,9 +79,9 @@ def converted(gradient: RowGradients, dtype: torch.dtype) -> RowGradients:
     values = {
         name: value.to(dtype)
         for name, value in vars(gradient).items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
+        if isinstance(value, Tensor) and value.is_floating_point()
     }
-    return gradient if not values else replace(gradient, **values)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return replace(gradient, **values)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def formed(gradient: RowGradients, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
