@@ -50,7 +50,7 @@ def classifier(name: str, rows: int, small: bool = False) -> tuple[nn.Module, li
     """
     torch.manual_seed(0)
     net: Any = SMALL[name]() if small else MODELS[name]()
-    # Dropout does nothing here, and BackPACK does not take all kinds of it.
+    # Dropout does nothing here, and BackPACK does not take all kinds of it; BatchNorm is as at prediction.
     net = nn.Sequential(*(part for part in net if not isinstance(part, nn.Dropout | nn.Dropout2d))).eval()
     norms = {f"{path}." for path, part in net.named_modules() if isinstance(part, nn.BatchNorm2d)}
     names = [n for n, _ in net.named_parameters() if not any(n.startswith(path) for path in norms)]

@@ -20,7 +20,7 @@ AT_LEAST = 1.0
 def run(repeats: int) -> Iterator[Result]:
     for rows in (1, 32):
         torch.manual_seed(0)
-        module, x = resnet(head_rate=0.2).eval(), inputs("resnet", rows)
+        module, x = resnet(head_rate=0.2).eval(), inputs("resnet", rows)  # its own passes are predictions
         fn, params = fb.make_functional(module)
         head = {k: v for k, v in params.items() if k.startswith("7.3.")}
         variance = {k: torch.full_like(v, 1e-2) for k, v in head.items()}

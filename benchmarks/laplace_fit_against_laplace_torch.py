@@ -11,6 +11,7 @@ them; for diagonals curvlinops takes minutes, and is asked only where BackPACK c
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ CLAIM = __name__.rpartition(".")[2]
 
 
 def run(repeats: int) -> Iterator[Result]:
-    _laplace_torch.load()
     for structure, at_least in AT_LEAST.items():
         results = []
         for name in ROWS:
@@ -36,16 +36,16 @@ def run(repeats: int) -> Iterator[Result]:
 
 
 def _one(structure: str, name: str, repeats: int) -> Result:
+    ways = {backend: _theirs(structure, name, backend) for backend in _laplace_torch.backends(structure)}
     ours = _ours(structure, name)
     logdet = _logdet(structure, name, ours())
 
-    def check(theirs: object) -> None:
-        expected = theirs.log_det_posterior_precision  # type: ignore[attr-defined]
+    def check(theirs: Any) -> None:
+        expected = theirs.log_det_posterior_precision
         torch.testing.assert_close(
             logdet, expected.detach().to(logdet.dtype).reshape(()), rtol=1e-2, atol=0.0
         )
 
-    ways = {backend: _theirs(structure, name, backend) for backend in _laplace_torch.backends(structure)}
     fastest = _laplace_torch.fastest(ways, check, is_first_enough=structure == "diag")
     case = f"{structure}, {name}, {fastest}"
     result = compare(case, ways[fastest], ours, repeats=repeats, warm_up=2, seconds=0.0)
@@ -74,8 +74,8 @@ def _theirs(structure: str, name: str, backend: str) -> Callable[[], object]:
     return functools.partial(_laplace_torch.fitted, net, x, y, structure, _laplace_torch.backends()[backend])
 
 
-def _logdet(structure: str, name: str, c: object) -> Tensor:
+def _logdet(structure: str, name: str, c: Any) -> Tensor:
     """Of the posterior precision with a prior of precision one, as laplace-torch has it at first."""
     net, _, _, _ = _laplace_torch.classifier(name, 1, small=structure == "full")
     _, params = fb.make_functional(net)
-    return -fb.laplace.posterior(params, c).covariance.logdet()  # type: ignore[arg-type]  # what `ours` gives
+    return -fb.laplace.posterior(params, c).covariance.logdet()

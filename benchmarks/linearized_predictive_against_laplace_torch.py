@@ -27,7 +27,6 @@ CLAIM = __name__.rpartition(".")[2]
 
 
 def run(repeats: int) -> Iterator[Result]:
-    _laplace_torch.load()
     for structure, at_least in AT_LEAST.items():
         results = []
         for name in ROWS:
@@ -63,7 +62,7 @@ def prepared(who: str, structure: str, name: str) -> Callable[[], Tensor]:
         return _theirs(net, x, y, structure, new, last=last)
     fn, params = fb.make_functional(net)
     likelihood = fb.likelihoods.Categorical()
-    posterior = fb.laplace.fit(fn, params, (x, y), likelihood, structure=structure, where=names)  # type: ignore[arg-type]
+    posterior = fb.laplace.fit(fn, params, (x, y), likelihood, structure=structure, where=names)
     predict = functools.partial(fb.predict_linearized, fn, params, posterior, new, likelihood=likelihood)
     return lambda: predict().mean
 
@@ -71,8 +70,8 @@ def prepared(who: str, structure: str, name: str) -> Callable[[], Tensor]:
 def _theirs(
     net: nn.Module, x: Tensor, y: Tensor, structure: str, new: Tensor, *, last: bool
 ) -> Callable[[], Tensor]:
-    laplace = _laplace_torch.load()
     if last:
+        laplace = _laplace_torch.load()
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=len(x))
         with _laplace_torch.quiet():
             la = laplace.Laplace(net, "classification", "last_layer", structure)
@@ -93,7 +92,7 @@ def _theirs(
 def _with_a_wide_head() -> tuple[nn.Module, list[str], Tensor, Tensor]:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(64, FEATURES), nn.ReLU())
-    net = nn.Sequential(body, nn.Linear(FEATURES, CLASSES)).eval()
+    net = nn.Sequential(body, nn.Linear(FEATURES, CLASSES))
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     y = torch.randint(0, CLASSES, (64,), generator=torch.Generator().manual_seed(1))
     return net, ["1.weight", "1.bias"], x, y

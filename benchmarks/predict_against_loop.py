@@ -31,7 +31,7 @@ def run(repeats: int) -> Iterator[Result]:
 
 def _weights(name: str, rows: int, repeats: int) -> Result:
     torch.manual_seed(0)
-    module = MODELS[name]().eval()
+    module = MODELS[name]().eval()  # so are its copies in the loop
     fn, params = fb.make_functional(module)
     variance = {k: torch.full_like(v, 1e-4) for k, v in params.items()}
     posterior = fb.Gaussian(params, fb.covariances.Diagonal(variance))
