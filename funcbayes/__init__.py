@@ -13,8 +13,10 @@ from . import (
     metrics as metrics,
     modules as modules,
     plots as plots,
+    priors as priors,
     swag as swag,
     training as training,
+    vi as vi,
 )
 from ._batch_norm import refresh_batch_norm as refresh_batch_norm
 from ._divergence import kl as kl

@@ -12,6 +12,7 @@ from torch.func import vmap
 from ._checks import check_model, positive_int
 from ._functional import Model, batch_statistics
 from ._intercept import Batching, LargestBatched
+from ._mapping import equal_parts
 from ._random import forked
 from ._tree import (
     Fixed,
@@ -29,7 +30,6 @@ from ._warning import levels_to_the_user
 from .posteriors import Ensemble, Mixture
 from .training._batch import Batch
 from .training._data import Data, Source, open_data
-from .training._together import equal_parts
 
 _CALL = "refresh_batch_norm"
 _Members = TypeVar("_Members", Ensemble, Mixture)

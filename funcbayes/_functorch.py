@@ -18,6 +18,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.vmap import lazy_load_decompositions
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def storage_version(tensor: Tensor) -> int:
@@ -40,6 +41,19 @@ def is_concrete(tensor: Tensor) -> bool:
 def is_inside_transform() -> bool:
     """Whether the code that runs is being transformed by ``torch.func``."""
     return _functorch.maybe_current_level() is not None
+
+
+@contextlib.contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Run functions of plain tensors without the transforms around them, which have nothing to do there."""
+    stack = []
+    try:
+        while _functorch.peek_interpreter_stack() is not None:
+            stack.append(_functorch.pop_dynamic_layer_stack())
+        yield
+    finally:
+        while stack:
+            _functorch.push_dynamic_layer_stack(stack.pop())
 
 
 def unintercepted() -> AbstractContextManager[None]:
@@ -85,11 +99,11 @@ def quiet_fallbacks() -> Iterator[None]:
         yield
 
 
-def map_first_axis(function: Callable[[_T], Tensor], tree: _T, size: int) -> Tensor:
+def map_first_axis(function: Callable[[_T], _R], tree: _T, size: int) -> _R:
     """``torch.func.vmap`` over the first axis of every leaf, without the cost of what it is general in.
 
     Args:
-        function: Gives one tensor for one entry of the axis.
+        function: Gives a tensor, or a tree of tensors, for one entry of the axis.
         tree: Leaves are tensors ``(size, ...)``.
         size: Length of the axis.
 
@@ -102,7 +116,11 @@ def map_first_axis(function: Callable[[_T], Tensor], tree: _T, size: int) -> Ten
     level = _functorch._vmap_increment_nesting(size, "error")
     try:
         entry: Any = structure.unflatten([_functorch._add_batch_dim(leaf, 0, level) for leaf in leaves])
-        return _functorch._remove_batch_dim(function(entry), level, size, 0)
+        found: Any = function(entry)
+        if isinstance(found, Tensor):
+            return _functorch._remove_batch_dim(found, level, size, 0)
+        whole: Any = optree.tree_map(lambda leaf: _functorch._remove_batch_dim(leaf, level, size, 0), found)
+        return whole
     finally:
         _functorch._vmap_decrement_nesting()
 

@@ -19,7 +19,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._functorch import is_inside_transform
+from ._functorch import is_concrete, is_inside_transform, outside_transforms
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -167,6 +167,9 @@ def _noise(
         return out.to(dtype)
     if not is_inside_transform():
         return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)
+    if is_concrete(key):  # without the cost of an operator
+        with outside_transforms():
+            return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)
     return _noise_op()(key, list(shape), wide, device, gaussian).to(dtype)
 
 

@@ -11,13 +11,13 @@ from torch.func import vmap
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 import funcbayes as fb
-from funcbayes import training
+from funcbayes import _mapping, training
 from funcbayes._intercept import Batching
+from funcbayes._mapping import equal_parts
 from funcbayes.ensemble import member_seeds
-from funcbayes.training import _several, _together
+from funcbayes.training import _several
 from funcbayes.training._options import Options
 from funcbayes.training._shared_movers import _ELEMENTWISE, shared_movers
-from funcbayes.training._together import equal_parts
 
 F64 = torch.float64
 K = 3
@@ -322,7 +322,7 @@ def test_members_are_parted_equally_by_what_fits(num_members, largest, sizes):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_models_with_large_intermediates_are_trained_in_chunks(model, monkeypatch):
-    monkeypatch.setattr(_together, "_BUDGET", {"cpu": 1})
+    monkeypatch.setattr(_mapping, "_BUDGET", {"cpu": 1})
     make, shape = MODELS[model]
     fn, members = start(make, 5)
     assert_each_is_as_if_alone(fn, members, classification(shape), batch_size=5)

@@ -158,14 +158,20 @@ def _linear(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any])
         if values is not None
         else value.reshape(1, -1, width).expand(draws, -1, -1)
     )
-    if bias is None:
-        out = torch.bmm(rows, weights.transpose(1, 2))
-    else:
-        biases = _front(bias, level)
-        if biases is None:
-            biases = bias.expand(draws, -1)
-        out = torch.baddbmm(biases.unsqueeze(1), rows, weights.transpose(1, 2))
+    biases = None if bias is None else _front(bias, level)
+    if bias is not None and biases is None:
+        biases = bias.expand(draws, -1)
+    # Gradients of the weights lie in memory as the weights do only if rows come last in the product. In the
+    # usual order they come transposed, and everything that is done with them takes several times as long.
+    if value.ndim == 2 and weights.requires_grad and torch.is_grad_enabled():
+        return wrap(_product(biases, weights, rows.transpose(1, 2), -1).transpose(1, 2), 0, level)
+    out = _product(biases, rows, weights.transpose(1, 2), 1)
     return wrap(out.view(draws, *value.shape[:-1], weights.shape[1]), 0, level)
+
+
+def _product(biases: Tensor | None, left: Tensor, right: Tensor, axis: int) -> Tensor:
+    """``left right``, and biases ``(S, C)`` that are the same along an axis."""
+    return torch.bmm(left, right) if biases is None else torch.baddbmm(biases.unsqueeze(axis), left, right)
 
 
 def _in_channels_last(images: Tensor) -> Tensor:

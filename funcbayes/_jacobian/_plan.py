@@ -56,7 +56,14 @@ _plans: Remembered[Plan] = Remembered()
 
 
 def plan_for(
-    fn: Model, params: Params, names: Sequence[str], x: Any, call: str, way: Signature | None = None
+    fn: Model,
+    params: Params,
+    names: Sequence[str],
+    x: Any,
+    call: str,
+    way: Signature | None = None,
+    *,
+    tells: bool = True,
 ) -> Plan:
     """Find out, or remember, how gradients of leaves are found.
 
@@ -67,13 +74,14 @@ def plan_for(
         x: Inputs, at least one row.
         call: How the user called us, for messages.
         way: What layers the model calls for these inputs, if that is not what it does for others like them.
+        tells: Whether a warning names leaves whose gradients would take long to find.
     """
     shapes = tuple((t.shape[1:], t.dtype) for t in tensors(x)), optree.tree_structure(x)
     leaves = tuple((name, leaf.shape, leaf.dtype) for name, leaf in parameters_of(params).items())
-    key = (tuple(names), leaves, shapes, way)
+    key = (tuple(names), leaves, shapes, way, tells)
     try:
         with torch.inference_mode(False):
-            return _plans.get(fn, key, lambda: _make(fn, params, names, x, call))
+            return _plans.get(fn, key, lambda: _make(fn, params, names, x, call, tells=tells))
     except _NothingFoundError as error:  # nor will anything that follows from such outputs be finite
         return Plan((), (), tuple(names), (), error.event, 0, 0)
 
@@ -133,7 +141,7 @@ class _NothingFoundError(Exception):
         self.event = event
 
 
-def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) -> Plan:
+def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str, *, tells: bool) -> Plan:
     if num_rows(x) is None:
         raise ValueError(
             f"`{call}` should be given `x` whose tensors share their first axis, one entry a row."
@@ -169,7 +177,8 @@ def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str) ->
     layers = tuple(tuple(name for name in leaves if name not in wrong) for leaves in layers)
     seen = {name for leaves in layers for name in leaves}
     others = tuple(name for name in names if name not in seen)
-    _tell_of_slow_leaves(fn, {name: shapes[name].numel() for name in others}, outputs[0].numel(), call)
+    if tells:
+        _tell_of_slow_leaves(fn, {name: shapes[name].numel() for name in others}, outputs[0].numel(), call)
     numel = windows = 0
     for layer, leaves in zip(together.calls, layers, strict=True):
         if leaves and layer.output is not None:

@@ -10,6 +10,8 @@ that are held; anything else of a module is as it was when the face was made.
 """
 
 from ._deep_ensemble import DeepEnsemble as DeepEnsemble
+from ._gaussian_linear import GaussianLinear as GaussianLinear
 from ._laplace import LaplaceApproximation as LaplaceApproximation
 from ._mc_dropout import MCDropout as MCDropout
 from ._swag import SWAG as SWAG
+from ._variational import VariationalBayesNN as VariationalBayesNN

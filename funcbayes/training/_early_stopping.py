@@ -10,6 +10,7 @@ from torch.func import vmap
 
 from .._functional import Model
 from .._intercept import Batching, LargestBatched
+from .._mapping import equal_parts
 from .._random import forked
 from .._tree import Params, device_of, index, map_leaves, tensors
 from ..likelihoods import Likelihood
@@ -17,7 +18,6 @@ from ..likelihoods._layout import wide
 from ._batch import Batch, Pair
 from ._data import Data, Source, are_tensors, open_data
 from ._loader import global_generators
-from ._together import equal_parts
 
 _ROWS = 1024  # evaluated at a time, of data in tensors
 

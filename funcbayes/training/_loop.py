@@ -157,7 +157,7 @@ def _bar(options: Options) -> Iterator[Callable[[Tensor], None]]:
     with tqdm(total=options.num_epochs, desc=options.call, unit="epoch") as bar:
 
         def show(losses: Tensor) -> None:
-            bar.set_postfix(loss=f"{losses.mean().item():.4g}", refresh=False)
+            bar.set_postfix(options.shown(losses), refresh=False)
             bar.update()
 
         yield show

@@ -83,6 +83,7 @@ class Movers:
         self.movers = [Mover.of(own, options) for own in slices]
         self.is_stacked = stacked
         self.max_grad_norm = options.max_grad_norm
+        self._inspect = options.inspect or _accept
         self._needs_closure = _needs_closure(self.movers[0].optimizer)
 
     @classmethod
@@ -102,8 +103,11 @@ class Movers:
     def step(self, gradients: Gradients, networks: Networks, batch: Batch | RaggedBatch) -> Tensor:
         """Move all networks by one step; their losses ``(K,)`` before it."""
         if self._needs_closure:
-            return joined([self._move_alone(k, networks, batch) for k in range(networks.num_members)])
+            losses = joined([self._move_alone(k, networks, batch) for k in range(networks.num_members)])
+            self._inspect(networks, self.leaves(), batch, losses)
+            return losses
         losses, grads = gradients(networks, self.leaves(), batch)
+        self._inspect(networks, self.leaves(), batch, losses)
         grads = self._shortened(grads)
         for k, mover in enumerate(self.movers):
             mover.set_gradients(grads if self.is_stacked else _of_one(grads, k))
@@ -137,6 +141,10 @@ class Movers:
         """Step the schedulers, for losses ``(K,)``."""
         for k, mover in enumerate(self.movers):
             mover.schedule(losses, k)
+
+
+def _accept(networks: Networks, leaves: list[Tensor], batch: Batch | RaggedBatch, losses: Tensor) -> None:
+    """Let any losses pass."""
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

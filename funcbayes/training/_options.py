@@ -23,6 +23,9 @@ class Options:
 
     ``call`` is the name of the public function and ``member`` the number of a network that is trained
     alone but belongs to an ensemble, for messages. ``callback`` is given losses ``(K,)`` and members.
+    ``inspect`` sees the losses of every step before it is taken, and may refuse to go on: it is given the
+    networks, their leaves, the batch and losses ``(K,)``. ``shown`` says what the bar shows for losses
+    ``(K,)``.
     """
 
     call: str
@@ -36,6 +39,8 @@ class Options:
     member: int | None = None
     patience: int | None = None
     has_validation: bool = False
+    inspect: Callable[[Any, list[Tensor], Any, Tensor], None] | None = None
+    shown: Callable[[Tensor], dict[str, str]] = lambda losses: {"loss": f"{losses.mean().item():.4g}"}
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""

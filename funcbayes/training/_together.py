@@ -1,7 +1,6 @@
 """Losses and gradients of all members by vectorised passes."""
 
 import functools
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +11,12 @@ from torch import Tensor
 from torch.func import vmap
 
 from .._intercept import Batching, LargestBatched
+from .._mapping import equal_parts
 from .._random import fold
 from .._tree import Params, index, merge, named_leaves, select
 from .._warning import levels_to_the_user
 from ._batch import Batch, RaggedBatch
 from ._networks import Networks, one_by_one
-
-# Bytes of the largest intermediate, over the members of one pass. Beyond it buffers fall out of the
-# cache, and fewer members at a time are faster; two still pay where one buffer is larger.
-_BUDGET = {"cpu": 8 << 20, "other": 256 << 20}
 
 
 class Together:
@@ -87,14 +83,6 @@ class Together:
             if size is None
             else [slice(a, min(a + size, num)) for a in range(0, num, size)]
         )
-
-
-def equal_parts(num_members: int, largest: int, device: torch.device) -> list[slice]:
-    """As few parts as keep to the budget, with an intermediate of ``largest`` bytes a member."""
-    budget = _BUDGET["cpu" if device.type == "cpu" else "other"]
-    num = -(-num_members // max(2, budget // max(1, largest)))
-    bounds = [num_members * i // num for i in range(num + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def _vmapped(

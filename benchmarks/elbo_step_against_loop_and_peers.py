@@ -1,0 +1,134 @@
+"""A step on the ELBO is faster than a loop over draws, and far faster with local reparameterisation.
+
+The value and the gradient of a mean-field ELBO with 10 draws, of 128 rows. Each case is against one way of
+doing it: a plain loop over draws with `torch.func.functional_call`; and the libraries that are installed:
+`posteriors`, `bayesian-torch` and `blitz`, each as its documentation has it. The claims are of the loop with
+drawn weights, never below 0.95 of it, and of local reparameterisation, at least 2 times faster than the
+fastest of all others in the median over networks. All find the same expected objective; beforehand the data
+terms are compared, as means over many draws.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import funcbayes as fb
+
+from . import _elbo_peers
+from ._measure import Result, compare, median_of
+from ._models import inputs, lenet, mlp
+
+DRAWS, ROWS, NUM_DATA, SCALE = 10, 128, 10_000, 0.05
+
+
+def mlp_tiny() -> nn.Module:
+    layers = nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    return nn.Sequential(*layers)
+
+
+NETWORKS = {"16-64-64-10": mlp_tiny, "784-512-256-10": mlp, "lenet": lenet}
+
+
+def run(repeats: int) -> Iterator[Result]:
+    fastest = []
+    for name, make in NETWORKS.items():
+        x, y = _data(name)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = make()
+        weights, local = (_ours(net, x, y, estimator) for estimator in ("reparam", "local"))
+        others = {"loop": _loop(net, x, y), **_elbo_peers.steps(net, x, y, DRAWS, NUM_DATA, SCALE)}
+        expected = _data_term(net, x, y)
+        for who, step in {"weights": weights, "local": local, **others}.items():
+            # Convolutions with noise of each position's own are another model.
+            tolerance = 0.2 if name == "lenet" and who == "local" else 0.05
+            found = torch.stack([torch.as_tensor(step()).detach() for _ in range(20)]).mean() - _kl(net, who)
+            torch.testing.assert_close(
+                float(found), expected, rtol=tolerance, atol=0.0, msg=f"{who}: {found}"
+            )
+        yield compare(
+            f"weights, {name}, against the loop", others["loop"], weights, repeats=repeats, at_least=0.95
+        )
+        results = []
+        for who, step in others.items():
+            results.append(compare(f"local, {name}, against {who}", step, local, repeats=repeats))
+            yield results[-1]
+        fastest.append(min(results, key=lambda result: result.ratio))
+    yield median_of("local, against the fastest, median over networks", fastest, 2.0)
+
+
+def _data(name: str) -> tuple[Tensor, Tensor]:
+    shape = {"16-64-64-10": None, "784-512-256-10": "mlp", "lenet": "lenet"}[name]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, 16, generator=generator) if shape is None else inputs(shape, ROWS)
+    return x, torch.randint(0, 10, (ROWS,), generator=torch.Generator().manual_seed(1))
+
+
+def _ours(net: nn.Module, x: Tensor, y: Tensor, estimator: str) -> Callable[[], Tensor]:
+    fn, params = fb.make_functional(net)
+    state = fb.vi.init(params, init_scale=SCALE)
+    leaves = [leaf.requires_grad_() for tree in (state.mean, state.rho) for leaf in tree.values()]
+    likelihood, seeds = fb.likelihoods.Categorical(), iter(range(1 << 30))
+
+    def step() -> Tensor:
+        loss = fb.vi.negative_elbo(
+            *(fn, None, state, (x, y), likelihood),
+            num_data=NUM_DATA,
+            num_samples=DRAWS,
+            seed=next(seeds),
+            estimator=estimator,
+        )
+        torch.autograd.grad(loss, leaves)
+        return loss
+
+    return step
+
+
+def _loop(net: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """What one writes by hand."""
+    means = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    start = math.log(math.expm1(SCALE))
+    rhos = {name: torch.full_like(p, start).requires_grad_() for name, p in means.items()}
+
+    def step() -> Tensor:
+        stds = {name: F.softplus(rho) for name, rho in rhos.items()}
+        nll = torch.zeros(())
+        for _ in range(DRAWS):
+            draw = {name: mean + stds[name] * torch.randn_like(mean) for name, mean in means.items()}
+            nll = nll + F.cross_entropy(functional_call(net, draw, (x,)), y)
+        kl = sum(
+            0.5 * (mean.square() + stds[name].square() - 1).sum() - stds[name].log().sum()
+            for name, mean in means.items()
+        )
+        loss = NUM_DATA * nll / DRAWS + kl
+        torch.autograd.grad(loss, [*means.values(), *rhos.values()])
+        return loss
+
+    return step
+
+
+def _kl(net: nn.Module, who: str) -> float:
+    """What each adds to its data term: the KL from a standard normal."""
+    del who
+    total = 0.0
+    for p in net.parameters():
+        total += float(0.5 * (p.detach().square() + SCALE**2 - 1).sum()) - p.numel() * math.log(SCALE)
+    return total
+
+
+def _data_term(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """``NUM_DATA`` times the mean loss, over many draws of the weights."""
+    generator = torch.Generator().manual_seed(2)
+    total = 0.0
+    with torch.no_grad():
+        for _ in range(200):
+            draw = {
+                name: p + SCALE * torch.randn(p.shape, generator=generator)
+                for name, p in net.named_parameters()
+            }
+            total += float(F.cross_entropy(functional_call(net, draw, (x,)), y))
+    return NUM_DATA * total / 200

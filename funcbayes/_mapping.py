@@ -1,0 +1,147 @@
+"""A differentiable function of many draws: in as few vectorised passes as stay in the caches, or in a loop.
+
+It is for training, where gradients flow through all draws, as those of an ELBO do, or of many chains. The
+choice depends on shapes only, never on timings: rounding differs between sizes, and training magnifies it, so
+that a timed choice would give another result at every run. For prediction, where rounding is harmless, see
+:mod:`funcbayes._engine`.
+"""
+
+import itertools
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+
+from ._allocator import keep_large_blocks
+from ._functorch import is_inside_transform, map_first_axis
+from ._intercept import Batching, LargestBatched
+from ._remember import Remembered
+from ._tree import concatenate, device_of, index, stack
+from ._warning import levels_to_the_user
+
+# Bytes of the largest intermediate, over the draws of one pass. Beyond it buffers fall out of the cache, and
+# fewer draws at a time are faster; two still pay where one buffer is larger.
+_BUDGET = {"cpu": 8 << 20, "other": 256 << 20}
+
+
+@dataclass
+class _Plan:
+    """How draws of one model at one shape are mapped.
+
+    Attributes:
+        device: Where draws are.
+        largest: Bytes of the largest intermediate of one draw; ``None`` if ``vmap`` cannot take the model.
+        is_plain: Whether batching rules stand in the model's way.
+    """
+
+    device: torch.device
+    largest: int | None
+    is_plain: bool = False
+
+
+_plans: Remembered[_Plan] = Remembered()
+
+
+def map_draws(
+    one: Callable[[Any], Any],
+    draws: Callable[[slice], Any],
+    count: int,
+    *,
+    owner: Any,
+    num_rows: int,
+    key: Hashable,
+    call: str,
+    chunk_size: int | None = None,
+    has_rules: bool = True,
+) -> Any:
+    """Evaluate a function of one draw for many, differentiably.
+
+    Args:
+        one: Gives a tensor, or a tree of tensors, for one draw.
+        draws: Gives the draws of a part of ``0 .. S - 1``, a tree whose leaves have a leading axis.
+        count: ``S``.
+        owner: What plans are remembered for: the model.
+        num_rows: Rows of data that a draw sees, by which images are laid out.
+        key: What shapes depend on, beside the model: see :func:`funcbayes._engine.signature`.
+        call: How the user called us, for the warning that a loop is used.
+        chunk_size: Draws of one pass; ``None`` to choose by the size of intermediates.
+        has_rules: Whether weights differ between draws, for which there are batching rules.
+
+    Returns:
+        Results with a leading axis ``S``.
+    """
+    if count == 1 or chunk_size == 1:
+        return _in_a_loop(one, draws, count)
+    kind = "none" if not has_rules else "channels_last" if num_rows >= 4 else "rows_first"
+    if is_inside_transform():  # sizes are those of others, too
+        return _mapped(one, draws(slice(0, count)), count, kind)
+    plan = _plans.get(owner, (key, num_rows), lambda: _made_plan(one, draws(slice(0, 1)), owner, call))
+    if plan.largest is None:
+        return _in_a_loop(one, draws, count)
+    if chunk_size is None:
+        parts = equal_parts(count, plan.largest, plan.device)
+    else:
+        parts = [slice(a, min(a + chunk_size, count)) for a in range(0, count, chunk_size)]
+    if plan.device.type == "cpu":
+        keep_large_blocks()
+    found = []
+    for part in parts:
+        size, own = part.stop - part.start, draws(part)
+        try:
+            found.append(_mapped(one, own, size, "vmap" if plan.is_plain else kind))
+        except Exception:  # of a batching rule, where plain `vmap` is right; the model's own comes again
+            if plan.is_plain:
+                raise
+            plan.is_plain = True
+            found.append(_mapped(one, own, size, "vmap"))
+    return concatenate(found)
+
+
+def equal_parts(count: int, largest: int, device: torch.device) -> list[slice]:
+    """As few parts as keep to the budget, with an intermediate of ``largest`` bytes a draw."""
+    budget = _BUDGET["cpu" if device.type == "cpu" else "other"]
+    num = -(-count // max(2, budget // max(1, largest)))
+    bounds = [count * i // num for i in range(num + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def _mapped(
+    one: Callable[[Any], Any], draws: Any, count: int, kind: str, seen: LargestBatched | None = None
+) -> Any:
+    if kind == "none":
+        return map_first_axis(one, draws, count)
+    rules = Batching(kind, seen)
+
+    def ruled(draw: Any) -> Any:
+        with rules:
+            return one(draw)
+
+    return map_first_axis(ruled, draws, count)
+
+
+def _in_a_loop(one: Callable[[Any], Any], draws: Callable[[slice], Any], count: int) -> Any:
+    found = [one(index(draws(slice(i, i + 1)), 0)) for i in range(count)]
+    if count == 1:
+        return optree.tree_map(lambda leaf: leaf.unsqueeze(0), found[0])
+    return stack(found)
+
+
+def _made_plan(one: Callable[[Any], Any], first: Any, owner: Any, call: str) -> _Plan:
+    """Map over a single draw, to see whether that goes and how large it gets."""
+    seen, device = LargestBatched(), device_of(first) or torch.device("cpu")
+    with torch.no_grad():
+        try:
+            _mapped(one, first, 1, "vmap", seen)
+        except Exception as error:  # whatever it is, a loop that works is an answer
+            one(index(first, 0))  # which raises what is the model's own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(
+                f"`{call}` evaluates draws one by one, because `vmap` cannot take {owner!r}: {reason}",
+                UserWarning,
+                stacklevel=levels_to_the_user(),
+            )
+            return _Plan(device, None)
+    return _Plan(device, seen.nbytes)
