@@ -8,6 +8,7 @@ from . import (
     covariances as covariances,
     curvature as curvature,
     ensemble as ensemble,
+    ivon as ivon,
     laplace as laplace,
     likelihoods as likelihoods,
     metrics as metrics,

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from ._tree import Params, difference, named_leaves
+
 
 def positive_int(value: Any, call: str) -> int:
     """A count as an int; refused if it is none, or below 1.
@@ -31,3 +33,18 @@ def check_model(fn: Any, call: str) -> None:
         raise TypeError(
             f"`{call}(fn, ...)` should be given a function of (params, x), got {type(fn).__name__}."
         )
+
+
+def check_covers(covered: Params, params: Params, call: str) -> None:
+    """Refuse a distribution over leaves that differ from those of the model's parameters.
+
+    Args:
+        covered: The leaves that it is over.
+        params: Parameters of the model; ``None``, or without any of these leaves, if it is to bring them.
+        call: How the user called us: ``"vi.negative_elbo(fn, params, state, ...)"``.
+    """
+    own = named_leaves(covered)
+    there = {name: leaf for name, leaf in named_leaves(params).items() if name in own}
+    differing = difference(own, there) if there else None
+    if differing:
+        raise ValueError(f"`{call}` should have a state over leaves of `params`; in it {differing}.")

@@ -40,7 +40,8 @@ def task():
     training = {"optimizer": functools.partial(torch.optim.Adam, lr=1e-2), "num_epochs": 3}
     collecting = {"optimizer": functools.partial(torch.optim.SGD, lr=1e-2)}
     data, likelihood = (x, (x[:, 0] > 0).long()), fb.likelihoods.Categorical()
-    return Task(make_module, data, likelihood, training, collecting, 3, 16)
+    natural = {"learning_rate": 0.1, "beta2": 0.99}
+    return Task(make_module, data, likelihood, training, collecting, natural, 3, 16)
 
 
 @pytest.fixture(scope="module")

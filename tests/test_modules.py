@@ -13,7 +13,14 @@ from zoo import F64, randn
 
 import funcbayes as fb
 from funcbayes.likelihoods import Categorical
-from funcbayes.modules import SWAG, DeepEnsemble, LaplaceApproximation, MCDropout
+from funcbayes.modules import (
+    SWAG,
+    DeepEnsemble,
+    GaussianLinear,
+    LaplaceApproximation,
+    MCDropout,
+    VariationalBayesNN,
+)
 
 N = 6
 
@@ -68,6 +75,10 @@ def laplace(model, **options):
     return face
 
 
+def variational(model, **options):
+    return VariationalBayesNN(model, num_samples=20, init_scale=0.1, **options)
+
+
 def data_for(model, likelihood=None):
     first = next(m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d))
     shape = {nn.Linear: (4,), nn.Conv1d: (2, 5), nn.Conv2d: (2, 4, 4)}[type(first)]
@@ -88,6 +99,7 @@ FACES = {
     "deep_ensemble": lambda make, **options: ensemble(make, **options),
     "swag": lambda make, **options: swag(seeded(make), **options),
     "laplace": lambda make, **options: laplace(seeded(make), **options),
+    "variational": lambda make, **options: variational(seeded(make), **options),
 }
 faces = pytest.mark.parametrize("make_face", FACES.values(), ids=FACES.keys())
 MODELS = {
@@ -196,6 +208,7 @@ def test_a_state_dict_makes_another_face_predict_the_same(make_face, tmp_path):
         "DeepEnsemble": lambda: DeepEnsemble(lambda: seeded(conv_net, 9)),
         "SWAG": lambda: SWAG(seeded(conv_net, 9)),
         "LaplaceApproximation": lambda: LaplaceApproximation(seeded(conv_net, 9), num_samples=20),
+        "VariationalBayesNN": lambda: VariationalBayesNN(seeded(conv_net, 9), num_samples=20),
     }[type(face).__name__]()
     torch.save(face.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -222,7 +235,7 @@ def test_predictions_follow_the_model(make_face):
     assert not torch.allclose(face.predict(x, seed=0)[0], before)
 
 
-@pytest.mark.parametrize("call", [MCDropout, SWAG, DeepEnsemble, LaplaceApproximation])
+@pytest.mark.parametrize("call", [MCDropout, SWAG, DeepEnsemble, LaplaceApproximation, VariationalBayesNN])
 def test_faces_refuse_what_they_cannot_use(call):
     argument = (lambda: mlp()) if call is DeepEnsemble else mlp()
     with pytest.raises(ValueError, match=rf"`{call.__name__}\(likelihood=\.\.\.\)`.*got 'logits'"):
@@ -586,3 +599,110 @@ def test_the_laplace_face_chooses_the_prior_by_held_out_data_too():
 def test_the_laplace_face_refuses_bad_numbers_before_any_fit(options, message):
     with pytest.raises(ValueError, match=message):
         LaplaceApproximation(mlp(), **options)
+
+
+# Variational inference.
+
+ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
+
+
+@pytest.mark.parametrize("family", ["diag", "low_rank", "kron", "full"])
+def test_the_variational_face_is_fitted_as_the_function_fits(family):
+    model = seeded(mlp)
+    fn, params = fb.make_functional(model)
+    data = data_for(model)
+    face = VariationalBayesNN(model, family=family, rank=2, prior_precision=2.0)
+    options = {"optimizer": ADAM, "num_epochs": 3, "batch_size": 5, "seed": 1}
+    face.fit(data, **options)
+    q = fb.vi.fit(fn, params, data, Categorical(), family=family, rank=2, prior_precision=2.0, **options)
+    found = face.posterior()
+    for name in params:
+        assert_close(found.mean[name], q.mean[name])
+        assert_close(found.variance[name], q.variance[name])
+        assert_close(dict(model.named_parameters())[name].detach(), q.mean[name])
+    x = randn(N, 4)
+    expected = fb.predict(fn, None, q, x, likelihood=Categorical(), num_samples=32, seed=0)
+    assert_close(face.predict(x, seed=0)[0], expected.mean, rtol=1e-4, atol=1e-5)
+
+
+def test_the_variational_face_keeps_statistics_of_batch_norm():
+    model = seeded(conv_net)
+    before = model[1].running_mean.clone()
+    face = VariationalBayesNN(model)
+    face.fit(data_for(model), optimizer=ADAM, num_epochs=2, seed=0)
+    assert not torch.allclose(model[1].running_mean, before)
+    assert int(model[1].num_batches_tracked) == 2
+
+
+@pytest.mark.parametrize("family", ["diag", "kron"])
+def test_the_variational_face_is_trained_by_a_loop_of_ones_own(family):
+    model = seeded(mlp)
+    x, y = data_for(model)
+    face = VariationalBayesNN(model, family=family, where="3.*")
+    assert {name.rpartition(".")[0] for name in face.state.mean} == {"3"}
+    state = face.state.detached()
+    fn, params = fb.make_functional(model)
+    loss = face.negative_elbo(x, y, num_data=100, num_samples=4, seed=3)
+    held = {name: p for name, p in params.items() if not name.startswith("3.")}
+    expected = fb.vi.negative_elbo(
+        fn, held, state, (x, y), Categorical(), num_data=100, num_samples=4, seed=3
+    )
+    assert_close(loss.detach(), expected)
+    loss.backward()
+    assert all(p.grad is not None for p in face.parameters())
+    zero = {name: torch.zeros_like(leaf) for name, leaf in state.mean.items()}
+    ones = {name: torch.ones_like(leaf) for name, leaf in zero.items()}
+    prior = fb.Gaussian(zero, fb.covariances.Diagonal(ones))
+    assert_close(face.kl_divergence().detach(), fb.kl(face.posterior(), prior))
+
+
+def test_the_variational_face_refuses_what_was_decided_before():
+    model = seeded(mlp)
+    face = VariationalBayesNN(model, prior=fb.priors.Horseshoe())
+    with pytest.raises(TypeError, match=r"fit\(family=\.\.\.\)` is no option here"):
+        face.fit(data_for(model), optimizer=ADAM, num_epochs=1, family="full")
+    with pytest.raises(NotImplementedError, match="no closed form for a HorseshoePrior"):
+        face.kl_divergence()
+    with pytest.raises(ValueError, match=r"noise_std=.* positive"):
+        VariationalBayesNN(model, noise_std=0.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gaussian_layer_has_the_moments_of_its_weights(bias):
+    layer, x = seeded(lambda: GaussianLinear(3, 2, bias, init_scale=0.3)), randn(5, 3)
+    outputs = torch.stack([layer(x, seed=k) for k in range(4000)]).detach()
+    q = layer.posterior()
+    mean = F.linear(x, q.mean["weight"], q.mean.get("bias"))
+    variance = F.linear(x**2, q.variance["weight"], q.variance.get("bias"))
+    assert ((outputs.mean(0) - mean).abs() < 5 * (variance / 4000).sqrt()).all()
+    assert ((outputs.var(0) / variance - 1).abs() < 5 * (2 / 4000) ** 0.5).all()
+    assert_close(layer.eval()(x), mean)
+    assert_close(layer(x, sample=False), mean)
+    assert not torch.allclose(layer(x, sample=True, seed=0), mean)
+
+
+def test_a_gaussian_layer_has_the_divergence_from_its_prior():
+    layer = seeded(lambda: GaussianLinear(3, 2, prior_std=2.0))
+    q = layer.posterior()
+    expected = sum(
+        torch.distributions.kl_divergence(
+            torch.distributions.Normal(q.mean[name], q.variance[name].sqrt()),
+            torch.distributions.Normal(0.0, 2.0),
+        ).sum()
+        for name in q.mean
+    )
+    assert_close(layer.kl_divergence().detach(), expected)
+    (layer(randn(4, 3)).sum() + layer.kl_divergence()).backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
+        "weight_mean",
+        "weight_rho",
+        "bias_mean",
+        "bias_rho",
+    }
+    assert "in_features=3, out_features=2, bias=True, prior_std=2.0" in repr(layer)
+
+
+def test_a_gaussian_layer_refuses_scales_that_are_not_positive():
+    for name in ("prior_std", "init_scale"):
+        with pytest.raises(ValueError, match=rf"GaussianLinear\({name}=.* positive"):
+            GaussianLinear(3, 2, **{name: 0.0})

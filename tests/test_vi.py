@@ -935,7 +935,7 @@ BAD = {
     "other state": (
         lambda: elbo_with(state=vi.init({"v": torch.ones(1)})),
         ValueError,
-        "'v' is not expected",
+        "no parameter 'v'",
     ),
     "batch": (lambda: elbo_with(batch=data()[0]), TypeError, r"`\(x, y\)`"),
     "likelihood": (lambda: elbo_with(likelihood=None), TypeError, "likelihood="),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ensemble, laplace, swag, training
+from .. import ensemble, ivon, laplace, swag, training, vi
 from .._functional import Model, make_functional
 from .._linearize import linearize
 from .._predict import predict
@@ -28,6 +28,7 @@ class Task:
         likelihood: What outputs say of targets.
         training: Arguments of ``training.fit``: ``optimizer``, ``num_epochs``, ``prior_precision``, ...
         collecting: Those of ``swag.fit`` that differ.
+        natural: Those of ``ivon.fit`` that take the place of an optimizer.
         num_members: Networks in an ensemble.
         num_draws: Draws to predict with, where a posterior has infinitely many.
     """
@@ -37,6 +38,7 @@ class Task:
     likelihood: Likelihood
     training: Mapping[str, Any]
     collecting: Mapping[str, Any]
+    natural: Mapping[str, Any]
     num_members: int
     num_draws: int
 
@@ -175,6 +177,23 @@ def fit_laplace_mixture(task: Task, seed: int) -> Fitted:
     return Fitted(fn, None, posterior, {"num_samples": task.num_draws, "seed": seed}, loop)
 
 
+def fit_variational(task: Task, seed: int) -> Fitted:
+    """A Gaussian moved to where the ELBO is largest; pre-activations are drawn instead of weights."""
+    fn, params = make_functional(_seeded_module(task, 0.0, seed))
+    options = {**task.training, "estimator": "local"}
+    posterior = vi.fit(fn, params, task.data, task.likelihood, seed=seed, **options)
+    return Fitted(fn, None, posterior, {"num_samples": task.num_draws, "seed": seed})
+
+
+def fit_ivon(task: Task, seed: int) -> Fitted:
+    """Such a Gaussian found by natural gradients, at the cost of training one network."""
+    fn, params = make_functional(_seeded_module(task, 0.0, seed))
+    options = {**task.training, **task.natural}
+    del options["optimizer"]
+    posterior = ivon.fit(fn, params, task.data, task.likelihood, seed=seed, **options)
+    return Fitted(fn, None, posterior, {"num_samples": task.num_draws, "seed": seed})
+
+
 def _jvp_loop(fn: Model, params: Params, posterior: Any, x: Tensor, options: Mapping[str, Any]) -> Tensor:
     """What one writes by hand: the linearised model at one draw after another."""
     linear, draws = linearize(fn, params), posterior.sample(**options)
@@ -203,4 +222,6 @@ METHODS = (
     Method("Laplace, all layers", functools.partial(fit_laplace, last_layer=False)),
     Method("Laplace, last layer", functools.partial(fit_laplace, last_layer=True)),
     Method("mixture of Laplace", fit_laplace_mixture),
+    Method("variational (diag)", fit_variational),
+    Method("IVON", fit_ivon),
 )

@@ -123,6 +123,7 @@ def _classify(settings: Settings, split: Split) -> dict[str, _report.Classified]
             "optimizer": functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
             "num_epochs": settings.digits_snapshots,
         },
+        natural={"learning_rate": 0.1, "hess_init": 0.5, "beta2": 0.9995},
         num_members=settings.num_members,
         num_draws=settings.digits_draws,
     )
@@ -154,6 +155,13 @@ def _regress(settings: Settings, split: Split) -> dict[str, _report.Regressed]:
             "num_epochs": 10 * settings.iris_snapshots,
             "collect_every": 10,
             "batch_size": 16,
+        },
+        natural={
+            "learning_rate": 0.02,
+            "hess_init": 20.0,
+            "beta2": 0.9999,
+            "num_samples": 4,
+            "max_grad_norm": 1.0,
         },
         num_members=settings.num_members,
         num_draws=settings.iris_draws,

@@ -1,7 +1,16 @@
-"""Priors: log densities over trees of parameters, summed over all of them.
+"""Priors: log densities over trees of parameters, **summed** over all of them.
+
+============ ============================================ =============================
+Prior        one parameter                                ``E log p`` under a Gaussian
+============ ============================================ =============================
+Normal       ``N(mean, 1 / precision)``                   closed form
+Laplace      ``exp(-|theta - location| / scale)``         closed form
+ScaleMixture two normals around zero, wide and narrow     none
+Horseshoe    a normal around zero, half-Cauchy deviation  none
+============ ============================================ =============================
 
 All of these are independent between parameters. A :class:`funcbayes.Gaussian` of any structure is a prior,
-too.
+too. In files the classes are called ``NormalPrior`` and so on, as likelihoods have some of the names.
 """
 
 from ._horseshoe import HorseshoePrior

@@ -1,68 +1,54 @@
-"""Horseshoe priors, which leave large parameters alone and pull all others to zero."""
+"""Horseshoe priors, which pull small parameters to zero and leave large ones alone."""
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._tree import pytree_dataclass
-from ._interface import Prior
-from ._numbers import Numbers
-
-_EULER = 0.57721566490153286
-_SPLIT = 2.0  # the series below, the continued fraction above
-_TERMS, _DEPTH = 30, 60
+from ._exponential_integral import scaled_exponential_integral
+from ._interface import Prior, Values
+from ._numbers import POSITIVE, Numbers, Range
 
 
 @pytree_dataclass
 class HorseshoePrior(Prior):
-    """Independent horseshoes: ``theta ~ N(0, lambda^2 scale^2)`` with a half-Cauchy ``lambda``.
+    """Independent horseshoes, ``theta ~ N(0, lambda^2 scale^2)`` each with its own ``lambda ~ C+(0, 1)``.
 
-    With ``lambda`` integrated out (Carvalho, Polson & Scott 2010, theorem 1 and its proof)
-    ``p(theta) = (2 pi^3)^(-1/2) / scale * exp(x) E1(x)`` with ``x = theta^2 / (2 scale^2)`` and the
-    exponential integral ``E1``. The density is infinite at zero; there the smallest ``x`` of the dtype stands
-    in, and the gradient is zero.
+    Carvalho, Polson & Scott (2010). With ``lambda`` integrated out, as in the proof of their theorem 1,
+    ``p = (2 pi^3)^(-1/2) / scale * exp(x) E1(x)``, ``x = theta^2 / (2 scale^2)``, with the exponential
+    integral ``E1``. ``E log p`` has no closed form.
+
+    The density is infinite at zero. What has an ``x`` below the smallest normal number of the dtype counts
+    as that number (1e-38 in single precision, ``|theta|`` of 1e-19 scales): its density is finite, and its
+    gradient is zero.
 
     Attributes:
-        scale: In units of the parameter: one number, or a tree.
+        scale: The global scale, in units of the parameter: a number, or a tree with a number or a tensor for
+            each leaf.
 
     Raises:
-        TypeError: If it is no number and no tree of numbers.
+        TypeError: If it is neither a number nor a tree of numbers.
         ValueError: If it is not positive and finite.
 
     Example:
-        >>> import torch, funcbayes as fb
-        >>> fb.priors.Horseshoe(scale=0.1).log_prob({"w": torch.tensor([0.001, 1.0])})
+        >>> import torch
+        >>> from funcbayes import priors
+        >>> priors.Horseshoe(scale=0.1).log_prob({"w": torch.tensor([0.001, 1.0])})
         tensor(-1.2207)
     """
 
     scale: Numbers = 1.0
 
-    def __post_init__(self) -> None:
-        self._check(("scale",))
+    ranges: ClassVar[Mapping[str, Range]] = {"scale": POSITIVE}
 
-    def _log_density(self, theta: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
-        scale = numbers["scale"]
-        x = 0.5 * (theta / scale).square()
-        return scaled_exponential_integral(x).log() - scale.log() - 0.5 * math.log(2 * math.pi**3)
-
-
-def scaled_exponential_integral(x: Tensor) -> Tensor:
-    """``exp(x) E1(x)`` for ``x >= 0``, Abramowitz & Stegun (1964), eq. 5.1.11 and 5.1.22.
-
-    ``E1(x) = -gamma - log x - sum_k (-x)^k / (k k!)`` where ``x`` is small, and else the continued fraction
-    ``exp(x) E1(x) = 1 / (x + 1 - 1 / (x + 3 - 4 / (x + 5 - 9 / ...)))``.
-    """
-    x = x.clamp_min(torch.finfo(x.dtype).tiny)
-    is_small = x < _SPLIT
-    low, high = x.clamp_max(_SPLIT), x.clamp_min(_SPLIT)
-    # Horner's scheme from the last term on: -(-x)^k / (k k!) = x (-x)^(k-1) / (k k!).
-    series = torch.zeros_like(low)
-    for k in range(_TERMS, 0, -1):
-        series = 1 / (k * math.factorial(k)) - low * series
-    small = low.exp() * (low * series - low.log() - _EULER)
-    tail = high + (2 * _DEPTH + 1)
-    for k in range(_DEPTH, 0, -1):
-        tail = high + (2 * k - 1) - k**2 / tail
-    return torch.where(is_small, small, 1 / tail)
+    def _log_density(self, theta: Tensor, numbers: Values) -> Tensor:
+        log_scale, limits = numbers["scale"].log(), torch.finfo(theta.dtype)
+        # In log x nothing overflows, however far apart theta and its scale are.
+        log_x = 2 * (theta.abs().clamp_min(limits.tiny).log() - log_scale) - math.log(2)
+        log_x = log_x.clamp_min(math.log(limits.tiny))
+        far = -math.log(limits.eps)  # from there on exp(x) E1(x) is 1 / x to rounding
+        near = scaled_exponential_integral(log_x.clamp_max(far)).log()
+        return torch.where(log_x < far, near, -log_x) - log_scale - 0.5 * math.log(2 * math.pi**3)

@@ -5,22 +5,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import optree
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .._checks import check_model, positive_int
+from .._checks import check_covers, check_model, positive_int
 from .._engine import signature
 from .._functional import Model
 from .._mapping import map_draws
 from .._random import Seed, fold, keys_by_name, resolve_seed
 from .._tree import (
-    Fixed,
     Params,
     as_tree,
     map_leaves,
-    map_named,
     merge,
     named_leaves,
     num_rows,
@@ -28,11 +25,12 @@ from .._tree import (
 )
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
+from ..training._buffers import averaged, varying
 from ._layers import FlippedNoise, LocalNoise, leaves_of_layers, names_by_identity
 from ._mean_field import Independent, MeanFieldState
 from ._prior import AnyPrior, checked_prior, expected_log_prior, log_prior
 from ._scale import Scale
-from ._state import VariationalState, check_fits, check_state
+from ._state import VariationalState, check_state
 
 Estimator = Literal["reparam", "stl", "flipout", "local"]
 _CALL = "vi.negative_elbo"
@@ -126,7 +124,7 @@ def negative_elbo(
     """
     check_model(fn, _CALL)
     check_state(state, f"{_CALL}(fn, params, state, ...)")
-    check_fits(state, params, f"{_CALL}(fn, params, state, ...)")
+    check_covers(state.mean, params, f"{_CALL}(fn, params, state, ...)")
     check_is_likelihood(likelihood, f"{_CALL}(likelihood=...)")
     check_estimator(estimator, state, f"{_CALL}(estimator=...)")
     num_samples = positive_int(num_samples, f"{_CALL}(num_samples=...)")
@@ -204,7 +202,7 @@ def terms(
             found["log_q"] = constant.log_prob(leaves)
         return found
 
-    buffers = _varying_buffers(params)
+    buffers = varying(params)
 
     def entries(part: slice) -> Any:
         indices = torch.arange(num_samples)[part]
@@ -229,7 +227,7 @@ def terms(
             log_priors = vmap(lambda leaves: log_prior(prior, leaves))(draws)
         log_q = found["log_q"].mean() if estimator == "stl" else -scale.entropy()
         kl = log_q - log_priors.mean()
-    return Terms(-found["log_lik"].mean(), kl, _averaged(found["changed"]))
+    return Terms(-found["log_lik"].mean(), kl, averaged(found["changed"]))
 
 
 @dataclass(frozen=True)
@@ -291,20 +289,3 @@ class _Sampler:
             return FlippedNoise(names, deviations, keys)
         variance = named_leaves(self.scale.variance())
         return LocalNoise(names, {name: variance[name] for name in self.layers}, keys)
-
-
-def _varying_buffers(params: Params) -> Params:
-    """``Fixed`` leaves that each draw changes for itself; a count of batches is the same for all."""
-    if params is None:
-        return {}
-    return select(params, lambda _, leaf: isinstance(leaf, Fixed) and leaf.tensor.is_floating_point())
-
-
-def _averaged(changed: Params) -> Params:
-    """Buffers that draws changed, ``(S, *s)``, as one value."""
-    if not optree.tree_leaves(changed):
-        return {}
-    return map_named(
-        lambda _, leaf: Fixed(leaf.tensor.mean(0) if leaf.tensor.is_floating_point() else leaf.tensor[0]),
-        changed,
-    )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_model, positive_int
+from .._checks import check_covers, check_model, positive_int
 from .._functional import Model
 from .._random import resolve_seed
 from .._tree import (
@@ -33,7 +33,7 @@ from ._init import Family, init
 from ._objective import Inspector, Objective, Watch, elbo_over, held
 from ._prior import AnyPrior, checked_prior
 from ._schedules import Schedule
-from ._state import VariationalState, check_fits, check_state, posterior
+from ._state import VariationalState, check_state, posterior
 
 _CALL = "vi.fit"
 Callback = Callable[[int, Any, VariationalState], bool | None]
@@ -294,7 +294,7 @@ def _starts(
     copied = map_leaves(lambda leaf: leaf.detach().clone(), start)
     states = [copied] if num_networks is None else [index(copied, k) for k in range(num_networks)]
     one = params if num_networks is None else index(params, 0)
-    check_fits(states[0], one, f"{_CALL}(start=...)")
+    check_covers(states[0].mean, one, f"{_CALL}(start=...)")
     return states
 
 

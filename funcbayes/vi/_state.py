@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._random import Seed
-from .._tree import Params, difference, map_leaves, named_leaves
+from .._tree import Params, map_leaves
 from ..covariances._flat import at_least_single
 from ..posteriors import Gaussian
 from ._scale import Scale
@@ -86,17 +86,6 @@ def check_state(state: Any, call: str) -> None:
         raise TypeError(
             f"`{call}` should be given a state, got {type(state).__name__}. Write `vi.init(params)`."
         )
-
-
-def check_fits(state: VariationalState, params: Params, call: str) -> None:
-    """Refuse a state over leaves that the model's parameters do not have."""
-    if params is None:
-        return
-    there = named_leaves(params)
-    covered = named_leaves(state.mean)
-    differing = difference(covered, {name: there[name] for name in covered if name in there})
-    if differing:
-        raise ValueError(f"`{call}` should have a state over leaves of `params`; in it {differing}.")
 
 
 def softplus_inverse(scale: Tensor) -> Tensor:
