@@ -15,6 +15,7 @@ from . import (
     modules as modules,
     plots as plots,
     priors as priors,
+    sgmcmc as sgmcmc,
     swag as swag,
     training as training,
     vi as vi,

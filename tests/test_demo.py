@@ -20,9 +20,11 @@ SMALL = functools.partial(
     digits_epochs=4,
     digits_draws=8,
     digits_snapshots=3,
+    digits_steps=9,
     iris_epochs=20,
     iris_draws=8,
     iris_snapshots=3,
+    iris_steps=9,
     repeats=2,
 )
 all_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -41,7 +43,8 @@ def task():
     collecting = {"optimizer": functools.partial(torch.optim.SGD, lr=1e-2)}
     data, likelihood = (x, (x[:, 0] > 0).long()), fb.likelihoods.Categorical()
     natural = {"learning_rate": 0.1, "beta2": 0.99}
-    return Task(make_module, data, likelihood, training, collecting, natural, 3, 16)
+    sampling = {"step_size": 1e-4, "num_steps": 12, "num_burn_in": 4, "num_chains": 2}
+    return Task(make_module, data, likelihood, training, collecting, natural, sampling, 3, 16)
 
 
 @pytest.fixture(scope="module")

@@ -722,6 +722,11 @@ ERRORS = {
         ValueError,
         r"`precision` in `vi\.fit.*positive and finite, got 0 for 'b' in torch\.float32",
     ),
+    "checked_number_of_the_last_leaf": (
+        lambda: checked(priors.Normal(precision={"b": 1.0, "w": 1e-50})),
+        ValueError,
+        "positive and finite, got 0 for 'w' in",
+    ),
     "checked_number_that_overflows": (
         lambda: checked(priors.Laplace(location=1e39)),
         ValueError,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ensemble, ivon, laplace, swag, training, vi
+from .. import ensemble, ivon, laplace, sgmcmc, swag, training, vi
 from .._functional import Model, make_functional
 from .._linearize import linearize
 from .._predict import predict
@@ -29,6 +29,7 @@ class Task:
         training: Arguments of ``training.fit``: ``optimizer``, ``num_epochs``, ``prior_precision``, ...
         collecting: Those of ``swag.fit`` that differ.
         natural: Those of ``ivon.fit`` that take the place of an optimizer.
+        sampling: Those of ``sgmcmc.fit`` that take the place of epochs, and ``step_size``.
         num_members: Networks in an ensemble.
         num_draws: Draws to predict with, where a posterior has infinitely many.
     """
@@ -39,6 +40,7 @@ class Task:
     training: Mapping[str, Any]
     collecting: Mapping[str, Any]
     natural: Mapping[str, Any]
+    sampling: Mapping[str, Any]
     num_members: int
     num_draws: int
 
@@ -194,6 +196,21 @@ def fit_ivon(task: Task, seed: int) -> Fitted:
     return Fitted(fn, None, posterior, {"num_samples": task.num_draws, "seed": seed})
 
 
+def fit_sghmc(task: Task, seed: int) -> Fitted:
+    """Chains that go on from one network with momentum and noise, in vectorised passes; states are kept."""
+    fn, params = make_functional(_seeded_module(task, 0.0, seed))
+    params = training.fit(fn, params, task.data, task.likelihood, seed=seed, **task.training)
+    options = {
+        name: task.training[name] for name in ("batch_size", "prior_precision") if name in task.training
+    }
+    options |= task.sampling
+    kept = (options["num_steps"] - options["num_burn_in"]) * options["num_chains"]
+    options["thin"] = max(kept // task.num_draws, 1)
+    sampler = sgmcmc.sghmc(options.pop("step_size"))
+    posterior = sgmcmc.fit(fn, params, task.data, task.likelihood, sampler=sampler, seed=seed, **options)
+    return Fitted(fn, None, posterior)
+
+
 def _jvp_loop(fn: Model, params: Params, posterior: Any, x: Tensor, options: Mapping[str, Any]) -> Tensor:
     """What one writes by hand: the linearised model at one draw after another."""
     linear, draws = linearize(fn, params), posterior.sample(**options)
@@ -224,4 +241,5 @@ METHODS = (
     Method("mixture of Laplace", fit_laplace_mixture),
     Method("variational (diag)", fit_variational),
     Method("IVON", fit_ivon),
+    Method("SGHMC", fit_sghmc),
 )

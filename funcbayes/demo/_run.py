@@ -28,9 +28,11 @@ class Settings:
         digits_epochs: Passes through the digits.
         digits_draws: Draws of a posterior that has infinitely many.
         digits_snapshots: What SWAG collects, one an epoch.
+        digits_steps: Steps of each chain, the first third of which is thrown away.
         iris_epochs: Passes through the iris data.
         iris_draws: As ``digits_draws``.
         iris_snapshots: As ``digits_snapshots``, one in ten epochs.
+        iris_steps: As ``digits_steps``.
         repeats: How often each prediction is timed.
     """
 
@@ -39,9 +41,11 @@ class Settings:
     digits_epochs: int = 60
     digits_draws: int = 32
     digits_snapshots: int = 30
+    digits_steps: int = 1200
     iris_epochs: int = 500
     iris_draws: int = 400  # many, for smooth curves: each row has dropout masks of its own
     iris_snapshots: int = 30
+    iris_steps: int = 2400
     repeats: int = 15
 
 
@@ -124,6 +128,7 @@ def _classify(settings: Settings, split: Split) -> dict[str, _report.Classified]
             "num_epochs": settings.digits_snapshots,
         },
         natural={"learning_rate": 0.1, "hess_init": 0.5, "beta2": 0.9995},
+        sampling={"step_size": 4e-5, **_steps(settings.digits_steps)},
         num_members=settings.num_members,
         num_draws=settings.digits_draws,
     )
@@ -163,6 +168,7 @@ def _regress(settings: Settings, split: Split) -> dict[str, _report.Regressed]:
             "num_samples": 4,
             "max_grad_norm": 1.0,
         },
+        sampling={"step_size": 1e-5, **_steps(settings.iris_steps)},
         num_members=settings.num_members,
         num_draws=settings.iris_draws,
     )
@@ -173,6 +179,10 @@ def _regress(settings: Settings, split: Split) -> dict[str, _report.Regressed]:
     }
 
 
+def _steps(num_steps: int) -> dict[str, int]:
+    return {"num_steps": num_steps, "num_burn_in": num_steps // 3, "num_chains": 4}
+
+
 def _fits(task: Task, seed: int, data: str) -> Iterator[tuple[str, Fitted, float]]:
     """Fit every method: its name, what it found, and the seconds it took."""
     for method in METHODS:
@@ -180,7 +190,9 @@ def _fits(task: Task, seed: int, data: str) -> Iterator[tuple[str, Fitted, float
         # One pass beforehand, not timed: the first use of an optimizer imports a good part of torch.
         once = {"num_epochs": 1}
         short = {**task.collecting, **once, "collect_every": 1}
-        method.fit(dataclasses.replace(task, training={**task.training, **once}, collecting=short), seed)
+        few = {**task.sampling, "num_steps": 2, "num_burn_in": 0}
+        brief = {"training": {**task.training, **once}, "collecting": short, "sampling": few}
+        method.fit(dataclasses.replace(task, **brief), seed)
         began = time.perf_counter()
         fitted = method.fit(task, seed)
         yield method.name, fitted, time.perf_counter() - began

@@ -1,105 +1,27 @@
-"""One update of IVON."""
+"""One update of IVON: draws, gradients at them, and a step."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_covers, check_model, positive_int
-from .._engine import signature
 from .._functional import Model
-from .._mapping import map_draws
-from .._random import Seed, fold, resolve_seed
-from .._tree import (
-    Params,
-    as_tree,
-    index,
-    map_leaves,
-    map_named,
-    merge,
-    named_leaves,
-    num_rows,
-    tensors,
-)
+from .._functorch import map_first_axis
+from .._random import Seed, fold, forked, resolve_seed
+from .._tree import Params, as_tree, device_of, index, map_leaves, merge, named_leaves, stack
+from ..covariances._flat import at_least_single
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
-from ..training._buffers import averaged, varying
-from ._state import IVONState, check_positive, check_state, draws, scales
+from ..training._batch import Batch, RaggedBatch, flat, ready
+from ._checks import check_rows, positive_or_none
+from ._evaluate import Found, Traits, averaged, evaluated, split, traits_of
+from ._state import IVONState, check_state, in_dtypes_of_the_model
+from ._step import Rule, Scale, drawn, key_of_step, moved
 
 _CALL = "ivon.update"
-# (params, x, key) -> (outputs, buffers that changed)
-Evaluate = Callable[[Params, Any, Tensor], tuple[Tensor, Params]]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a state is moved: the arguments of :func:`update` that stay the same."""
-
-    num_data: int
-    prior_precision: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.99999
-    num_samples: int = 1
-    clip_radius: float | None = None
-    max_grad_norm: float | None = None
-    ess: float | None = None
-    rescale_lr: bool = True
-    call: str = _CALL
-
-    def __post_init__(self) -> None:
-        scales(self.num_data, self.prior_precision, self.ess, self.call)
-        positive_int(self.num_samples, f"{self.call}(num_samples=...)")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, float | int) or not 0 <= value < 1:
-                raise ValueError(
-                    f"`{self.call}({name}=...)` should be at least 0 and below 1, got {value!r}."
-                )
-        for name in ("clip_radius", "max_grad_norm"):
-            if getattr(self, name) is not None:
-                check_positive(getattr(self, name), f"{self.call}({name}=...)")
-
-    def draws(self, state: IVONState, seed: Seed) -> Params:
-        """Where gradients are wanted, leaves ``(S, *s)``."""
-        numbers = {"num_data": self.num_data, "prior_precision": self.prior_precision, "ess": self.ess}
-        return draws(state, self.num_samples, seed, **numbers)
-
-    def moved(self, state: IVONState, at: Params, gradients: Params, learning_rate: float) -> IVONState:
-        """The next state, Shen et al. (2024), algorithm 1, lines 3 to 8.
-
-        Args:
-            state: The state.
-            at: The draws, leaves ``(S, *s)``.
-            gradients: Of the **mean** loss of the batch there.
-            learning_rate: ``alpha``.
-        """
-        scale, delta = scales(self.num_data, self.prior_precision, self.ess, self.call)
-        rate = learning_rate * ((state.hess_init + delta) if self.rescale_lr else 1.0)
-        step = state.step + 1
-        debias = 1 - self.beta1 ** step.to(torch.float64)
-        places, slopes = named_leaves(at), named_leaves(gradients)
-        mean, momentum, hessian = {}, {}, {}
-        for name, m in named_leaves(state.mean).items():
-            g, h = named_leaves(state.momentum)[name], named_leaves(state.hessian)[name]
-            slope = slopes[name].to(m.dtype)
-            # E[g (theta - m)] / sigma^2 = E[g'] by Stein's identity, with 1 / sigma^2 = lambda (h + delta).
-            curved = (slope * (places[name] - m)).mean(0) * scale * (h + delta)
-            momentum[name] = self.beta1 * g + (1 - self.beta1) * slope.mean(0)
-            # With a = (1 - beta2) (h - curved) / (h + delta) the new h + delta is the old one times
-            # 1 - a + a^2 / 2 = (1 + (1 - a)^2) / 2: positive, whatever the gradients.
-            off = (1 - self.beta2) * (h - curved)
-            hessian[name] = h - off + 0.5 * off.square() / (h + delta)
-            direction = (momentum[name] / debias.to(m.dtype) + delta * m) / (hessian[name] + delta)
-            if self.clip_radius is not None:
-                direction = direction.clamp(-self.clip_radius, self.clip_radius)
-            mean[name] = m - rate * direction
-
-        def tree(new: dict[str, Tensor]) -> Params:
-            return map_named(lambda name, _: new[name], state.mean)
-
-        return IVONState(tree(mean), tree(momentum), tree(hessian), step, state.hess_init)
 
 
 def update(
@@ -115,53 +37,68 @@ def update(
     beta1: float = 0.9,
     beta2: float = 0.99999,
     num_samples: int = 1,
-    seed: Seed | None = None,
+    seed: Seed,
     clip_radius: float | None = None,
+    max_grad_norm: float | None = None,
     ess: float | None = None,
     rescale_lr: bool = True,
+    chunk_size: int | None = None,
 ) -> tuple[IVONState, Tensor]:
-    """Move a state by one step: Shen et al. (2024), "Variational learning is effective for large networks".
+    """Move a state by one batch: see :mod:`funcbayes.ivon`.
 
-    A pure function: nothing is perturbed on the way, so an exception leaves nothing behind. Noise is a
-    function of the seed and of the number of the step, so that a run that goes on from a saved state is the
-    same run.
+    A pure function: the network is evaluated at other values of its parameters and is never given them, so
+    that nothing is left perturbed, whatever happens. Noise is a function of ``seed`` and of how many updates
+    there were, which the state knows: a run that goes on from a saved state is the same run.
+
+    As in :func:`fit`, which is a loop of this, dropout is active and BatchNorm uses the statistics of the
+    batch; the running ones, averaged over the draws, are in the new state.
 
     Args:
-        fn: Pure model, evaluated as it is: without dropout, with the running statistics of BatchNorm.
-        params: What the state does not cover; ``None`` if it covers everything.
+        fn: Pure model, ``fn(params, x) -> outputs``. One that ``vmap`` cannot take is evaluated draw by draw,
+            with a warning.
+        params: What the state does not cover, held as it is; a whole tree is fine, and ``None`` if the state
+            covers everything. Buffers are taken from the state.
         state: See :func:`init`.
         batch: ``(x, y)``, ``B`` rows.
-        likelihood: ``p(y|f)``; the loss is the **mean** of ``-log p(y|f)`` over the rows.
-        learning_rate: ``alpha``; the paper's for networks trained from scratch is 0.1 to 0.2 with
-            ``rescale_lr``.
+        likelihood: ``p(y|f)``; the loss is the **mean** over rows of ``-log p(y|f)``.
+        learning_rate: ``alpha``. With ``rescale_lr`` that of SGD with momentum is a good start.
         num_data: Number of rows ``N`` of the whole data.
-        prior_precision: Precision (1 / variance) of a Gaussian prior of mean zero; the paper's weight decay
-            is ``delta = prior_precision / ess``.
-        beta1: Of the moving average of gradients.
-        beta2: Of the moving average of Hessians.
+        prior_precision: Precision (1 / variance) of a Gaussian prior of mean zero on every covered parameter;
+            the paper's weight decay is ``delta = prior_precision / N``.
+        beta1: How much of the momentum stays.
+        beta2: How much of the Hessian stays: it is an average over some ``1 / (1 - beta2)`` steps, and one
+            that is longer than the run remembers ``hess_init``.
         num_samples: Draws ``S``, all in vectorised passes.
-        seed: Draws are a function of it; ``None`` takes one number from torch's global state.
-        clip_radius: Bound of each entry of the preconditioned gradient; ``None`` for none.
-        ess: Effective number of data ``lambda``; less than ``num_data`` for a warmer posterior. ``None`` for
-            ``num_data``.
-        rescale_lr: Whether the learning rate is multiplied by ``hess_init + delta``, so that first steps do
-            not depend on ``hess_init``.
+        seed: Of the draws and of the dropout masks: the same in all updates of a run.
+        clip_radius: Bound of each entry of the step, before the learning rate; ``None`` for none.
+        max_grad_norm: Longer gradients are shortened to this norm, each draw's by itself.
+        ess: ``lambda``, the effective number of rows: more of them for a colder posterior, as of temperature
+            ``N / lambda``; ``None`` for ``num_data``.
+        rescale_lr: Whether the learning rate is multiplied by ``hess_init + delta``, as the authors
+            recommend, so that the first steps are those of SGD whatever ``hess_init`` is.
+        chunk_size: Draws of one pass; ``None`` to choose by the size of intermediates.
 
     Returns:
-        The next state, and the mean loss over rows and draws, a scalar.
+        The next state, all new tensors but for buffers that no update changes, and the mean loss over rows
+        and draws, a scalar.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If an argument is out of range, or leaves do not fit.
+        ValueError: If an argument is out of range, ``num_data`` is below the rows of the batch, or leaves do
+            not fit.
 
     Example:
         >>> import torch, funcbayes as fb
         >>> x = torch.linspace(-1, 1, 20)[:, None]
         >>> fn, params = fb.make_functional(torch.nn.Linear(1, 1))
         >>> state, normal = fb.ivon.init(params), fb.likelihoods.Normal(0.5)
-        >>> for step in range(200):
+        >>> for _ in range(200):
         ...     state, loss = fb.ivon.update(
-        ...         *(fn, None, state, (x, 3 * x), normal), learning_rate=0.1, num_data=20, beta2=0.99, seed=0
+        ...         *(fn, params, state, (x, 3 * x), normal),
+        ...         learning_rate=0.1,
+        ...         num_data=20,
+        ...         beta2=0.99,
+        ...         seed=0,
         ...     )
         >>> q = fb.ivon.posterior(state, num_data=20)
         >>> bool((q.mean["weight"] - 3).abs() < 0.5)
@@ -169,102 +106,138 @@ def update(
     """
     check_model(fn, _CALL)
     check_state(state, f"{_CALL}(fn, params, state, ...)")
-    check_is_likelihood(likelihood, f"{_CALL}(likelihood=...)")
-    check_positive(learning_rate, f"{_CALL}(learning_rate=...)")
-    rule = Rule(
-        num_data=num_data,
-        prior_precision=prior_precision,
-        beta1=beta1,
-        beta2=beta2,
-        num_samples=num_samples,
-        clip_radius=clip_radius,
-        ess=ess,
-        rescale_lr=rescale_lr,
-    )
+    check_covers(state.mean, params, f"{_CALL}(fn, params, state, ...)")
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise TypeError(f"`{_CALL}(batch=...)` should be `(x, y)` with tensors, got {type(batch).__name__}.")
-    check_rows(num_data, batch[1], _CALL)
-    check_covers(state.mean, params, f"{_CALL}(fn, params, state, ...)")
-    x, y = as_tree(batch[0]), batch[1]
-    new, loss, _ = stepped(
-        *(fn, params, state, x, y, likelihood, rule, learning_rate, resolve_seed(seed)),
-        evaluate=lambda leaves, x, key: (fn(leaves, x), {}),
-    )
-    return new, loss
-
-
-def stepped(
-    fn: Model,
-    params: Params,
-    state: IVONState,
-    x: Any,
-    y: Tensor,
-    likelihood: Likelihood,
-    rule: Rule,
-    learning_rate: float,
-    seed: Seed,
-    *,
-    evaluate: Evaluate,
-    chunk_size: int | None = None,
-) -> tuple[IVONState, Tensor, Params]:
-    """The next state, the mean loss, and the buffers that evaluating the model changed."""
-    at = rule.draws(state, seed)
-    given = _in_dtypes_of(at, params, state)
+    scale = Scale.of(num_data, prior_precision, ess, _CALL)
+    check_rows(num_data, batch[1].shape[0] if batch[1].ndim else 1, _CALL)
+    rule = Rule.of(scale, learning_rate, beta1, beta2, clip_radius, rescale_lr, _CALL)
+    updater = Updater.of(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL)
     with torch.inference_mode(False), torch.enable_grad():
-        leaves = map_leaves(lambda leaf: leaf.detach().requires_grad_(), given)
-        buffers = varying(params)
-        keys = fold(fold(fold(seed, state.step), "model"), torch.arange(rule.num_samples))
+        params = map_leaves(lambda leaf: ready(leaf, None), params)
+        rows = flat((as_tree(batch[0]), batch[1]), device_of(state.mean))
+        traits = traits_of(fn, whole(params, state), rows.member(0)[0])
+        return updater.one(params, state, rows, rule, resolve_seed(seed), traits)
 
-        def one(entry: Any) -> tuple[Tensor, Params]:
-            own, fixed, key = entry
-            outputs, changed = evaluate(merge(params, merge(own, fixed)), x, key)
-            return -likelihood.log_prob(outputs, y).mean(), changed
 
-        def entries(part: slice) -> Any:
-            size = len(range(rule.num_samples)[part])
-            repeated = map_leaves(lambda leaf: leaf.expand(size, *leaf.shape), buffers)
-            return index(leaves, part), repeated, keys[part]
+def whole(params: Params, state: IVONState) -> Params:
+    """Parameters of the model at the mean, with its buffers."""
+    return merge(merge(params, in_dtypes_of_the_model(state, state.mean)), state.fixed)
 
-        losses, changed = map_draws(
-            *(one, entries, rule.num_samples),
-            owner=fn,
-            num_rows=num_rows(x) or 1,
-            key=("ivon", signature(state), signature(x)),
-            call=rule.call,
+
+@dataclass(frozen=True)
+class Updater:
+    """What stays the same from one update to the next; see :func:`update`."""
+
+    fn: Model
+    likelihood: Likelihood
+    num_samples: int
+    max_grad_norm: float | None
+    chunk_size: int | None
+    call: str
+
+    @classmethod
+    def of(
+        cls,
+        fn: Model,
+        likelihood: Likelihood,
+        num_samples: Any,
+        max_grad_norm: Any,
+        chunk_size: Any,
+        call: str,
+    ) -> "Updater":
+        """Check the arguments that a user gives."""
+        check_is_likelihood(likelihood, f"{call}(likelihood=...)")
+        num_samples = positive_int(num_samples, f"{call}(num_samples=...)")
+        max_grad_norm = positive_or_none(max_grad_norm, f"{call}(max_grad_norm=...)")
+        if chunk_size is not None:
+            chunk_size = positive_int(chunk_size, f"{call}(chunk_size=...)")
+        return cls(fn, likelihood, num_samples, max_grad_norm, chunk_size, call)
+
+    def one(
+        self, params: Params, state: IVONState, batch: Batch, rule: Rule, seed: Seed, traits: Traits
+    ) -> tuple[IVONState, Tensor]:
+        """Move one network; its loss, a scalar."""
+        key = key_of_step(seed, state.step)
+        draws = drawn(state, self.num_samples, key, rule.scale)
+        common, own = split(map_leaves(lambda leaf: leaf.unsqueeze(0), state.fixed))
+        # Noise that is not dropout's comes from torch's global state: then that is seeded for the step.
+        with forked(int(fold(key, "global"))) if traits.draws_globally else nullcontext():
+            found = self._found(
+                *(merge(params, common), own, in_dtypes_of_the_model(state, draws), batch),
+                fold(fold(key, "dropout"), torch.arange(self.num_samples)),
+                self._passes(state, traits),
+            )
+        new = moved(state, found.gradients, draws, rule)
+        return _with_buffers(new, index(averaged(found.changed, 1), 0)), found.losses.mean()
+
+    def several(
+        self,
+        members: Params,
+        states: IVONState,
+        batch: Batch | RaggedBatch,
+        rule: Rule,
+        seeds: Tensor,
+        traits: Traits,
+    ) -> tuple[IVONState, Tensor]:
+        """Move ``K`` networks, every tensor with a leading axis; their losses ``(K,)``."""
+        num = len(seeds)
+        if isinstance(batch, RaggedBatch) or traits.draws_globally:
+            moves = [
+                self.one(
+                    *(index(members, k), index(states, k), flat(batch.member(k), None)),
+                    *(rule, int(seeds[k]), traits),
+                )
+                for k in range(num)
+            ]
+            return stack([state for state, _ in moves]), torch.stack([loss for _, loss in moves])
+        keys = key_of_step(seeds, states.step)
+        draws = map_first_axis(
+            lambda each: drawn(each[0], self.num_samples, each[1], rule.scale), (states, keys), num
+        )
+        common, own = split(states.fixed)
+        found = self._found(
+            *(common, merge(members, own)),
+            map_leaves(lambda leaf: leaf.flatten(0, 1), in_dtypes_of_the_model(states, draws)),
+            batch,
+            fold(fold(keys, "dropout").unsqueeze(1), torch.arange(self.num_samples)).flatten(),
+            self._passes(states, traits),
+        )
+        gradients = map_leaves(lambda leaf: leaf.unflatten(0, (num, -1)), found.gradients)
+        new = map_first_axis(lambda each: moved(*each, rule), (states, gradients, draws), num)
+        losses = found.losses.unflatten(0, (num, -1)).mean(1)
+        return _with_buffers(new, averaged(found.changed, num)), losses
+
+    def _passes(self, state: IVONState, traits: Traits) -> int | None:
+        # Under vmap a buffer that is written has to have an axis of draws. Those that are still inside `fn`
+        # get one by the first update. What draws from the global state would be upset by trying vmap.
+        is_ready = traits.changes <= named_leaves(state.fixed).keys() and not traits.draws_globally
+        return self.chunk_size if is_ready else 1
+
+    def _found(
+        self, shared: Params, own: Params, draws: Params, batch: Batch, keys: Tensor, chunk_size: int | None
+    ) -> Found:
+        found = evaluated(
+            *(self.fn, self.likelihood, shared, own, draws, batch, keys),
+            call=self.call,
             chunk_size=chunk_size,
         )
-        found = torch.autograd.grad(losses.sum(), tensors(leaves), allow_unused=True, materialize_grads=True)
-    names = named_leaves(leaves)
-    slopes = dict(zip(names, found, strict=True))
-    if rule.max_grad_norm is not None:
-        slopes = _shortened(slopes, rule.max_grad_norm)
-    with torch.no_grad():
-        gradients = map_named(lambda name, _: slopes[name], leaves)
-        return (
-            rule.moved(state, at, gradients, learning_rate),
-            losses.detach().mean(),
-            averaged(map_leaves(torch.detach, changed)),
-        )
+        if self.max_grad_norm is None:
+            return found
+        return replace(found, gradients=_shortened(found.gradients, self.max_grad_norm))
 
 
-def check_rows(num_data: int, y: Tensor, call: str) -> None:
-    """Refuse a number of data that is less than the rows of a batch."""
-    rows = y.shape[0] if y.ndim else 0
-    if num_data < rows:
-        raise ValueError(
-            f"`{call}(num_data=...)` should be the number of rows of the whole data, at least the {rows} of "
-            f"this batch, got {num_data}."
-        )
+def _with_buffers(state: IVONState, changed: Params) -> IVONState:
+    return replace(state, fixed=merge(state.fixed, changed)) if named_leaves(changed) else state
 
 
-def _in_dtypes_of(at: Params, params: Params, state: IVONState) -> Params:
-    """Draws in the dtypes of the model's parameters, where these are known."""
-    there = {} if params is None else named_leaves(params)
-    return map_named(lambda name, leaf: leaf.to(there[name].dtype) if name in there else leaf, at)
-
-
-def _shortened(slopes: dict[str, Tensor], longest: float) -> dict[str, Tensor]:
-    """Gradients of each draw, scaled to a norm of at most ``longest``."""
-    squares = [g.reshape(len(g), -1).square().sum(1) for g in slopes.values()]
+def _shortened(gradients: Params, longest: float) -> Params:
+    """Gradients ``(E, *s)``, those of each evaluation with a norm of at most ``longest``."""
+    rows = [leaf.reshape(len(leaf), leaf[0].numel()) for leaf in named_leaves(gradients).values()]
+    squares = [row.to(at_least_single(row.dtype)).square().sum(1) for row in rows]
     factor = (longest / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1.0)
-    return {name: g * factor.reshape(-1, *(1 for _ in g.shape[1:])) for name, g in slopes.items()}
+
+    def scaled(leaf: Tensor) -> Tensor:
+        return (leaf * factor.reshape(-1, *(1 for _ in leaf.shape[1:]))).to(leaf.dtype)
+
+    return map_leaves(scaled, gradients)
