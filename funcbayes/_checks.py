@@ -35,6 +35,23 @@ def check_model(fn: Any, call: str) -> None:
         )
 
 
+def check_num_data(num_data: Any, num_rows: int, call: str) -> int:
+    """A number of rows of the whole data as an int; refused if it is less than those of a batch.
+
+    Args:
+        num_data: What the user gave.
+        num_rows: Rows of the batch.
+        call: How the user called us: ``"vi.negative_elbo"``.
+    """
+    num_data = positive_int(num_data, f"{call}(num_data=...)")
+    if num_data < num_rows:
+        raise ValueError(
+            f"`{call}(num_data=...)` should be the number of rows of the whole data, at least the {num_rows} "
+            f"of this batch, got {num_data}."
+        )
+    return num_data
+
+
 def check_covers(covered: Params, params: Params, call: str) -> None:
     """Refuse a distribution over leaves that differ from those of the model's parameters.
 

@@ -4,8 +4,6 @@ import math
 from numbers import Real
 from typing import Any
 
-from .._checks import positive_int
-
 
 def positive(value: Any, call: str) -> float:
     """A positive number as a float.
@@ -29,15 +27,6 @@ def fraction(value: Any, call: str) -> float:
     if not 0 <= _real(value, call) < 1:
         raise ValueError(f"`{call}` should be at least 0 and below 1, got {value}.")
     return float(value)
-
-
-def check_rows(num_data: int, num_rows: int, call: str) -> None:
-    """Refuse a number of rows that is less than those of a batch."""
-    if positive_int(num_data, f"{call}(num_data=...)") < num_rows:
-        raise ValueError(
-            f"`{call}(num_data=...)` should be the number of rows of the whole data, at least the {num_rows} "
-            f"of this batch, got {num_data}."
-        )
 
 
 def _real(value: Any, call: str) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_covers, check_model, positive_int
+from .._checks import check_covers, check_model, check_num_data, positive_int
 from .._functional import Model
 from .._random import resolve_seed
 from .._tree import Fixed, Params, Where, device_of, index, map_leaves, named_leaves, select, stack, tensors
@@ -20,7 +20,7 @@ from ..posteriors import Gaussian
 from ..training._batch import Batch, RaggedBatch, ready
 from ..training._data import Data, Source, open_data
 from ..training._several import count_members, member_seeds
-from ._checks import check_rows, positive
+from ._checks import positive
 from ._evaluate import Traits, look
 from ._posterior import posterior
 from ._schedules import Schedule
@@ -235,7 +235,7 @@ class _Run:
     def _seen(self, state: IVONState, batch: Batch | RaggedBatch) -> Traits:
         """Look at the first network and its first rows, to refuse what does not fit."""
         x, y = batch.member(0)
-        check_rows(self.num_data, y.shape[0], _CALL)
+        check_num_data(self.num_data, y.shape[0], _CALL)
         first = (index(self.held, 0), index(state, 0)) if self.stacked else (self.held, state)
         traits, outputs = look(self.updater.fn, whole(*first), x)
         self.updater.likelihood.check(outputs, y, call=f"{_CALL}(data=...)")

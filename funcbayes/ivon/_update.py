@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_covers, check_model, positive_int
+from .._checks import check_covers, check_model, check_num_data, positive_int
 from .._functional import Model
 from .._functorch import map_first_axis
 from .._random import Seed, fold, forked, resolve_seed
@@ -16,7 +16,7 @@ from ..covariances._flat import at_least_single
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..training._batch import Batch, RaggedBatch, flat, ready
-from ._checks import check_rows, positive_or_none
+from ._checks import positive_or_none
 from ._evaluate import Found, Traits, averaged, evaluated, split, traits_of
 from ._state import IVONState, check_state, in_dtypes_of_the_model
 from ._step import Rule, Scale, drawn, key_of_step, moved
@@ -110,7 +110,7 @@ def update(
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise TypeError(f"`{_CALL}(batch=...)` should be `(x, y)` with tensors, got {type(batch).__name__}.")
     scale = Scale.of(num_data, prior_precision, ess, _CALL)
-    check_rows(num_data, batch[1].shape[0] if batch[1].ndim else 1, _CALL)
+    check_num_data(num_data, batch[1].shape[0] if batch[1].ndim else 1, _CALL)
     rule = Rule.of(scale, learning_rate, beta1, beta2, clip_radius, rescale_lr, _CALL)
     updater = Updater.of(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL)
     with torch.inference_mode(False), torch.enable_grad():

@@ -12,11 +12,12 @@ from .._random import Seed
 from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of, tensors
 from ..likelihoods import Likelihood, Normal
 from ..posteriors import Gaussian, Posterior
+from ..priors._given import HasLogProb, checked_prior
 from ..training._data import Data, open_data
 from ..vi._elbo import Estimator
 from ..vi._fit import fit_networks
 from ..vi._init import Family, check_scale
-from ..vi._prior import AnyPrior, checked_prior, expected_log_prior
+from ..vi._prior import expected_log_prior
 from ._predicting import Outputs, Predicting, check_module, unwrapped
 
 
@@ -61,7 +62,7 @@ class VariationalBayesNN(Predicting):
         rank: int = 10,
         init_scale: float = 1e-2,
         prior_precision: Any = 1.0,
-        prior: AnyPrior | None = None,
+        prior: HasLogProb | None = None,
         noise_std: float = 1.0,
         likelihood: Outputs = None,
     ) -> None:

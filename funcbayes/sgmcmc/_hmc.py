@@ -14,19 +14,19 @@ from .._tree import Params, Where, index
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..likelihoods._layout import wide
+from ..priors._given import HasLogProb, checked_prior
 from ..training._batch import Batch
 from ..training._data import Data, open_data
 from ._adaptation import DualAveraging, Variances, windows
 from ._chains import Chains
 from ._passes import Passes
 from ._potential import Potential
-from ._prior import HasLogProb, checked_prior
 from ._scalars import positive_number
 from ._start import Start, as_seeds, check_chunk
 
 _CALL = "sgmcmc.hmc"
 
-# A proposal whose energy is higher by this much has diverged; Betancourt (2017), section 6.2.
+# A proposal whose energy is higher by this much has diverged, as in Stan.
 _DIVERGENT = 1000.0
 
 
@@ -57,7 +57,7 @@ def hmc(
     by leapfrog steps, and is accepted with the probability of Metropolis et al. (Neal 2011, "MCMC using
     Hamiltonian dynamics", section 3). ``U`` is the potential energy on all data, summed over rows. How many
     steps a proposal takes is drawn anew for each, from half of ``num_leapfrog_steps``, rounded up, to all
-    of them, so that no trajectory comes back to where it began every time (section 3.2 there).
+    of them, so that no trajectory comes back to where it began every time (section 4.2 there).
 
     All chains advance at once, in vectorised passes. Each has noise, a step size and masses of its own: chain
     ``k`` does, to rounding, what it would do alone with ``seed=member_seeds(seed, M)[k]``.

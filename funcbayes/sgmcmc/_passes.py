@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_num_data
 from .._engine import signature
 from .._functorch import unintercepted
 from .._mapping import map_draws
 from .._tree import concatenate, index, merge
 from ..priors import Normal
 from ..training._batch import Batch, RaggedBatch
-from ._potential import Potential, check_num_data
-from ._prior import NormalTerms
+from ._normal_terms import NormalTerms
+from ._potential import Potential
 from ._start import Start
 
 

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_model, positive_int
+from .._checks import check_model, check_num_data, positive_int
 from .._functional import Model
 from .._tree import Params, as_tree, parameters_of
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..likelihoods._layout import wide
 from ..priors import Prior
-from ._prior import HasLogProb, check_is_prior
+from ..priors._given import HasLogProb, check_is_prior
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,3 @@ def potential(fn: Model, likelihood: Likelihood, prior: HasLogProb, num_data: in
     check_is_likelihood(likelihood, f"{call}(likelihood=...)")
     check_is_prior(prior, f"{call}(prior=...)")
     return Potential(fn, likelihood, prior, positive_int(num_data, f"{call}(num_data=...)"))
-
-
-def check_num_data(num_data: int, num_rows: int, call: str) -> None:
-    """Refuse a number of rows that is less than those of a batch."""
-    if num_data < num_rows:
-        raise ValueError(
-            f"`{call}(num_data=...)` should be the number of rows of the whole data, at least the {num_rows} "
-            f"of this batch, got {num_data}."
-        )

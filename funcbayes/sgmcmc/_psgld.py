@@ -64,7 +64,7 @@ def psgld(
     ``1 - decay^t`` as in Adam (Kingma & Ba 2015), or the first steps would be up to
     ``1 / sqrt(1 - decay)`` times too long.
 
-    The term ``Gamma = dG / dtheta`` of the paper's equation 5 is left out, as the paper proposes: it needs
+    The paper's term ``Gamma = dG / dtheta`` is left out, as the paper proposes: it needs
     second derivatives. It carries the factor ``1 - decay``, and so does the bias that leaving it out adds to
     that of the step size, which is as for :func:`sgld` with ``eps G`` for ``eps``: variances of a Gaussian
     were 14 percent too large with the default and 3 percent with 0.999. Where ``V`` no longer changes,

@@ -16,12 +16,12 @@ from .._tree import Params, Where, index
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..posteriors import Ensemble
+from ..priors._given import HasLogProb, checked_prior
 from ..training._batch import Batch, RaggedBatch
 from ..training._data import Data, Source, open_data
 from ._chains import Chains
 from ._passes import Passes
 from ._potential import Potential
-from ._prior import HasLogProb, checked_prior
 from ._sampler import Sampler
 from ._start import Start, as_seeds, check_chunk
 

@@ -29,7 +29,7 @@ def polynomial(a: float, b: float = 1.0, gamma: float = 0.55) -> Polynomial:
 
     With ``gamma`` above 0.5 and at most 1 their sum diverges and the sum of their squares does not, which
     takes the bias of :func:`sgld` to zero in the limit (equation 2 there). Averages over a finite chain
-    converge fastest with 1/3 (Teh, Thiery & Vollmer 2016, section 4).
+    converge fastest with 1/3 (Teh, Thiery & Vollmer 2016).
 
     Args:
         a: Factor, positive; the first step size is ``a * b ** -gamma``.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .._checks import check_covers, check_model, positive_int
+from .._checks import check_covers, check_model, check_num_data, positive_int
 from .._engine import signature
 from .._functional import Model
 from .._mapping import map_draws
@@ -25,10 +25,11 @@ from .._tree import (
 )
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
+from ..priors._given import HasLogProb, checked_prior
 from ..training._buffers import averaged, varying
 from ._layers import FlippedNoise, LocalNoise, leaves_of_layers, names_by_identity
 from ._mean_field import Independent, MeanFieldState
-from ._prior import AnyPrior, checked_prior, expected_log_prior, log_prior
+from ._prior import expected_log_prior, log_prior
 from ._scale import Scale
 from ._state import VariationalState, check_state
 
@@ -60,7 +61,7 @@ def negative_elbo(
     batch: tuple[Any, Tensor],
     likelihood: Likelihood,
     *,
-    prior: AnyPrior | None = None,
+    prior: HasLogProb | None = None,
     prior_precision: Any = 1.0,
     num_data: int,
     num_samples: int = 1,
@@ -158,16 +159,6 @@ def check_estimator(estimator: Any, state: VariationalState, call: str) -> None:
         )
 
 
-def check_num_data(num_data: Any, num_rows: int, call: str) -> None:
-    """Refuse a number of rows that is less than those of the batch."""
-    positive_int(num_data, f"{call}(num_data=...)")
-    if num_data < num_rows:
-        raise ValueError(
-            f"`{call}(num_data=...)` should be the number of rows of the whole data, at least the {num_rows} "
-            f"of this batch, got {num_data}."
-        )
-
-
 def terms(
     fn: Model,
     params: Params,
@@ -176,7 +167,7 @@ def terms(
     y: Tensor,
     likelihood: Likelihood,
     *,
-    prior: AnyPrior,
+    prior: HasLogProb,
     num_samples: int,
     seed: Seed,
     estimator: Estimator,

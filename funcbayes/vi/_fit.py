@@ -23,6 +23,7 @@ from .._tree import (
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..posteriors import Gaussian
+from ..priors._given import HasLogProb, checked_prior
 from ..training._data import Data, open_data
 from ..training._fit import with_member_axis
 from ..training._loop import minimize
@@ -31,7 +32,6 @@ from ..training._several import count_members, member_seeds, minimize_several
 from ._elbo import Estimator, check_estimator
 from ._init import Family, init
 from ._objective import Inspector, Objective, Watch, elbo_over, held
-from ._prior import AnyPrior, checked_prior
 from ._schedules import Schedule
 from ._state import VariationalState, check_state, posterior
 
@@ -53,7 +53,7 @@ def fit(
     init_scale: float = 1e-2,
     start: VariationalState | None = None,
     prior_precision: Any = 1.0,
-    prior: AnyPrior | None = None,
+    prior: HasLogProb | None = None,
     num_data: int | None = None,
     batch_size: int | None = None,
     num_samples: int = 1,
@@ -183,7 +183,7 @@ def fit_networks(
     init_scale: float = 1e-2,
     start: VariationalState | None = None,
     prior_precision: Any = 1.0,
-    prior: AnyPrior | None = None,
+    prior: HasLogProb | None = None,
     num_data: int | None = None,
     batch_size: int | None = None,
     num_samples: int = 1,

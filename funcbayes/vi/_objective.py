@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_num_data
 from .._functional import Model, training_call
 from .._random import Seed, fold
 from .._tree import Params, index, map_leaves, merge, named_leaves
 from ..likelihoods import Likelihood
+from ..priors._given import HasLogProb
 from ..training._batch import Batch, RaggedBatch
 from ..training._data import Source
 from ..training._networks import Networks
-from ._elbo import Estimator, Terms, check_num_data, terms
+from ._elbo import Estimator, Terms, terms
 from ._layers import leaves_of_layers
-from ._prior import AnyPrior
 from ._schedules import Schedule, checked_weight
 from ._state import VariationalState
 
@@ -46,7 +47,7 @@ class Objective:
         fn: Model,
         likelihood: Likelihood,
         *,
-        prior: AnyPrior,
+        prior: HasLogProb,
         num_data: int,
         num_samples: int,
         estimator: Estimator,
