@@ -45,8 +45,6 @@ def _posteriors(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: int,
     step = grad_and_value(nelbo, argnums=(0, 1), has_aux=True)
 
     def run() -> Tensor:
-        from torch.func import vmap  # noqa: F401  # its draws are vmapped, with noise of the global state
-
         _, (value, _) = step(params, log_std)
         return value
 

@@ -1390,7 +1390,7 @@ def test_windows_cover_what_lies_between_the_ends_of_the_burn_in(num):
 
 
 def test_step_sizes_are_adapted_to_a_rate_of_acceptance():
-    options = {"num_burn_in": 150, "num_samples": 30, "num_chains": 50, "num_leapfrog_steps": 2}
+    options = {"num_burn_in": 120, "num_samples": 20, "num_chains": 50, "num_leapfrog_steps": 2}
     found = [hmc(target_acceptance=t, step_size=3.0, **options).statistics for t in (0.6, 0.9)]
     rates = [statistics["acceptance_rate"].mean() for statistics in found]
     assert 0.6 < rates[0] < 0.9 < rates[1] < 0.99
