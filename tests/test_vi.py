@@ -452,6 +452,23 @@ def test_sticking_the_landing_has_no_variance_at_an_exact_posterior_of_a_regress
     assert noisy.abs().max() > 1e-2  # as the plain estimator is
 
 
+@each_model
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_objective_is_a_function_that_transforms_take(model, estimator):
+    fn, params, batch = made(model)  # whose layers are seen inside a transform first
+    state = vi.init(params, init_scale=0.2)
+
+    def loss(state, seed):
+        options = {"num_data": 5, "num_samples": 3, "seed": seed, "estimator": estimator}
+        return vi.negative_elbo(fn, None, state, batch, NORMAL, **options)
+
+    got = vector(torch.func.grad(loss)(state, 0))
+    live = requiring_grad(state)
+    torch.testing.assert_close(got, vector(gradient(loss(live, 0), live)))
+    expected = torch.stack([loss(state, seed) for seed in range(3)])
+    torch.testing.assert_close(vmap(loss, (None, 0))(state, torch.arange(3)), expected)
+
+
 def test_only_leaves_of_one_layer_are_left_to_layers():
     class Net(nn.Module):
         def __init__(self):

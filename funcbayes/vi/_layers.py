@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._functional import Model
-from .._functorch import unintercepted, unwrap, vmap_level, wrap
+from .._functorch import is_concrete, outside_transforms, unintercepted, unwrap, vmap_level, wrap
 from .._intercept import Unfused
 from .._intercept._call import Interception
 from .._jacobian._plan import plan_for
 from .._jacobian._tape import LAYERS, RowsMixError
 from .._random import fold, normal, uniform
-from .._tree import Params, named_leaves
+from .._tree import Params, map_leaves, named_leaves
 
 _KINDS = ("linear", "convolution", "transposed convolution")
 _LAYERS = {func: layer for func, layer in LAYERS.items() if layer[0] in _KINDS}
@@ -36,8 +36,10 @@ def leaves_of_layers(fn: Model, params: Params, names: list[str], x: Any, *, row
         x: Inputs.
         rows_first: Whether only layers count whose output has one entry of its first axis for each row.
     """
+    params, x = map_leaves(_concrete, params), map_leaves(_concrete, x)
     try:
-        plan = plan_for(fn, params, names, x, "vi", tells=False)
+        with outside_transforms():  # where layers are does not depend on what is mapped or differentiated
+            plan = plan_for(fn, params, names, x, "vi", tells=False)
     except (RowsMixError, ValueError):  # nothing is known of rows: every leaf is drawn
         return set()
     found: set[str] = set()
@@ -45,6 +47,15 @@ def leaves_of_layers(fn: Model, params: Params, names: list[str], x: Any, *, row
         if kind in _KINDS and (not rows_first or rows == (0, 1, True)):
             found.update(leaves)
     return found
+
+
+def _concrete(leaf: Any) -> Any:
+    """A tensor that can be looked at; inside a transform another one of the same shape."""
+    if not isinstance(leaf, Tensor) or is_concrete(leaf):
+        return leaf
+    with outside_transforms():
+        zeros = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        return zeros + uniform(0, leaf.shape).to(zeros) - 0.5 if leaf.is_floating_point() else zeros
 
 
 class _Noisy(Interception):
