@@ -45,7 +45,7 @@ class Settings:
     iris_epochs: int = 500
     iris_draws: int = 400  # many, for smooth curves: each row has dropout masks of its own
     iris_snapshots: int = 30
-    iris_steps: int = 2400
+    iris_steps: int = 1200
     repeats: int = 15
 
 
@@ -168,7 +168,7 @@ def _regress(settings: Settings, split: Split) -> dict[str, _report.Regressed]:
             "num_samples": 4,
             "max_grad_norm": 1.0,
         },
-        sampling={"step_size": 1e-5, **_steps(settings.iris_steps)},
+        sampling={"step_size": 1e-6, **_steps(settings.iris_steps)},
         num_members=settings.num_members,
         num_draws=settings.iris_draws,
     )
