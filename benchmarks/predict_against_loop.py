@@ -58,7 +58,7 @@ def _dropout(name: str, rows: int, repeats: int) -> Result:
     module.train()
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.eval()
+            part.eval()  # dropout is what is timed: its statistics are those of prediction
 
     def loop() -> Tensor:
         with torch.no_grad():

@@ -1,6 +1,8 @@
 """Checks of arguments that many public functions take."""
 
+import math
 import operator
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -20,6 +22,21 @@ def positive_int(value: Any, call: str) -> int:
     if value < 1:
         raise ValueError(f"`{call}` should be at least 1, got {value}.")
     return operator.index(value)
+
+
+def positive_number(value: Any, call: str) -> float:
+    """A positive, finite number as a float.
+
+    Args:
+        value: An int or a float, or anything that stands for one, as NumPy's numbers do.
+        call: How the user called us: ``"ivon.init(hess_init=...)"``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{call}` should be a number, got {type(value).__name__}.")
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"`{call}` should be positive and finite, got {number}.")
+    return number
 
 
 def check_model(fn: Any, call: str) -> None:

@@ -83,8 +83,7 @@ def unwrap_change(tensor: Tensor) -> tuple[Tensor, int | None]:
     if not is_inside_transform():
         return tensor, None
     if _functorch.peek_interpreter_stack().key() == TransformType.Jvp:
-        primal, tangent = torch._VF._unpack_dual(tensor, level=0)  # type: ignore[attr-defined]
-        tensor = primal if tangent is None else tangent
+        primal, tangent = torch._VF._unpack_dual(tensor, level=0)  # type: ignore[attr-defined]  # as above
     while _functorch.is_gradtrackingtensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     level = _functorch.maybe_get_level(tensor)

@@ -54,10 +54,10 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
     """
     value = _hash_string(data) if isinstance(data, str) else data
     if isinstance(key, Tensor) or isinstance(value, Tensor):
-        start = key.long() if isinstance(key, Tensor) else _signed(key)
-        step = value.long() * _signed(_GOLDEN) if isinstance(value, Tensor) else _signed(value * _GOLDEN)
+        start = key.long() if isinstance(key, Tensor) else signed(key)
+        step = value.long() * signed(_GOLDEN) if isinstance(value, Tensor) else signed(value * _GOLDEN)
         return _mix_tensor(start + step)  # type: ignore[arg-type]  # one of the two is a tensor
-    return _signed(_mix(key + value * _GOLDEN))
+    return signed(_mix(key + value * _GOLDEN))
 
 
 def _mix(state: int) -> int:
@@ -69,9 +69,9 @@ def _mix(state: int) -> int:
 
 def _mix_tensor(state: Tensor) -> Tensor:
     # int64 arithmetic wraps as the unsigned one does; only the shifts need the sign bits removed.
-    state = state + _signed(_GOLDEN)
-    state = (state ^ _shift_right(state, 30)) * _signed(_MIX_1)
-    state = (state ^ _shift_right(state, 27)) * _signed(_MIX_2)
+    state = state + signed(_GOLDEN)
+    state = (state ^ _shift_right(state, 30)) * signed(_MIX_1)
+    state = (state ^ _shift_right(state, 27)) * signed(_MIX_2)
     return state ^ _shift_right(state, 31)
 
 
@@ -79,7 +79,8 @@ def _shift_right(state: Tensor, bits: int) -> Tensor:
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """The number of the range of int64 that is the same modulo ``2^64``."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
@@ -175,9 +176,9 @@ def _noise(
 
 def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: bool) -> Tensor:
     """Noise by hashing a counter with the key: SplitMix64 started beside each key."""
-    counter = torch.arange(math.prod(shape), device=key.device).reshape(shape) * _signed(_GOLDEN)
+    counter = torch.arange(math.prod(shape), device=key.device).reshape(shape) * signed(_GOLDEN)
     # Beside it, for from the key itself it would give the keys that are folded out of it.
-    state = (key ^ _signed(_MIX_1)).reshape((*key.shape, *(1 for _ in shape)))
+    state = (key ^ signed(_MIX_1)).reshape((*key.shape, *(1 for _ in shape)))
     first = _unit(_mix_tensor(state + counter), dtype)
     if not gaussian:
         return first

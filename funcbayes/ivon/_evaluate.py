@@ -17,7 +17,7 @@ from .._functional import Model, training_call
 from .._mapping import map_draws
 from .._random import forked
 from .._remember import Remembered
-from .._tree import Fixed, Params, index, map_leaves, map_named, merge, named_leaves, select
+from .._tree import Fixed, Params, index, map_leaves, merge, named_leaves, select
 from ..likelihoods import Likelihood
 from ..training._batch import Batch
 from ..training._loader import global_generators
@@ -164,13 +164,3 @@ def split(fixed: Params) -> tuple[Params, Params]:
 
     shared = select(fixed, lambda _, leaf: is_common(leaf))
     return index(shared, 0), select(fixed, lambda _, leaf: not is_common(leaf))
-
-
-def averaged(changed: Params, num_networks: int) -> Params:
-    """Buffers ``(K S, ...)`` that each draw changed for itself, as one value a network, ``(K, ...)``."""
-
-    def one(leaf: Fixed) -> Fixed:
-        values = leaf.tensor.unflatten(0, (num_networks, -1))
-        return Fixed(values.mean(1) if values.is_floating_point() else values[:, 0])
-
-    return map_named(lambda _, leaf: one(leaf), changed) if named_leaves(changed) else {}

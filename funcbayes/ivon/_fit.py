@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_covers, check_model, check_num_data, positive_int
+from .._checks import check_covers, check_model, check_num_data, positive_int, positive_number
 from .._functional import Model
 from .._random import resolve_seed
 from .._tree import Fixed, Params, Where, device_of, index, map_leaves, named_leaves, select, stack, tensors
@@ -20,7 +20,6 @@ from ..posteriors import Gaussian
 from ..training._batch import Batch, RaggedBatch, ready
 from ..training._data import Data, Source, open_data
 from ..training._several import count_members, member_seeds
-from ._checks import positive
 from ._evaluate import Traits, look
 from ._posterior import posterior
 from ._schedules import Schedule
@@ -278,7 +277,7 @@ def _place(behind: int, source: Source, seed: int, num_epochs: int) -> tuple[int
 def _rates(learning_rate: Any) -> Schedule:
     """Checked learning rates by the number of the step."""
     if not callable(learning_rate):
-        constant = positive(learning_rate, f"{_CALL}(learning_rate=...)")
+        constant = positive_number(learning_rate, f"{_CALL}(learning_rate=...)")
         return lambda step: constant
 
     def rate(step: int) -> float:

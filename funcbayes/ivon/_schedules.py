@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable
 
-from .._checks import positive_int
-from ._checks import positive
+from .._checks import positive_int, positive_number
 
 Schedule = Callable[[int], float]
 
@@ -29,7 +28,7 @@ def cosine(peak: float, num_steps: int, warmup: int = 0) -> Schedule:
         >>> [round(ivon.cosine(1.0, 6, warmup=2)(step), 3) for step in range(6)]
         [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """
-    peak = positive(peak, "ivon.cosine(peak=...)")
+    peak = positive_number(peak, "ivon.cosine(peak=...)")
     num_steps = positive_int(num_steps, "ivon.cosine(num_steps=...)")
     if isinstance(warmup, bool) or not hasattr(warmup, "__index__"):
         raise TypeError(f"`ivon.cosine(warmup=...)` should be an int, got {type(warmup).__name__}.")

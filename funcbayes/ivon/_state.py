@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import positive_number
 from .._tree import (
     Fixed,
     Params,
@@ -19,7 +20,6 @@ from .._tree import (
     static,
 )
 from ..covariances._flat import at_least_single
-from ._checks import positive
 
 
 @pytree_dataclass
@@ -74,7 +74,7 @@ def init(params: Params, *, hess_init: float = 1.0, where: Where | None = None) 
         >>> state.mean, state.step
         ({'b': tensor([1., 1.])}, tensor(0))
     """
-    hess_init = positive(hess_init, "ivon.init(hess_init=...)")
+    hess_init = positive_number(hess_init, "ivon.init(hess_init=...)")
     chosen = matcher(where)
     covered = select(params, lambda name, leaf: is_parameter(leaf) and chosen(name, leaf))
     leaves = named_leaves(covered)

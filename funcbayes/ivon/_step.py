@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import positive_int
+from .._checks import positive_int, positive_number
 from .._random import Seed, fold, resolve_seed
 from .._tree import Params, difference, named_leaves
 from ..covariances._noise import leaf_noise
-from ._checks import fraction, positive, positive_or_none
+from ._checks import fraction, positive_or_none
 from ._state import IVONState, check_state, like_mean
 
 
@@ -30,7 +30,7 @@ class Scale:
     def of(cls, num_data: Any, prior_precision: Any, ess: Any, call: str) -> "Scale":
         """Check the numbers that a user gives."""
         num_data = positive_int(num_data, f"{call}(num_data=...)")
-        prior_precision = positive(prior_precision, f"{call}(prior_precision=...)")
+        prior_precision = positive_number(prior_precision, f"{call}(prior_precision=...)")
         ess = positive_or_none(ess, f"{call}(ess=...)")
         return cls(float(num_data) if ess is None else ess, prior_precision / num_data)
 
@@ -68,7 +68,7 @@ class Rule:
             )
         return cls(
             scale,
-            positive(learning_rate, f"{call}(learning_rate=...)"),
+            positive_number(learning_rate, f"{call}(learning_rate=...)"),
             fraction(beta1, f"{call}(beta1=...)"),
             fraction(beta2, f"{call}(beta2=...)"),
             positive_or_none(clip_radius, f"{call}(clip_radius=...)"),

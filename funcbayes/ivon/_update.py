@@ -16,8 +16,9 @@ from ..covariances._flat import at_least_single
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..training._batch import Batch, RaggedBatch, flat, ready
+from ..training._buffers import averaged
 from ._checks import positive_or_none
-from ._evaluate import Found, Traits, averaged, evaluated, split, traits_of
+from ._evaluate import Found, Traits, evaluated, split, traits_of
 from ._state import IVONState, check_state, in_dtypes_of_the_model
 from ._step import Rule, Scale, drawn, key_of_step, moved
 

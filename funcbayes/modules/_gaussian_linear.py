@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import vi
+from .._checks import positive_number
 from .._random import Seed, resolve_seed
 from ..posteriors import Gaussian
 from ..priors import Normal
-from ..vi._init import check_scale
 from ..vi._layers import moments, noise
 from ..vi._prior import expected_log_prior
 
@@ -47,9 +47,9 @@ class GaussianLinear(nn.Module):
         init_scale: float = 1e-2,
     ) -> None:
         super().__init__()
-        check_scale(prior_std, "GaussianLinear(prior_std=...)")
-        check_scale(init_scale, "GaussianLinear(init_scale=...)")
-        self.in_features, self.out_features, self.prior_std = in_features, out_features, prior_std
+        self.in_features, self.out_features = in_features, out_features
+        self.prior_std = positive_number(prior_std, "GaussianLinear(prior_std=...)")
+        init_scale = positive_number(init_scale, "GaussianLinear(init_scale=...)")
         start = nn.Linear(in_features, out_features, bias)
         state = vi.MeanFieldState.around(
             {name: p.detach() for name, p in start.named_parameters()}, init_scale

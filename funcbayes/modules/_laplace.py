@@ -2,8 +2,6 @@
 
 from typing import Any, get_args
 
-import optree
-import torch
 from torch import Tensor, nn
 
 from .. import curvature, laplace
@@ -183,10 +181,7 @@ class LaplaceApproximation(Predicting):
             return self.likelihood
         source = open_data(data, batch_size=None, num_streams=1, call="LaplaceApproximation.fit")
         x, _ = next(iter(source.plain_batches(device_of(values)))).member(0)
-        with torch.no_grad():
-            shape = self._fn(values, optree.tree_map(_first_row, x)).shape
-        found = self._likelihood_of(shape)
-        return Normal(self.noise_std) if found is None else found
+        return self._likelihood_at(self._fn, values, x, self.noise_std)
 
     def _fitted(self, call: str) -> tuple[Params, curvature.Curvature]:
         if self._curvature is None:
@@ -237,7 +232,3 @@ class LaplaceApproximation(Predicting):
         self._mode, self._curvature = mode, from_plain(state["curvature"])
         self.prior_precision = from_plain(state["prior_precision"])
         self.noise_std, self._found = state["noise_std"], None
-
-
-def _first_row(leaf: Any) -> Any:
-    return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf

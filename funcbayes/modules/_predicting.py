@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import optree
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from .._predict import predict
 from .._prediction import Prediction
 from .._random import Seed
 from .._tree import Params
-from ..likelihoods import Bernoulli, Categorical, Likelihood
+from ..likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from ..posteriors import Posterior
 
 Outputs = Literal["classification", "regression"] | Likelihood | None
@@ -104,3 +105,16 @@ class Predicting(nn.Module):
             )
         # One logit is that of the second of two classes.
         return Categorical() if len(shape) == 2 and shape[1] > 1 else Bernoulli()
+
+    def _likelihood_at(self, fn: FunctionalModule, values: Params, x: Any, noise_std: float) -> Likelihood:
+        """What outputs for ``x`` are; values have normal noise."""
+        if isinstance(self.likelihood, Likelihood):
+            return self.likelihood
+        with torch.no_grad():
+            shape = fn(values, optree.tree_map(_first_row, x)).shape
+        found = self._likelihood_of(shape)
+        return Normal(noise_std) if found is None else found
+
+
+def _first_row(leaf: Any) -> Any:
+    return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf

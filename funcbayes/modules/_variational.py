@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import vi
+from .._checks import positive_number
 from .._functional import FunctionalModule, make_functional
 from .._random import Seed
 from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of, tensors
-from ..likelihoods import Likelihood, Normal
+from ..likelihoods import Likelihood
 from ..posteriors import Gaussian, Posterior
 from ..priors._given import HasLogProb, checked_prior
 from ..training._data import Data, open_data
 from ..vi._elbo import Estimator
 from ..vi._fit import fit_networks
-from ..vi._init import Family, check_scale
+from ..vi._init import Family
 from ..vi._prior import expected_log_prior
 from ._predicting import Outputs, Predicting, check_module, unwrapped
 
@@ -68,8 +69,7 @@ class VariationalBayesNN(Predicting):
     ) -> None:
         super().__init__("VariationalBayesNN", likelihood, num_samples)
         self.model = check_module(model, "VariationalBayesNN(model)")
-        check_scale(noise_std, "VariationalBayesNN(noise_std=...)")
-        self.noise_std = noise_std
+        self.noise_std = positive_number(noise_std, "VariationalBayesNN(noise_std=...)")
         self._fn, params = make_functional(unwrapped(model))
         state = vi.init(params, family, init_scale, where, rank=rank)
         self._prior = checked_prior(prior, prior_precision, state.mean, "VariationalBayesNN")
@@ -187,16 +187,7 @@ class VariationalBayesNN(Predicting):
         return {**own, **buffers}
 
     def _likelihood_for(self, x: Any) -> Likelihood:
-        if isinstance(self.likelihood, Likelihood):
-            return self.likelihood
-        with torch.no_grad():
-            shape = self._fn(self._values(), optree.tree_map(_first_row, x)).shape
-        found = self._likelihood_of(shape)
-        return Normal(self.noise_std) if found is None else found
+        return self._likelihood_at(self._fn, self._values(), x, self.noise_std)
 
     def _posterior(self) -> tuple[FunctionalModule, Params, Posterior, int | None]:
         return self._fn, self._values(), self.posterior(), self.num_samples
-
-
-def _first_row(leaf: Any) -> Any:
-    return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf

@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .._random import Seed, fold, normal
+from .._random import Seed, fold, normal, signed
 from .._tree import Fixed, Params, is_parameter, map_leaves, map_named, named_leaves
 from ._scalars import plus
 
@@ -99,12 +99,7 @@ def _seed_tensor(seed: Any, call: str) -> Tensor:
         return seed.detach().long().clone()
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise TypeError(f"`{call}` should be given an int or an int64 tensor, got {type(seed).__name__}.")
-    return torch.tensor(in_int64(operator.index(seed)))
-
-
-def in_int64(seed: int) -> int:
-    """The number of the range of int64 that is the same modulo ``2^64``."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    return torch.tensor(signed(operator.index(seed)))
 
 
 @dataclass(frozen=True)

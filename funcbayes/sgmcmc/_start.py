@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int
-from .._random import resolve_seed
+from .._random import resolve_seed, signed
 from .._tree import (
     Fixed,
     Params,
@@ -20,6 +20,7 @@ from .._tree import (
     named_leaves,
     select,
 )
+from ..training._batch import ready
 from ..training._several import count_members, member_seeds
 
 
@@ -51,7 +52,7 @@ class Start:
                     f"those of {given} chains, got {num_chains}."
                 )
             num_chains = given
-        params = map_leaves(_savable, params)
+        params = map_leaves(lambda leaf: ready(leaf, None), params)
         chosen = matcher(where)
         covered = {
             name for name, leaf in named_leaves(params).items() if is_parameter(leaf) and chosen(name, leaf)
@@ -100,13 +101,6 @@ class Start:
         return merge(drawn, map_leaves(spread, belonging))
 
 
-def _savable(leaf: Any) -> Any:
-    """Detach a leaf; what was made under inference mode is copied, so that autograd can save it."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.clone() if leaf.is_inference() else leaf.detach()
-
-
 def check_chunk(chunk_size: int | None, call: str) -> int | None:
     """How many chains at a time, refused if it is no count."""
     return None if chunk_size is None else positive_int(chunk_size, f"{call}(chunk_size=...)")
@@ -114,4 +108,4 @@ def check_chunk(chunk_size: int | None, call: str) -> int | None:
 
 def as_seeds(seeds: tuple[int, ...]) -> Tensor:
     """Seeds as a tensor, which no integer overflows."""
-    return torch.tensor([(seed + (1 << 63)) % (1 << 64) - (1 << 63) for seed in seeds])
+    return torch.tensor([signed(seed) for seed in seeds])

@@ -1,4 +1,4 @@
-"""Buffers of one network that several draws of its parameters change, each for itself."""
+"""Buffers of networks that several draws of their parameters change, each for itself."""
 
 from .._tree import Fixed, Params, map_named, named_leaves, select
 
@@ -10,12 +10,11 @@ def varying(params: Params) -> Params:
     return select(params, lambda _, leaf: isinstance(leaf, Fixed) and leaf.tensor.is_floating_point())
 
 
-def averaged(changed: Params) -> Params:
-    """Buffers that draws changed, ``(S, *s)``, as one value."""
-    if not named_leaves(changed):
-        return {}
+def averaged(changed: Params, num_networks: int) -> Params:
+    """Buffers ``(K S, ...)`` that each draw changed for itself, as one value a network, ``(K, ...)``."""
 
-    def one(name: str, leaf: Fixed) -> Fixed:
-        return Fixed(leaf.tensor.mean(0) if leaf.tensor.is_floating_point() else leaf.tensor[0])
+    def one(leaf: Fixed) -> Fixed:
+        values = leaf.tensor.unflatten(0, (num_networks, -1))
+        return Fixed(values.mean(1) if values.is_floating_point() else values[:, 0])
 
-    return map_named(one, changed)
+    return map_named(lambda _, leaf: one(leaf), changed) if named_leaves(changed) else {}

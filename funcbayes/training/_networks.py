@@ -21,7 +21,7 @@ from .._tree import (
     named_leaves,
     select,
 )
-from ._batch import Batch, RaggedBatch
+from ._batch import Batch, RaggedBatch, ready
 from ._fixed import FixedValues
 from ._loader import global_generators
 from ._objective import Objective
@@ -38,7 +38,7 @@ class Networks:
     def __init__(
         self, objective: Objective, members: Params, seeds: Sequence[int], where: Where | None, call: str
     ) -> None:
-        members = map_leaves(_savable, members)
+        members = map_leaves(lambda leaf: ready(leaf, None), members)
         chosen = matcher(where)
         trained = {
             name for name, leaf in named_leaves(members).items() if is_parameter(leaf) and chosen(name, leaf)
@@ -115,13 +115,6 @@ class Networks:
         return map_leaves(
             lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.present(leaves)
         )
-
-
-def _savable(leaf: Any) -> Any:
-    """Detach a leaf; what was made under inference mode is copied, so that autograd can save it."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.clone() if leaf.is_inference() else leaf.detach()
 
 
 # How losses (K,) and gradients, (K, *s) each, are found for all networks at leaves (K, *s).

@@ -17,6 +17,7 @@ from .._random import Seed, fold, keys_by_name, resolve_seed
 from .._tree import (
     Params,
     as_tree,
+    index,
     map_leaves,
     merge,
     named_leaves,
@@ -218,7 +219,7 @@ def terms(
             log_priors = vmap(lambda leaves: log_prior(prior, leaves))(draws)
         log_q = found["log_q"].mean() if estimator == "stl" else -scale.entropy()
         kl = log_q - log_priors.mean()
-    return Terms(-found["log_lik"].mean(), kl, averaged(found["changed"]))
+    return Terms(-found["log_lik"].mean(), kl, index(averaged(found["changed"], 1), 0))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """Where variational inference starts."""
 
-import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .._checks import positive_int
+from .._checks import positive_int, positive_number
 from .._random import Seed, resolve_seed
 from .._tree import Params, Where, is_parameter, map_leaves, matcher, named_leaves, select
 from ..covariances import Diagonal
@@ -57,7 +56,7 @@ def init(
         >>> sorted(state.mean)
         ['w']
     """
-    check_scale(init_scale, "vi.init(init_scale=...)")
+    init_scale = positive_number(init_scale, "vi.init(init_scale=...)")
     if family not in get_args(Family):
         known = ", ".join(map(repr, get_args(Family)))
         raise ValueError(f"`vi.init(family=...)` should be one of {known}, got {family!r}.")
@@ -89,7 +88,7 @@ def moped(
         prior_std: Standard deviation (not variance) of the prior.
 
     Returns:
-        A mean-field state for ``vi.fit(init=...)``, and the prior for ``vi.fit(prior=...)``.
+        A mean-field state for ``vi.fit(start=...)``, and the prior for ``vi.fit(prior=...)``.
 
     Raises:
         ValueError: If a number is not positive, or ``where`` chooses no leaf of floating point.
@@ -100,8 +99,8 @@ def moped(
         >>> state.scale().std["w"]
         tensor([0.2000, 0.1000])
     """
-    check_scale(delta, "vi.moped(delta=...)")
-    check_scale(prior_std, "vi.moped(prior_std=...)")
+    delta = positive_number(delta, "vi.moped(delta=...)")
+    prior_std = positive_number(prior_std, "vi.moped(prior_std=...)")
     mean = covered(params, where, "vi.moped(params, ...)")
     rho = map_leaves(lambda leaf: softplus_inverse((delta * leaf.abs()).clamp_min(1e-4)), mean)
     variance = map_leaves(lambda leaf: torch.full_like(leaf, prior_std**2), mean)
@@ -119,14 +118,6 @@ def covered(params: Params, where: Where | None, call: str) -> Params:
         )
     with torch.inference_mode(False):
         return map_leaves(lambda leaf: leaf.detach().clone(), mean)
-
-
-def check_scale(value: Any, call: str) -> None:
-    """Refuse what is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        raise TypeError(f"`{call}` should be a number, got {type(value).__name__}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`{call}` should be positive and finite, got {value}.")
 
 
 def _check_sizes(leaves: dict[str, Tensor], family: Family, rank: int) -> None:

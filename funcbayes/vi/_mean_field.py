@@ -36,8 +36,6 @@ class MeanFieldState(VariationalState):
 
     def scale(self) -> "Independent":
         """Standard deviations."""
-        if not named_leaves(self.mean):
-            return Independent(self.mean, self.rho, torch.zeros(0), torch.zeros(0))
         mean, rho = (
             torch.cat([leaf.reshape(-1) for leaf in tensors(tree)]) for tree in (self.mean, self.rho)
         )
