@@ -61,6 +61,8 @@ def check_num_data(num_data: Any, num_rows: int, call: str) -> int:
         call: How the user called us: ``"vi.negative_elbo"``.
     """
     num_data = positive_int(num_data, f"{call}(num_data=...)")
+    if num_rows == 0:
+        raise ValueError(f"`{call}` should be given batches of at least one row, got one without any.")
     if num_data < num_rows:
         raise ValueError(
             f"`{call}(num_data=...)` should be the number of rows of the whole data, at least the {num_rows} "

@@ -603,6 +603,18 @@ def test_the_laplace_face_refuses_bad_numbers_before_any_fit(options, message):
 
 # Variational inference.
 
+
+def test_the_variational_face_refuses_an_option_that_there_is_not():
+    face = VariationalBayesNN(seeded(mlp))
+    with pytest.raises(TypeError, match=r"VariationalBayesNN.fit\(bach_size=...\)` is no option"):
+        face.fit(data_for(face.model), optimizer=ADAM, num_epochs=1, bach_size=5)
+
+
+def test_a_gaussian_linear_map_has_features():
+    with pytest.raises(ValueError, match=r"GaussianLinear\(in_features=...\)` should be at least 1, got 0"):
+        GaussianLinear(0, 2)
+
+
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
 
 
@@ -614,7 +626,8 @@ def test_the_variational_face_is_fitted_as_the_function_fits(family):
     face = VariationalBayesNN(model, family=family, rank=2, prior_precision=2.0)
     options = {"optimizer": ADAM, "num_epochs": 3, "batch_size": 5, "seed": 1}
     face.fit(data, **options)
-    q = fb.vi.fit(fn, params, data, Categorical(), family=family, rank=2, prior_precision=2.0, **options)
+    start = fb.vi.init(params, family, rank=2)
+    q = fb.vi.fit(fn, params, data, Categorical(), start=start, prior_precision=2.0, **options)
     found = face.posterior()
     for name in params:
         assert_close(found.mean[name], q.mean[name])

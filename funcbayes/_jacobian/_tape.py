@@ -100,15 +100,16 @@ class Tape(Interception):
 
     def note_others(self, given: Iterable[Any], result: Any) -> None:
         """Write down the leaves among arguments of which a result is a differentiable function."""
-        used = {self.names[id(value)] for value in _flat(given) if id(value) in self.names}
-        if used and any(isinstance(t, Tensor) and physical(t).requires_grad for t in _flat([result])):
+        used = {self.names[id(value)] for value in flat(given) if id(value) in self.names}
+        if used and any(isinstance(t, Tensor) and physical(t).requires_grad for t in flat([result])):
             self.others |= used
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """What lists and tuples hold."""
     for value in values:
         if isinstance(value, list | tuple):
-            yield from _flat(value)
+            yield from flat(value)
         else:
             yield value
 

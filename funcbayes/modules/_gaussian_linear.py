@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import vi
-from .._checks import positive_number
+from .._checks import positive_int, positive_number
 from .._random import Seed, resolve_seed
 from ..posteriors import Gaussian
 from ..priors import Normal
@@ -47,7 +47,8 @@ class GaussianLinear(nn.Module):
         init_scale: float = 1e-2,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = positive_int(in_features, "GaussianLinear(in_features=...)")
+        self.out_features = positive_int(out_features, "GaussianLinear(out_features=...)")
         self.prior_std = positive_number(prior_std, "GaussianLinear(prior_std=...)")
         init_scale = positive_number(init_scale, "GaussianLinear(init_scale=...)")
         start = nn.Linear(in_features, out_features, bias)

@@ -1,5 +1,6 @@
 """Variational inference as a module."""
 
+import inspect
 from typing import Any
 
 import optree
@@ -15,6 +16,7 @@ from ..likelihoods import Likelihood
 from ..posteriors import Gaussian, Posterior
 from ..priors._given import HasLogProb, checked_prior
 from ..training._data import Data, open_data
+from ..training._options import MakeOptimizer
 from ..vi._elbo import Estimator
 from ..vi._fit import fit_networks
 from ..vi._init import Family
@@ -137,14 +139,15 @@ class VariationalBayesNN(Predicting):
             )
         return -state.entropy() - expected
 
-    def fit(self, data: Data, **options: Any) -> None:
+    def fit(self, data: Data, *, optimizer: MakeOptimizer, num_epochs: int, **options: Any) -> None:
         """Move the mean and the scales to where the ELBO is largest, from where they are.
 
         Args:
             data: Training data, ``(x, y)`` tensors or a re-iterable of such batches.
-            **options: Those of :func:`funcbayes.vi.fit`: ``optimizer``, ``num_epochs``, ``batch_size``,
-                ``num_samples``, ``estimator``, ``seed`` and so on; but for the family, the prior and the
-                start.
+            optimizer: ``leaves -> torch.optim.Optimizer``, of the means and the scales.
+            num_epochs: Passes through the data.
+            **options: Others of :func:`funcbayes.vi.fit`: ``batch_size``, ``num_samples``, ``estimator``,
+                ``seed`` and so on; but for the family, the prior and the start.
         """
         decided = {"start", "family", "where", "rank", "init_scale", "prior", "prior_precision", "stacked"}
         for name in options.keys() & decided:
@@ -152,12 +155,16 @@ class VariationalBayesNN(Predicting):
                 f"`VariationalBayesNN.fit({name}=...)` is no option here: the distribution and its prior are "
                 "those that the class was made with. Write `VariationalBayesNN(model, ...)`, or `vi.fit`."
             )
+        for name in options.keys() - inspect.signature(vi.fit).parameters.keys():
+            raise TypeError(f"`VariationalBayesNN.fit({name}=...)` is no option: see those of `vi.fit`.")
         source = open_data(data, batch_size=None, num_streams=1, call="VariationalBayesNN.fit")
         x, _ = next(iter(source.plain_batches(None))).member(0)
         (network,) = fit_networks(
             *(self._fn, self._values(), data, self._likelihood_for(x)),
             start=self.state.detached(),
             prior=self._prior,
+            optimizer=optimizer,
+            num_epochs=num_epochs,
             **options,
         )
         model, values = unwrapped(self.model), named_leaves(network["params"])

@@ -80,6 +80,8 @@ def minimize(
                 matters = ~getattr(watcher, "is_done", torch.zeros(networks.num_members, dtype=torch.bool))
                 table, weights = _run_epoch(batches, networks, movers, gradients, options, after_step)
                 _check_losses(table, matters, options, epoch)
+                if options.inspect is not None:
+                    options.inspect.after_epoch(networks, movers.leaves())
                 losses = (weights * table).sum(0) / weights.sum(0)
                 if options.scheduler_interval == "epoch":
                     movers.schedule(losses)

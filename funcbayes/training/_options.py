@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,15 +17,26 @@ Callback = Callable[[int, Any, Params], bool | None]
 Interval = Literal["epoch", "step"]
 
 
+class Inspect(Protocol):
+    """What looks at networks as they are trained, and raises an error that stops it."""
+
+    def __call__(self, networks: Any, leaves: list[Tensor], batch: Any, losses: Tensor) -> None:
+        """See the losses ``(K,)`` of a step before it is taken."""
+        ...
+
+    def after_epoch(self, networks: Any, leaves: list[Tensor]) -> None:
+        """See what the last step of an epoch made of the leaves."""
+        ...
+
+
 @dataclass(frozen=True)
 class Options:
     """What every fit is told about descending; checked when it is made.
 
     ``call`` is the name of the public function and ``member`` the number of a network that is trained
     alone but belongs to an ensemble, for messages. ``callback`` is given losses ``(K,)`` and members.
-    ``inspect`` sees the losses of every step before it is taken, and may refuse to go on: it is given the
-    networks, their leaves, the batch and losses ``(K,)``. ``shown`` says what the bar shows for losses
-    ``(K,)``.
+    ``inspect`` may refuse to go on before a step or after an epoch. ``shown`` says what the bar shows for
+    losses ``(K,)``.
     """
 
     call: str
@@ -39,7 +50,7 @@ class Options:
     member: int | None = None
     patience: int | None = None
     has_validation: bool = False
-    inspect: Callable[[Any, list[Tensor], Any, Tensor], None] | None = None
+    inspect: Inspect | None = None
     shown: Callable[[Tensor], dict[str, str]] = lambda losses: {"loss": f"{losses.mean().item():.4g}"}
 
     def __post_init__(self) -> None:
@@ -60,6 +71,11 @@ class Options:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"`{self.call}(max_grad_norm=...)` should be positive or None, got {self.max_grad_norm}."
+            )
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(
+                f"`{self.call}(callback=...)` should be a function or None, got "
+                f"{type(self.callback).__name__}."
             )
         for name, make in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             if make is not None and not callable(make):

@@ -1,8 +1,8 @@
 """The negative ELBO and its estimators."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,12 +26,14 @@ from .._tree import (
 )
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
+from ..likelihoods._layout import wide
 from ..priors._given import HasLogProb, checked_prior
 from ..training._buffers import averaged, varying
-from ._layers import FlippedNoise, LocalNoise, leaves_of_layers, names_by_identity
+from ._layers import FlippedNoise, LayerNoise, LocalNoise, leaves_of_layers, names_by_identity
 from ._mean_field import Independent, MeanFieldState
 from ._prior import expected_log_prior, log_prior
 from ._scale import Scale
+from ._schedules import checked_weight
 from ._state import VariationalState, check_state
 
 Estimator = Literal["reparam", "stl", "flipout", "local"]
@@ -102,7 +104,8 @@ def negative_elbo(
               (2017), section 4.4: their correlations within a row are left out, so that it is another ``q``
               wherever later layers mix positions.
 
-            The last two are for leaves that are the weight or bias of one such layer; others are drawn.
+            The last two are for leaves that are the weight or bias of one such layer, called once; others are
+            drawn. Activation checkpointing, which calls layers again later, is for the first two.
         kl_weight: Factor of the KL; 1 for the ELBO.
         chunk_size: Draws of one pass; ``None`` to choose by the size of intermediates.
 
@@ -135,6 +138,8 @@ def negative_elbo(
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
         raise TypeError(f"`{_CALL}(batch=...)` should be `(x, y)` with tensors, got {type(batch).__name__}.")
     check_num_data(num_data, batch[1].shape[0] if batch[1].ndim else 0, _CALL)
+    if not isinstance(kl_weight, Tensor):
+        kl_weight = checked_weight(kl_weight, f"{_CALL}(kl_weight=...)")
     found = terms(
         *(fn, params, state, as_tree(batch[0]), batch[1], likelihood),
         prior=checked_prior(prior, prior_precision, state.mean, _CALL),
@@ -181,13 +186,17 @@ def terms(
     expected = None if estimator == "stl" else expected_log_prior(scale, prior)
     sampler = _Sampler.of(fn, params, scale, x, seed, estimator)
     constant = state.detached().scale() if estimator == "stl" else None
+    misused: set[str] = set()
 
     def one(entry: Any) -> dict[str, Any]:
         leaves, deviations, buffers, (key, keys) = entry
         given = merge(merge(params, sampler.seen), merge(leaves, buffers))
-        with sampler.noise(given, deviations, keys):
+        noise = sampler.noise(given, deviations, keys)
+        with noise or nullcontext():
             outputs, changed = evaluate(given, x, key)
-        found = {"log_lik": likelihood.log_prob(outputs, y).mean(), "changed": changed}
+        if noise is not None:
+            misused.update(noise.misused())
+        found = {"log_lik": wide(likelihood.log_prob(outputs, y)).mean(), "changed": changed}
         if expected is None and not sampler.layers:
             found["log_prior"] = log_prior(prior, leaves)
         if constant is not None:
@@ -201,15 +210,23 @@ def terms(
         repeated = map_leaves(lambda leaf: leaf.expand(len(indices), *leaf.shape), buffers)
         return *sampler.draws(indices), repeated, sampler.keys(indices)
 
-    found = map_draws(
-        *(one, entries, num_samples),
-        owner=fn,
-        num_rows=num_rows(x) or 1,
-        key=("vi", type(state), estimator, signature(state), signature(x), torch.is_grad_enabled()),
-        call=call,
-        chunk_size=chunk_size,
-        has_rules=not sampler.draws_nothing,
-    )
+    shapes = ("vi", type(state), estimator, signature(state), signature(x), torch.is_grad_enabled())
+    while True:
+        found = map_draws(
+            *(one, entries, num_samples),
+            owner=fn,
+            num_rows=num_rows(x) or 1,
+            key=(*shapes, sampler.layers),
+            call=call,
+            chunk_size=chunk_size,
+            has_rules=not sampler.draws_nothing,
+        )
+        if not misused:
+            break
+        # These layers did not run as with a row or two in evaluation mode. It is found out anew every time,
+        # so that a result depends on nothing that was evaluated before.
+        sampler = sampler.without(misused)
+        misused.clear()
     if expected is not None:
         kl = -scale.entropy() - expected
     else:
@@ -249,8 +266,15 @@ class _Sampler:
         names = list(named_leaves(scale.mean))
         whole = merge(params, scale.mean)
         layers = leaves_of_layers(fn, whole, names, x, rows_first=estimator == "flipout")
-        seen = select(scale.mean, lambda name, _: name in layers) if layers else None
-        return cls(scale, seed, frozenset(layers), seen, estimator == "local")
+        return cls(scale, seed, is_local=estimator == "local")._with(frozenset(layers))
+
+    def without(self, names: set[str]) -> "_Sampler":
+        """The same, but that these leaves are drawn."""
+        return self._with(self.layers - names)
+
+    def _with(self, layers: frozenset[str]) -> "_Sampler":
+        seen = select(self.scale.mean, lambda name, _: name in layers) if layers else None
+        return replace(self, layers=layers, seen=seen)
 
     @property
     def draws_nothing(self) -> bool:
@@ -272,10 +296,10 @@ class _Sampler:
 
     def noise(
         self, given: Params, deviations: dict[str, Tensor], keys: dict[str, Tensor]
-    ) -> AbstractContextManager[Any]:
-        """What adds the noise of layers while the model runs."""
+    ) -> LayerNoise | None:
+        """What adds the noise of layers while the model runs; ``None`` if it gets none so."""
         if not self.layers:
-            return nullcontext()
+            return None
         names = names_by_identity(given, self.layers)
         if not self.is_local:
             return FlippedNoise(names, deviations, keys)

@@ -114,9 +114,9 @@ def fit(
         chunk_size: Draws of one pass, and with ``stacked`` networks; ``None`` to choose by sizes.
         progress: Whether to show a bar over the epochs, with the ELBO.
         callback: ``(epoch, elbo, state)`` after every epoch, with the mean over its steps of the estimated
-            ELBO, a float, and a copy of the state; :func:`posterior` makes a Gaussian of it. With ``stacked``
-            ELBOs ``(K,)`` and a state whose leaves have a leading axis ``K``. Fitting ends when it returns
-            ``True``.
+            ELBO, a float, in which the KL has the weight of the step, and a copy of the state;
+            :func:`posterior` makes a Gaussian of it. With ``stacked`` ELBOs ``(K,)`` and a state whose leaves
+            have a leading axis ``K``. Fitting ends when it returns ``True``.
 
     Returns:
         Gaussian over the covered leaves. Its mean carries buffers that training changed (BatchNorm's
@@ -206,12 +206,12 @@ def fit_networks(
     if chunk_size is not None:
         chunk_size = positive_int(chunk_size, f"{_CALL}(chunk_size=...)")
     num = count_members(params, f"{_CALL}(fn, params, ..., stacked=True)") if stacked else 1
-    states = _starts(params, start, family, init_scale, where, rank, num if stacked else None)
+    seed = int(resolve_seed(seed))
+    seeds = member_seeds(seed, num) if stacked else (seed,)
+    states = _starts(params, start, family, init_scale, where, rank, seeds, stacked=stacked)
     check_estimator(estimator, states[0], f"{_CALL}(estimator=...)")
     prior = checked_prior(prior, prior_precision, states[0].mean, _CALL)
     source = open_data(data, batch_size=batch_size, num_streams=num, call=_CALL)
-    seed = int(resolve_seed(seed))
-    seeds = member_seeds(seed, num) if stacked else (seed,)
     rows = source.num_data(seeds[0]) if num_data is None else num_data
     if num_data is not None:
         positive_int(num_data, f"{_CALL}(num_data=...)")
@@ -224,6 +224,7 @@ def fit_networks(
         kl_weight=kl_weight,
         call=_CALL,
         chunk_size=chunk_size,
+        num_networks=num,
     )
     objective.weight()  # refuses a weight that is none
     options = Options(
@@ -234,7 +235,7 @@ def fit_networks(
         scheduler_interval=scheduler_interval,
         max_grad_norm=max_grad_norm,
         progress=progress,
-        callback=callback and _told(callback, rows, stacked=stacked),
+        callback=_told(callback, rows, stacked=stacked) if callable(callback) else callback,
         inspect=Inspector(objective),
         shown=lambda losses: {"elbo": f"{-rows * losses.mean().item():.4g}"},
     )
@@ -244,11 +245,11 @@ def fit_networks(
         "params": select(members, lambda name, leaf: name not in covered or isinstance(leaf, Fixed)),
         "state": stack(states),
     }
-    elbo = elbo_over(objective, source, seed) if keep_best else None
     watches: list[Watch] = []
 
     def watch(part: slice) -> Watch:
-        watches.append(Watch(objective, elbo, part.stop - part.start))
+        elbos = [elbo_over(objective, source, one) for one in seeds[part]] if keep_best else []
+        watches.append(Watch(objective, elbos, part.start))
         return watches[-1]
 
     run: dict[str, Any] = {"where": lambda name, _: name.startswith("state.")}
@@ -279,12 +280,17 @@ def _starts(
     init_scale: float,
     where: Where | None,
     rank: int,
-    num_networks: int | None,
+    seeds: tuple[int, ...],
+    *,
+    stacked: bool,
 ) -> list[VariationalState]:
     """Where each network starts."""
     if start is None:
-        of_each = [params] if num_networks is None else [index(params, k) for k in range(num_networks)]
-        return [init(one, family, init_scale, where, rank=rank) for one in of_each]
+        of_each = [index(params, k) for k in range(len(seeds))] if stacked else [params]
+        return [
+            init(one, family, init_scale, where, rank=rank, seed=seed)
+            for one, seed in zip(of_each, seeds, strict=True)
+        ]
     check_state(start, f"{_CALL}(start=...)")
     if (family, init_scale, where, rank) != ("diag", 1e-2, None, 10):
         raise ValueError(
@@ -292,9 +298,8 @@ def _starts(
             "`where` and `rank`."
         )
     copied = map_leaves(lambda leaf: leaf.detach().clone(), start)
-    states = [copied] if num_networks is None else [index(copied, k) for k in range(num_networks)]
-    one = params if num_networks is None else index(params, 0)
-    check_covers(states[0].mean, one, f"{_CALL}(start=...)")
+    states = [index(copied, k) for k in range(len(seeds))] if stacked else [copied]
+    check_covers(states[0].mean, index(params, 0) if stacked else params, f"{_CALL}(start=...)")
     return states
 
 

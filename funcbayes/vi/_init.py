@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import positive_int, positive_number
 from .._random import Seed, resolve_seed
@@ -109,6 +109,11 @@ def moped(
 
 def covered(params: Params, where: Where | None, call: str) -> Params:
     """Copies of the chosen parameters."""
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"`{call}` should be given a tree of parameters, got an nn.Module, {type(params).__name__}. Write "
+            "`fn, params = make_functional(module)`."
+        )
     chosen = matcher(where)
     mean = select(params, lambda name, leaf: is_parameter(leaf) and chosen(name, leaf))
     if not named_leaves(mean):

@@ -1,10 +1,12 @@
 """Noise of weights as noise of what layers give: local reparameterisation and Flipout, for any pure model.
 
 A layer is found as curvature finds it: a call of one of torch's functions whose weight, or bias, *is* a leaf
-of the parameters. Leaves that are used in any other way, or more than once, are drawn.
+of the parameters. Leaves that are used in any other way, or more than once, are drawn. Where layers are is
+found out with a row or two in evaluation mode; that each of them is called just once is seen every time.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +19,12 @@ from .._functorch import is_concrete, outside_transforms, unintercepted, unwrap,
 from .._intercept import Unfused
 from .._intercept._call import Interception
 from .._jacobian._plan import plan_for
-from .._jacobian._tape import LAYERS, RowsMixError
+from .._jacobian._tape import LAYERS, flat
 from .._random import fold, normal, uniform
 from .._tree import Params, map_leaves, named_leaves
 
 _KINDS = ("linear", "convolution", "transposed convolution")
 _LAYERS = {func: layer for func, layer in LAYERS.items() if layer[0] in _KINDS}
-_LEAST_VARIANCE = 1e-30  # of a pre-activation: below, its square root has no gradient worth the name
 
 
 def leaves_of_layers(fn: Model, params: Params, names: list[str], x: Any, *, rows_first: bool) -> set[str]:
@@ -40,7 +41,7 @@ def leaves_of_layers(fn: Model, params: Params, names: list[str], x: Any, *, row
     try:
         with outside_transforms():  # where layers are does not depend on what is mapped or differentiated
             plan = plan_for(fn, params, names, x, "vi", tells=False)
-    except (RowsMixError, ValueError):  # nothing is known of rows: every leaf is drawn
+    except Exception:  # one or two rows may not suit the model: every leaf is drawn
         return set()
     found: set[str] = set()
     for leaves, rows, (kind, _, _) in zip(plan.layers, plan.rows, plan.calls, strict=False):
@@ -58,7 +59,7 @@ def _concrete(leaf: Any) -> Any:
         return zeros + uniform(0, leaf.shape).to(zeros) - 0.5 if leaf.is_floating_point() else zeros
 
 
-class _Noisy(Interception):
+class LayerNoise(Interception):
     """Calls of some layers get noise of their own.
 
     Args:
@@ -72,16 +73,34 @@ class _Noisy(Interception):
         attention = Unfused().handlers[F.multi_head_attention_forward]  # so that what is inside is seen
         super().__init__({F.multi_head_attention_forward: attention, **dict.fromkeys(_LAYERS, handler)})
         self.names, self.keys = names, keys
+        self._calls: Counter[str] = Counter()
+        self._others: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        """Take note of leaves that other functions make tensors of."""
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func not in self.handlers:
+            used = {self.names[id(t)] for t in flat((*args, *(kwargs or {}).values())) if id(t) in self.names}
+            if used and any(isinstance(t, Tensor) for t in flat([result])):
+                self._others |= used
+        return result
 
     def leaves(self, given: Mapping[str, Any]) -> tuple[str | None, str | None]:
         """Names of the weight and the bias of a call, of those that are chosen."""
         weight, bias = (
             self.names.get(id(given[key])) if key in given else None for key in ("weight", "bias")
         )
+        self._calls.update(name for name in (weight, bias) if name is not None)
+        others = (value for key, value in given.items() if key not in ("weight", "bias"))
+        self._others.update(self.names[id(value)] for value in others if id(value) in self.names)
         return weight, bias
 
+    def misused(self) -> set[str]:
+        """Leaves that were not used just once, by a layer: their noise was not that of one draw."""
+        return self._others | {name for name in self.names.values() if self._calls[name] != 1}
 
-class LocalNoise(_Noisy):
+
+class LocalNoise(LayerNoise):
     """Pre-activations are drawn instead of weights, Kingma, Salimans & Welling (2015), section 2.2.
 
     A layer gives ``N(W x + b, W2 x^2 + b2)`` with the variances ``W2`` and ``b2`` of its weights, independent
@@ -146,7 +165,8 @@ def moments(
     else:
         assert bias_spread is not None
         variance = bias_spread.reshape(-1, *(1,) * ndim).expand(mean.shape)
-    return mean, variance.clamp_min(_LEAST_VARIANCE).sqrt()
+    # Below, the square root has no gradient worth the name.
+    return mean, variance.clamp_min(max(1e-30, torch.finfo(variance.dtype).tiny)).sqrt()
 
 
 def _is_mapped(value: Tensor | None, level: int) -> bool:
@@ -159,7 +179,7 @@ def noise(key: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
         return normal(key, shape, dtype=like.dtype, device=like.device)
 
 
-class FlippedNoise(_Noisy):
+class FlippedNoise(LayerNoise):
     """One deviation of the weights for all rows, with signs of each row's own: Wen et al. (2018), eq. 4.
 
     ``W x + r * (D (s * x))`` with signs ``r``, ``s`` of outputs and inputs, the same at all positions of a

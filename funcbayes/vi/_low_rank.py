@@ -1,5 +1,6 @@
 """Independent parameters, and a few directions in which all of them vary together."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -91,6 +92,18 @@ class DiagonalAndFactors(Scale):
         variance = map_leaves(torch.square, self.std)
         return LowRankPlusDiagonal(variance, map_leaves(torch.clone, self.factors))
 
-    def _sum(self) -> Sum:
+    def _sum(self) -> "_SumInTraining":
         variance = map_leaves(torch.square, self.std)
-        return Sum(ravel(variance, self.mean), ravel_columns(self.factors, self.mean))
+        return _SumInTraining(ravel(variance, self.mean), ravel_columns(self.factors, self.mean))
+
+
+@dataclass(frozen=True)
+class _SumInTraining(Sum):
+    """A sum whose root is not a number where there is none: the ELBO then says in which step that was."""
+
+    @functools.cached_property
+    def root(self) -> Tensor:
+        whitened = self.factors / self.d.sqrt().unsqueeze(-1)
+        identity = torch.eye(whitened.shape[-1], dtype=whitened.dtype, device=whitened.device)
+        root, failed = torch.linalg.cholesky_ex(identity + whitened.mT @ whitened)
+        return torch.where(failed > 0, torch.nan, root)

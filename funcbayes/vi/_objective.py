@@ -26,13 +26,18 @@ class DivergedError(RuntimeError):
 
     Attributes:
         step: Number of the step at which that was so, from 0 on.
-        term: ``"log likelihood"`` or ``"KL"``.
+        term: ``"log likelihood"`` or ``"KL"``; ``"state"`` where the step itself made numbers of the state
+            infinite.
         state: The last state whose ELBO was finite; ``None`` if there was none.
     """
 
     def __init__(self, message: str, step: int, term: str, state: VariationalState | None) -> None:
-        super().__init__(message)
+        super().__init__(message, step, term, state)
         self.step, self.term, self.state = step, term, state
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return self.args[0]
 
 
 class Objective:
@@ -40,6 +45,7 @@ class Objective:
 
     Attributes:
         step: How many steps were taken, which the weight of the KL depends on.
+        first: Number of the first of the networks that are fitted at present, for messages.
     """
 
     def __init__(
@@ -54,12 +60,14 @@ class Objective:
         kl_weight: float | Schedule,
         call: str,
         chunk_size: int | None,
+        num_networks: int,
     ) -> None:
         self.fn, self.likelihood, self.prior = fn, likelihood, prior
+        self.num_networks = num_networks
         self.num_data, self.num_samples = num_data, num_samples
         self.estimator: Estimator = estimator
         self.kl_weight, self.call, self.chunk_size = kl_weight, call, chunk_size
-        self.step = 0
+        self.step, self.first = 0, 0
         self._buffers: set[str] = set()  # that training changes
 
     def __call__(
@@ -75,12 +83,13 @@ class Objective:
     def weight(self) -> float:
         """Of the KL, at this step."""
         if not callable(self.kl_weight):
-            return self.kl_weight
-        return checked_weight(self.kl_weight(self.step), self.step, self.call)
+            return checked_weight(self.kl_weight, f"{self.call}(kl_weight=...)")
+        return checked_weight(self.kl_weight(self.step), f"{self.call}(kl_weight=...)({self.step})")
 
     def terms(self, network: Params, x: Any, y: Tensor, seed: Seed) -> Terms:
         """The terms of the ELBO, in training mode."""
         params = held(network)
+        check_num_data(self.num_data, y.shape[0], self.call)
         # Buffers that are still inside `fn` have no axis of draws: those draws are evaluated one by one.
         adds_buffers = not self._buffers <= named_leaves(params).keys()
         return terms(
@@ -100,7 +109,6 @@ class Objective:
         whole = merge(held(network), state.mean)
         outputs, changed = training_call(self.fn, whole, x, seed)
         self.likelihood.check(outputs, y, call=f"{self.call}(data=...)")
-        check_num_data(self.num_data, y.shape[0], self.call)
         self._buffers = set(named_leaves(changed))
         if self.estimator in ("local", "flipout"):  # what is found out here is remembered for transforms
             names = list(named_leaves(state.mean))
@@ -119,17 +127,15 @@ class Watch:
 
     Args:
         objective: Whose steps are counted.
-        elbo: ``(network) -> ELBO`` of one network over all data; ``None`` to keep nothing.
-        num_networks: ``K``.
+        elbos: ``(network) -> ELBO`` over all data, of each of the networks; empty to keep nothing.
+        first: Number of the first of the networks.
     """
 
-    def __init__(
-        self, objective: Objective, elbo: Callable[[Params], float] | None, num_networks: int
-    ) -> None:
-        objective.step = 0
-        self.objective, self.elbo = objective, elbo
-        self.best: list[Params | None] = [None] * num_networks
-        self._highest = [-torch.inf] * num_networks
+    def __init__(self, objective: Objective, elbos: Sequence[Callable[[Params], float]], first: int) -> None:
+        objective.step, objective.first = 0, first
+        self.objective, self.elbos = objective, elbos
+        self.best: list[Params | None] = [None] * len(elbos)
+        self._highest = [-torch.inf] * len(elbos)
 
     def after_step(self, members: Callable[[], Params]) -> None:
         """Count."""
@@ -137,19 +143,17 @@ class Watch:
 
     def after_epoch(self, members: Callable[[], Params]) -> bool:
         """Keep what is better than all before."""
-        if self.elbo is None:
-            return False
-        present = members()
-        for k in range(len(self.best)):
+        present = members() if self.elbos else None
+        for k, elbo in enumerate(self.elbos):
             network = index(present, k)
-            value = self.elbo(network)
+            value = elbo(network)
             if value > self._highest[k]:  # which NaN never is
                 self._highest[k], self.best[k] = value, map_leaves(torch.clone, network)
         return False
 
 
 class Inspector:
-    """Stops at the first ELBO that is not finite, and says of which term that is."""
+    """Stops at the first ELBO or state that is not finite, and says what it was."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -173,15 +177,27 @@ class Inspector:
         with torch.no_grad():
             found = self.objective.terms(index(networks.present(leaves), k), *batch.member(k), key)
         term, value = ("KL", found.kl) if found.nll.isfinite() else ("log likelihood", -found.nll)
+        raise self._diverged(networks, k, networks.num_steps, "ELBO", term, f": its {term} is {float(value)}")
+
+    def after_epoch(self, networks: Networks, leaves: Sequence[Tensor]) -> None:
+        """Look at what the last step of an epoch made of the leaves, which no loss has shown yet."""
+        fine = torch.stack([leaf.isfinite().reshape(len(leaf), -1).all(1) for leaf in leaves]).all(0)
+        if not bool(fine.all()):
+            k = int((~fine).nonzero()[0])
+            raise self._diverged(networks, k, networks.num_steps - 1, "state", "state", " afterwards")
+
+    def _diverged(
+        self, networks: Networks, k: int, step: int, what: str, term: str, detail: str
+    ) -> DivergedError:
+        of_member = f" of member {self.objective.first + k}" if self.objective.num_networks > 1 else ""
         state = None
         if self._finite is not None:
-            state = index(networks.present(self._finite), k)["state"]
-        of_member = f" of member {k}" if networks.num_members > 1 else ""
-        raise DivergedError(
-            f"The ELBO{of_member} in `{self.objective.call}` is not finite in step {networks.num_steps}: its "
-            f"{term} is {float(value)}. A lower learning rate, `max_grad_norm=1.0`, or a smaller "
-            "`init_scale` usually helps; the last finite state is `error.state`.",
-            networks.num_steps,
+            state = map_leaves(torch.clone, index(networks.present(self._finite), k)["state"])
+        return DivergedError(
+            f"The {what}{of_member} in `{self.objective.call}` is not finite in step {step}{detail}. A lower "
+            "learning rate, `max_grad_norm=1.0`, or a smaller `init_scale` usually helps; the last finite "
+            "state is `error.state`.",
+            step,
             term,
             state,
         )

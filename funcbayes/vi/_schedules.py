@@ -2,6 +2,10 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
 
 from .._checks import positive_int
 
@@ -83,14 +87,20 @@ def halving(num_batches: int) -> Schedule:
     return lambda step: num_batches * 0.5 ** (step % num_batches + 1) / (1 - 0.5**num_batches)
 
 
-def checked_weight(value: float, step: int, call: str) -> float:
-    """What a schedule gave, refused if it is no weight."""
-    if not isinstance(value, float | int) or not 0 <= value < math.inf:
-        raise ValueError(
-            f"`{call}(kl_weight=...)` should give a finite number that is not negative, got {value!r} for "
-            f"step {step}."
-        )
-    return float(value)
+def checked_weight(value: Any, call: str) -> float:
+    """A weight of the KL as a float.
+
+    Args:
+        value: A number, of Python, NumPy, or in a tensor.
+        call: How the user called us, or what was called for us.
+    """
+    given = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"`{call}` should be a number, got {type(value).__name__}.")
+    number = float(given)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"`{call}` should be finite and not negative, got {number}.")
+    return number
 
 
 def _check_weight(value: float, call: str) -> None:
