@@ -59,7 +59,7 @@ def _bayesian_torch(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: 
     model = copy.deepcopy(net)
     settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": 0.0}
     dnn_to_bnn(model, {**settings, "type": "Reparameterization", "moped_enable": False, "moped_delta": 0.1})
-    _copy_means(model, net, "mu", "rho", scale)
+    _copy_means(model, net, scale)
 
     def run() -> Tensor:
         nll = torch.stack([F.cross_entropy(model(x), y) for _ in range(draws)]).mean()
@@ -111,14 +111,14 @@ def _blitz(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: int, scal
     return run
 
 
-def _copy_means(model: nn.Module, net: nn.Module, mean: str, rho: str, scale: float) -> None:
+def _copy_means(model: nn.Module, net: nn.Module, scale: float) -> None:
     start = math.log(math.expm1(scale))
     with torch.no_grad():
         for own, part in zip(model.modules(), net.modules(), strict=True):
             for kind in ("weight", "kernel"):
-                if hasattr(own, f"{mean}_{kind}"):
-                    getattr(own, f"{mean}_{kind}").copy_(part.weight)
-                    getattr(own, f"{rho}_{kind}").fill_(start)
-            if hasattr(own, f"{mean}_bias"):
-                getattr(own, f"{mean}_bias").copy_(part.bias)
-                getattr(own, f"{rho}_bias").fill_(start)
+                if hasattr(own, f"mu_{kind}"):
+                    getattr(own, f"mu_{kind}").copy_(part.weight)
+                    getattr(own, f"rho_{kind}").fill_(start)
+            if hasattr(own, "mu_bias"):
+                own.mu_bias.copy_(part.bias)
+                own.rho_bias.fill_(start)

@@ -70,7 +70,7 @@ class Unavailable(Exception):
     """What a claim compares with is not installed."""
 
 
-def median_of(case: str, results: list[Result], at_least: float) -> Result:
+def median_of(case: str, results: list[Result], at_least: float | None = None) -> Result:
     """The median of several ratios, and the smallest and largest."""
     ratios = [result.ratio for result in results]
     times = (statistics.median(r.theirs_ms for r in results), statistics.median(r.ours_ms for r in results))

@@ -11,8 +11,8 @@ Beforehand the data terms of all are compared, as means over draws. (The KL of `
 parameters, not a sum, and is left out.)"""
 
 import math
-import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.func import functional_call
 import funcbayes as fb
 
 from . import _elbo_peers
-from ._measure import Result, compare
+from ._measure import Result, compare, median_of
 from ._models import inputs, lenet, mlp
 
 DRAWS, ROWS, NUM_DATA, SCALE = 10, (32, 128), 10_000, 0.05
@@ -38,13 +38,11 @@ NETWORKS = {"16-64-64-10": mlp_tiny, "784-512-256-10": mlp, "lenet": lenet}
 
 
 def run(repeats: int) -> Iterator[Result]:
-    fastest = []
-    for name, make in NETWORKS.items():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            net = make()
+    fastest: list[Result] = []
+    for name in NETWORKS:
+        net = network(name)
         for rows in ROWS:
-            x, y = _data(name, rows)
+            x, y = data(name, rows)
             weights, local = (_ours(net, x, y, estimator) for estimator in ("reparam", "local"))
             others = {"loop": _loop(net, x, y), **_elbo_peers.steps(net, x, y, DRAWS, NUM_DATA, SCALE)}
             _assert_they_agree(net, x, y, {"weights": weights, "local": local, **others})
@@ -58,20 +56,8 @@ def run(repeats: int) -> Iterator[Result]:
             claimed = 2.0 if (name, rows) == ("784-512-256-10", 32) else None
             slowest = min(results, key=lambda result: result.ratio)
             fastest.append(slowest)
-            yield Result(
-                **{**vars(slowest), "case": f"local, {case}, against the fastest", "at_least": claimed}
-            )
-    ratios = sorted(result.ratio for result in fastest)
-    middle = fastest[0]
-    yield Result(
-        **{
-            **vars(middle),
-            "case": "local, against the fastest, median of all",
-            "ratio": statistics.median(ratios),
-            "low": ratios[0],
-            "high": ratios[-1],
-        }
-    )
+            yield replace(slowest, case=f"local, {case}, against the fastest", at_least=claimed)
+    yield median_of("local, against the fastest, median of all", fastest)
 
 
 def _for(repeats: int, at_least: float | None = None) -> dict[str, Any]:
@@ -89,7 +75,13 @@ def _assert_they_agree(net: nn.Module, x: Tensor, y: Tensor, steps: dict[str, Ca
         assert abs(float(values.mean()) - expected) < 5 * error, (who, float(values.mean()), expected)
 
 
-def _data(name: str, rows: int) -> tuple[Tensor, Tensor]:
+def network(name: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return NETWORKS[name]()
+
+
+def data(name: str, rows: int) -> tuple[Tensor, Tensor]:
     shape = {"16-64-64-10": None, "784-512-256-10": "mlp", "lenet": "lenet"}[name]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 16, generator=generator) if shape is None else inputs(shape, rows)

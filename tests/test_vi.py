@@ -997,9 +997,9 @@ def test_a_step_to_infinity_stops_with_the_state_before_it():
 @each_family
 def test_every_family_says_in_which_step_it_diverged(family):
     fn, params = fb.make_functional(small_net())
+    options = {**SHORT, "optimizer": functools.partial(torch.optim.SGD, lr=1e20)}
     with pytest.raises(vi.DivergedError) as caught:
-        optimizer = functools.partial(torch.optim.SGD, lr=1e20)
-        vi.fit(fn, params, data(), NORMAL, **{**SHORT, "family": family, "rank": 2, "optimizer": optimizer})
+        vi.fit(fn, params, data(), NORMAL, family=family, rank=2, **options)
     assert vector(caught.value.state).isfinite().all()
 
 

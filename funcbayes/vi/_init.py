@@ -111,8 +111,8 @@ def covered(params: Params, where: Where | None, call: str) -> Params:
     """Copies of the chosen parameters."""
     if isinstance(params, nn.Module):
         raise TypeError(
-            f"`{call}` should be given a tree of parameters, got an nn.Module, {type(params).__name__}. Write "
-            "`fn, params = make_functional(module)`."
+            f"`{call}` should be given a tree of parameters, got an nn.Module, {type(params).__name__}. "
+            "Write `fn, params = make_functional(module)`."
         )
     chosen = matcher(where)
     mean = select(params, lambda name, leaf: is_parameter(leaf) and chosen(name, leaf))
