@@ -48,13 +48,16 @@ class Shared(nn.Module):
         return self.norm(self.dense(self.norm(x)).tanh())
 
 
-class Recurrent(nn.Module):
+class Branching(nn.Module):
+    """``vmap`` cannot look at numbers."""
+
     def __init__(self):
         super().__init__()
-        self.lstm, self.norm, self.head = nn.LSTM(2, 3, batch_first=True), nn.BatchNorm1d(3), nn.Linear(3, 2)
+        self.norm, self.head = nn.BatchNorm1d(2), nn.Linear(4, 2)
 
     def forward(self, x):
-        return self.head(self.norm(self.lstm(x)[0][:, -1]))
+        x = self.head(x)
+        return self.norm(x if float(x.sum()) > -99.0 else -x)
 
 
 class Counting(nn.Module):
@@ -338,8 +341,8 @@ def test_a_function_that_wraps_the_model_and_inputs_of_any_kind_are_fine():
 
 
 def test_what_vmap_cannot_take_is_looped_over_with_one_warning():
-    fn, ensemble, modules = ensemble_of(Recurrent)
-    x = randn(N, 4, 2)
+    fn, ensemble, modules = ensemble_of(Branching)
+    x = randn(N, 4)
     with pytest.warns(UserWarning, match="one by one, because `vmap` cannot take the model: ") as caught:
         got = refresh(fn, ensemble, batches_of(x, 4)).members
     assert [warning.filename for warning in caught] == [__file__]

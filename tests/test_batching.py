@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import grad, jacrev, jvp, vmap
 
 import funcbayes as fb
-from funcbayes._intercept import Batching, LargestBatched
+from funcbayes._intercept import Batching, LargestBatched, _recurrent
 
 F64 = torch.float64
 S = 3  # draws
@@ -565,6 +565,104 @@ def test_attention_with_dropout_keeps_its_meaning(kind, dropped):
     got = vmap(rules(case.function), randomness="different")(*arguments)
     expected = loop(case.function, arguments, (0, 0, 0))
     torch.testing.assert_close(got, expected)
+
+
+# Recurrent layers ---------------------------------------------------------------------------------
+
+LAYERS = {
+    "lstm": lambda **settings: nn.LSTM(3, 4, **settings),
+    "gru": lambda **settings: nn.GRU(3, 4, **settings),
+    "tanh": lambda **settings: nn.RNN(3, 4, **settings),
+    "relu": lambda **settings: nn.RNN(3, 4, nonlinearity="relu", **settings),
+}
+SETTINGS = {
+    "plain": {},
+    "two_layers": {"num_layers": 2},
+    "both_ways": {"bidirectional": True, "num_layers": 2},
+    "rows_first": {"batch_first": True},
+    "no_biases": {"bias": False, "bidirectional": True},
+}
+RECURRENT_CASES = [(layer, settings) for layer in LAYERS for settings in SETTINGS.values()]
+RECURRENT_CASES += [("lstm", {"proj_size": 2, "num_layers": 2}), ("lstm", {"proj_size": 2, "bias": False})]
+
+
+def recurrent(layer, settings, mapped, shape=(5, 2), packed=False):
+    """Of inputs, the first state and the weights ``mapped`` says which are; ``shape`` is of inputs."""
+    made = LAYERS[layer](**settings).double()
+    names = [name for name, _ in made.named_parameters()]
+    # What a module hands to torch: the functions, and which axis has the rows.
+    func = {"lstm": torch.lstm, "gru": torch.gru, "tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[layer]
+    depth = made.num_layers * (2 if made.bidirectional else 1)
+    rows = () if len(shape) == 1 else (shape[0 if made.batch_first else 1],)
+    states = [(depth, *rows, made.proj_size or 4)] + ([(depth, *rows, 4)] if layer == "lstm" else [])
+
+    def function(x, *others):
+        hidden, weights = others[: len(states)], others[len(states) :]
+        if packed:
+            x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2]), batch_first=made.batch_first)
+        hidden = hidden if layer == "lstm" else hidden[0]
+        out, last = torch.func.functional_call(made, dict(zip(names, weights, strict=True)), (x, hidden))
+        out = out.data if packed else out
+        return (out, *(last if layer == "lstm" else (last,)))
+
+    shapes = ((*shape, 3), *states, *(tuple(p.shape) for p in made.parameters()))
+    letters = mapped[0] + mapped[1] * len(states) + mapped[2] * len(names)
+    return Case(func, function, shapes, letters)
+
+
+@all_kinds
+@pytest.mark.parametrize(("layer", "settings"), RECURRENT_CASES)
+@pytest.mark.parametrize("most_rows", [0, 100], ids=["draw_by_draw", "step_by_step"])
+def test_a_recurrent_layer_equals_a_loop(kind, layer, settings, most_rows, monkeypatch):
+    case = recurrent(layer, settings, "bsb")
+    monkeypatch.setitem(_recurrent._MOST_ROWS, case.func, most_rows)
+    assert check(case, kind).fired
+
+
+@all_kinds
+@pytest.mark.parametrize("layer", ["lstm", "gru"])
+@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize("most_rows", [0, 100], ids=["draw_by_draw", "step_by_step"])
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_a_recurrent_layer_equals_a_loop_whichever_arguments_are_mapped(
+    kind, layer, mapped, most_rows, rows_first, monkeypatch
+):
+    case = recurrent(layer, {"batch_first": rows_first, "bidirectional": True}, mapped)
+    monkeypatch.setitem(_recurrent._MOST_ROWS, case.func, most_rows)
+    assert check(case, kind).fired
+
+
+@all_kinds
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("mapped", ["bbb", "bss", "ssb"])
+def test_a_recurrent_layer_of_one_sequence_and_of_packed_ones_equals_a_loop(kind, layer, mapped):
+    assert check(recurrent(layer, {}, mapped, shape=(5,)), kind).fired
+    if mapped[0] == "s":  # what draws differ in cannot be packed: torch looks at its lengths
+        assert check(recurrent(layer, {}, mapped, shape=(4, 2), packed=True), kind).fired
+
+
+@pytest.mark.parametrize("layer", ["lstm", "gru"])
+def test_a_recurrent_layer_inside_two_transforms_equals_a_loop(layer):
+    case = recurrent(layer, {}, "bsb")
+    arguments, in_dims = arguments_of(case), in_dims_of(case)
+    rules = Batching("rows_first")
+
+    def inside(*args):
+        with rules:
+            return case.function(*args)[0].square().sum()
+
+    where = tuple(range(len(arguments)))
+    got = grad(lambda *a: vmap(inside, in_dims)(*a).sum(), where)(*arguments)
+    alone = [
+        torch.autograd.functional.jacobian(
+            lambda *a: case.function(*a)[0].square().sum(),
+            tuple(a if d is None else a[s] for a, d in zip(arguments, in_dims, strict=True)),
+        )
+        for s in range(S)
+    ]
+    for i, (found, dim) in enumerate(zip(got, in_dims, strict=True)):
+        parts = torch.stack([a[i] for a in alone])
+        torch.testing.assert_close(found, parts.sum(0) if dim is None else parts)
 
 
 # All rules: transforms, layouts, dtypes -----------------------------------------------------------

@@ -360,7 +360,7 @@ def test_all_draws_in_one_pass_are_those_of_a_loop(name):
 
 
 def test_a_model_that_vmap_cannot_take_is_evaluated_in_a_loop():
-    _, make = LOOPED_MODELS["lstm"]
+    _, make = LOOPED_MODELS["branch_on_values"]
     model = make()
     batch, state = rows_of(model), ivon.init(model.params)
     options = {**OPTIONS, "num_samples": 3}

@@ -481,7 +481,7 @@ def test_the_warning_of_a_loop_names_the_operation(name, chunk_size):
 
 
 def test_the_warning_of_a_loop_points_at_the_call_of_the_user():
-    model = LOOPED_MODELS["lstm"][1]()
+    model = LOOPED_MODELS["item"][1]()
     with pytest.warns(UserWarning, match="`vmap` cannot take") as caught:
         fb.predict(model.fn, model.params, gaussian(model.params), model.inputs(3), num_samples=S)
     assert caught[0].filename == __file__

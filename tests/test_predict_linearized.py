@@ -222,7 +222,7 @@ def test_how_many_rows_are_gone_through_at_a_time_makes_no_difference(name, make
 
 
 @pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
-@pytest.mark.parametrize("name", ["lstm", "gru", "branch_on_values"])
+@pytest.mark.parametrize("name", LOOPED_MODELS)
 def test_models_that_vmap_cannot_take_are_linearised_too(name):
     model = LOOPED_MODELS[name][1]()
     x, q = model.inputs(1), zoo.gaussian(model.params)

@@ -309,6 +309,8 @@ MODELS: dict[str, Callable[[], Model]] = {
     "transformer": lambda: from_module(transformer, rows(5, 4), "1"),
     "keywords": lambda: from_module(TextNet, words, "head", keywords=True),
     "tied": lambda: from_module(Tied, tokens(3, 5), "norm"),
+    "lstm": lambda: from_module(Recurrent, rows(4, 3), "head"),
+    "gru": lambda: from_module(lambda: Recurrent(nn.GRU), rows(4, 3), "head"),
     "mlp_dropout": lambda: from_module(lambda: mlp(0.3), rows(3), "6", drops=True),
     "conv_dropout": lambda: from_module(lambda: conv_net(0.3), rows(2, 9, 8), "7", drops=True),
     "own_attention_dropout": lambda: from_module(lambda: OwnAttention(0.3), rows(5, 4), "head", drops=True),
@@ -324,8 +326,6 @@ MODELS: dict[str, Callable[[], Model]] = {
 ROWS_TOGETHER = ("attention_weights", "attention_rows_second")
 # `vmap` cannot take these: draws are evaluated in a loop, with a warning that says why.
 LOOPED_MODELS: dict[str, tuple[str, Callable[[], Model]]] = {
-    "lstm": ("lstm", lambda: from_module(Recurrent, rows(4, 3), "head")),
-    "gru": ("gru", lambda: from_module(lambda: Recurrent(nn.GRU), rows(4, 3), "head")),
     "branch_on_values": (
         "data-dependent control flow",
         lambda: from_function(make_branching(), linear_params(), rows(3), "b"),

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._functorch import is_concrete, unwrap, unwrap_change, vmap_level, wrap
 from ._attention import open_attention
 from ._call import Handler, Interception
+from ._recurrent import RECURRENT, recurrent
 
 Args = tuple[Any, ...]
 Rule = Callable[[int, bool, Args, dict[str, Any]], Any]  # (level, channels_last, args, kwargs) -> result
@@ -42,8 +43,8 @@ class Batching(Interception):
     """Replaces slow operations inside ``vmap``; to be entered inside the mapped function.
 
     Args:
-        kind: ``"vmap"`` for the rule of attention only, ``"rows_first"`` or ``"channels_last"``
-            for all, with images in that layout.
+        kind: ``"vmap"`` for the rules of attention and recurrent layers only, which it cannot do without,
+            ``"rows_first"`` or ``"channels_last"`` for all, with images in that layout.
         seen: Observes results, if given.
     """
 
@@ -112,7 +113,7 @@ def _storage(tensor: Tensor) -> int:
 
 @functools.cache
 def _handlers(kind: str) -> dict[Any, Handler]:
-    names = (F.scaled_dot_product_attention,) if kind == "vmap" else _RULES
+    names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
     rules = {func: _handler(_RULES[func], kind == "channels_last") for func in names}
     return {F.multi_head_attention_forward: open_attention, **rules}
 
@@ -408,6 +409,7 @@ _RULES: dict[Any, Rule] = {
     F.layer_norm: _layer_norm,
     F.embedding: _embedding,
     F.scaled_dot_product_attention: _attention,
+    **{func: recurrent(func) for func in RECURRENT},
 }
 for _pool, _ndim in (
     (F.max_pool1d, 1),

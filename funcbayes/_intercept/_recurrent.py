@@ -1,0 +1,187 @@
+"""Batching rules for recurrent layers, which ``vmap`` cannot map.
+
+Draws that share the weights, as those of dropout elsewhere do, are more rows of one call. With weights of
+their own they are either stepped through time together, one product of all draws a step, or given to torch's
+kernel one by one: a step costs little more for all draws than for one where rows are few, while the kernels
+of torch do without the memory traffic between steps.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from .._functorch import is_concrete, outside_transforms, unwrap, wrap
+
+Args = tuple[Any, ...]
+RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+# Rows up to which steps of all draws together are faster than torch's kernel, draw by draw, on a CPU.
+_MOST_ROWS = {torch.lstm: 8, torch.gru: 128, torch.rnn_tanh: 128, torch.rnn_relu: 128}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a layer is told beside tensors, in the order in which torch's functions are told."""
+
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    is_training: bool
+    is_bidirectional: bool
+    is_batch_first: bool = False
+
+
+def recurrent(func: Callable[..., Any]) -> Callable[[int, bool, Args, dict[str, Any]], Any]:
+    """The rule of ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` or ``torch.rnn_relu``."""
+
+    def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+        tree: Any = args
+        leaves, structure = optree.tree_flatten(tree)
+        found = [unwrap(t, level) if isinstance(t, Tensor) else (t, None) for t in leaves]
+        draws = next((t.shape[axis] for t, axis in found if axis is not None), None)
+        is_packed = len(args) > 3 and isinstance(args[3], list | tuple)
+        if draws is None or kwargs or len(args) < 9 - is_packed:
+            return None
+        settings = _Settings(*args[4 if is_packed else 3 :])
+        if settings.dropout and settings.is_training and settings.num_layers > 1:
+            return None  # its masks are drawn inside
+        physical = [t if axis is None else t.movedim(axis, 0) for t, axis in found]
+        is_mapped = [axis is not None for _, axis in found]
+        plain = all(not isinstance(t, Tensor) or is_concrete(t) for t in physical)
+        with outside_transforms() if plain else nullcontext():
+            if is_packed or tree[0].ndim != 3:
+                out = _one_by_one(func, physical, is_mapped, draws, structure)
+            else:
+                out = _all_rows(func, physical, is_mapped, draws, structure, settings)
+        return optree.tree_map(lambda t: wrap(t, 0, level), out)
+
+    return rule
+
+
+def _one_by_one(
+    func: Callable[..., Any], leaves: list[Any], is_mapped: list[bool], draws: int, structure: Any
+) -> Any:
+    """A call of torch's kernel for each draw."""
+
+    def call(i: int) -> Any:
+        own = [leaf[i] if mapped else leaf for leaf, mapped in zip(leaves, is_mapped, strict=True)]
+        return func(*structure.unflatten(own))
+
+    return optree.tree_map(lambda *parts: torch.stack(parts), *map(call, range(draws)))
+
+
+def _all_rows(
+    func: Callable[..., Any],
+    leaves: list[Any],
+    is_mapped: list[bool],
+    draws: int,
+    structure: Any,
+    settings: _Settings,
+) -> Any:
+    """Outputs and last states, each with a leading axis of draws."""
+    value, hidden, weights = structure.unflatten(leaves)[:3]
+    value_mapped, hidden_mapped, weights_mapped = structure.unflatten(is_mapped)[:3]
+    rows = 0 if settings.is_batch_first else 1
+    if not any(weights_mapped):
+        return _as_rows(func, structure.unflatten(leaves), value_mapped, hidden_mapped, draws, rows)
+    num_rows = value.shape[rows + value_mapped]
+    if num_rows > _MOST_ROWS[func] or value.device.type != "cpu":
+        return _one_by_one(func, leaves, is_mapped, draws, structure)
+    states = hidden if isinstance(hidden, list | tuple) else (hidden,)
+    are_mapped = hidden_mapped if isinstance(hidden, list | tuple) else (hidden_mapped,)
+
+    def expanded(tensor: Tensor, mapped: bool) -> Tensor:
+        return tensor if mapped else tensor.expand(draws, *tensor.shape)
+
+    value = expanded(value, value_mapped)
+    output, *last = _stepped(
+        func,
+        value.transpose(1, 2) if settings.is_batch_first else value,
+        [expanded(t, mapped) for t, mapped in zip(states, are_mapped, strict=True)],
+        [expanded(t, mapped) for t, mapped in zip(weights, weights_mapped, strict=True)],
+        settings,
+    )
+    return (output.transpose(1, 2) if settings.is_batch_first else output, *last)
+
+
+def _as_rows(
+    func: Callable[..., Any], args: Args, value_mapped: bool, hidden_mapped: Any, draws: int, rows: int
+) -> Any:
+    """One call, with the draws among the rows."""
+
+    def folded(tensor: Tensor, mapped: bool, axis: int) -> Tensor:
+        tensor = tensor if mapped else tensor.expand(draws, *tensor.shape)
+        return tensor.movedim(0, axis).flatten(axis, axis + 1)
+
+    value, hidden = folded(args[0], value_mapped, rows), args[1]
+    hidden = optree.tree_map(lambda t, mapped: folded(t, mapped, 1), hidden, hidden_mapped)
+    output, *last = func(value, hidden, *args[2:])
+
+    def apart(tensor: Tensor, axis: int) -> Tensor:
+        return tensor.unflatten(axis, (draws, -1)).movedim(axis, 0)
+
+    return (apart(output, rows), *(apart(t, 1) for t in last))
+
+
+def _stepped(
+    func: Callable[..., Any],
+    value: Tensor,
+    states: Sequence[Tensor],
+    weights: list[Tensor],
+    settings: _Settings,
+) -> tuple[Tensor, ...]:
+    """Step through time with all draws: inputs ``(S, T, N, I)``, states ``(S, L, N, H)``."""
+    directions = 2 if settings.is_bidirectional else 1
+    of_each = len(weights) // (settings.num_layers * directions)
+    last: list[list[Tensor]] = []
+    for layer in range(settings.num_layers):
+        outputs = []
+        for direction in range(directions):
+            i = layer * directions + direction
+            own = weights[i * of_each : (i + 1) * of_each]
+            start = [state[:, i] for state in states]
+            inputs = value.flip(1) if direction else value
+            output, end = _through_time(func, inputs, start, own, has_biases=settings.has_biases)
+            outputs.append(output.flip(1) if direction else output)
+            last.append(end)
+        value = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    return (value, *(torch.stack(ends, 1) for ends in zip(*last, strict=True)))
+
+
+def _through_time(
+    func: Callable[..., Any], value: Tensor, states: list[Tensor], weights: list[Tensor], *, has_biases: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """One layer in one direction, in the equations of torch's ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``."""
+    of_inputs, of_states = weights[0].mT, weights[1].mT
+    input_bias, state_bias = (
+        (weights[2].unsqueeze(1), weights[3].unsqueeze(1)) if has_biases else (None, None)
+    )
+    # An LSTM with projections has one more matrix, which makes the output of the state.
+    projection = weights[-1].mT if len(weights) % 2 else None
+    steps, rows = value.shape[1:3]
+    entering = _product(input_bias, value.flatten(1, 2), of_inputs).unflatten(1, (steps, rows))
+    outputs = []
+    for t in range(steps):
+        h = states[0]
+        x, s = entering[:, t], _product(state_bias, h, of_states)
+        if func is torch.lstm:
+            i, f, g, o = (x + s).chunk(4, -1)
+            c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            states = [h if projection is None else torch.bmm(h, projection), c]
+        elif func is torch.gru:
+            (x_r, x_z, x_n), (s_r, s_z, s_n) = x.chunk(3, -1), s.chunk(3, -1)
+            n = torch.tanh(x_n + torch.sigmoid(x_r + s_r) * s_n)
+            states = [torch.lerp(n, h, torch.sigmoid(x_z + s_z))]
+        else:
+            states = [torch.tanh(x + s) if func is torch.rnn_tanh else torch.relu(x + s)]
+        outputs.append(states[0])
+    return torch.stack(outputs, 1), states
+
+
+def _product(bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)
