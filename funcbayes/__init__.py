@@ -44,6 +44,7 @@ from .posteriors import (
     Mixture as Mixture,
     Point as Point,
     Posterior as Posterior,
+    antithetic as antithetic,
     join as join,
     mixture as mixture,
     restrict as restrict,

@@ -471,6 +471,82 @@ def test_what_is_fixed_is_left_out_or_kept_by_its_path():
     assert not any(isinstance(leaf, Fixed) for leaf in fb.restrict(posterior, "7.*").mean.values())
 
 
+# Antithetic draws.
+
+
+GAUSSIANS = ("gaussian", "gaussian_low_rank_precision", "gaussian_kronecker", "gaussian_dense", "swag")
+each_gaussian = pytest.mark.parametrize("name", [*GAUSSIANS, "linearized"])
+
+
+def in_pairs(tree):
+    """Sums over the two draws of each pair."""
+    return optree.tree_map(lambda t: t.unflatten(0, (-1, 2)).sum(1), tree)
+
+
+@each_gaussian
+def test_antithetic_draws_lie_on_opposite_sides_of_the_mean(name):
+    posterior = POSTERIORS[name](linear_model())
+    draws = fb.antithetic(posterior).sample(8, seed=1)
+    for leaf, mean in zip(
+        optree.tree_leaves(in_pairs(draws)), optree.tree_leaves(posterior.mean), strict=True
+    ):
+        assert_close(leaf, (2 * mean).expand_as(leaf))
+    first = optree.tree_map(lambda t: t[::2], draws)
+    optree.tree_map(assert_close, first, posterior.sample(4, seed=1))  # each with numbers of its own
+
+
+@each_gaussian
+def test_an_antithetic_draw_does_not_depend_on_its_company(name):
+    posterior = fb.antithetic(POSTERIORS[name](linear_model()))
+    whole = posterior.draws(torch.arange(7), 3).leaves
+    some = posterior.draws(torch.tensor([5, 2, 4]), 3).leaves
+    optree.tree_map(lambda a, b: assert_close(a[torch.tensor([5, 2, 4])], b), whole, some)
+    seeds = torch.tensor([3, 4])
+    mapped = vmap(lambda seed: posterior.draws(torch.arange(7), seed).leaves)(seeds)
+    optree.tree_map(lambda a, b: assert_close(a[0], b), mapped, whole)
+
+
+def test_antithetic_draws_have_no_error_in_what_is_linear():
+    params = linear_params()
+    posterior = gaussian(params)
+    flat_model, x = fb.linearize(linear, params), randn(5, 3)
+    mean = fb.predict(flat_model, params, fb.antithetic(posterior), x, num_samples=6, seed=0).mean
+    assert_close(mean, linear(params, x))
+    alone = fb.predict(flat_model, params, posterior, x, num_samples=6, seed=0).mean
+    assert not torch.allclose(alone, linear(params, x), atol=1e-3)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+def test_antithetic_draws_are_the_same_in_any_chunks(chunk_size):
+    params, x = linear_params(), randn(5, 3)
+    posterior = fb.antithetic(gaussian(params))
+    draws = posterior.sample(8, seed=2)
+    expected = torch.stack([linear({k: v[s] for k, v in draws.items()}, x) for s in range(8)])
+    got = fb.predict(linear, params, posterior, x, num_samples=8, seed=2, chunk_size=chunk_size)
+    assert_close(got.samples, expected)
+
+
+def test_other_posteriors_are_made_of_antithetic_gaussians():
+    params = linear_params()
+    one, other = gaussian(params), gaussian({k: v + 9 for k, v in params.items()})
+    mixed = fb.antithetic(fb.mixture(one, other)).sample(8, seed=0)
+    of_first = {k: v[mixed["b"][:, 0] < 5] for k, v in mixed.items()}
+    for name, leaf in in_pairs(of_first).items():
+        assert_close(leaf, (2 * params[name]).expand_as(leaf))
+    head = fb.restrict(one, "w")
+    joined = fb.antithetic(fb.join(head, fb.Ensemble({"b": randn(3, 2), "gain": randn(3)})))
+    assert_close(in_pairs(joined.sample(6, seed=0))["w"], (2 * params["w"]).expand(3, 2, 3))
+    tempered = fb.temper(fb.antithetic(one), 4.0)
+    optree.tree_map(assert_close, tempered.variance, fb.temper(one, 4.0).variance)
+    assert_close(in_pairs(tempered.sample(4, seed=0))["w"], (2 * params["w"]).expand(2, 2, 3))
+
+
+@pytest.mark.parametrize("posterior", [fb.Dropout(), fb.Point({"w": torch.ones(2)})])
+def test_what_has_no_gaussian_cannot_be_antithetic(posterior):
+    with pytest.raises(TypeError, match=r"antithetic\(posterior\)` should be given a Gaussian"):
+        fb.antithetic(posterior)
+
+
 # Tempering.
 
 

@@ -1,6 +1,11 @@
 """Posteriors: pytrees that can be sampled."""
 
-from ._compose import restrict as restrict, temper as temper, to_ensemble as to_ensemble
+from ._compose import (
+    antithetic as antithetic,
+    restrict as restrict,
+    temper as temper,
+    to_ensemble as to_ensemble,
+)
 from ._dropout import Dropout as Dropout
 from ._ensemble import Ensemble as Ensemble
 from ._gaussian import Gaussian as Gaussian

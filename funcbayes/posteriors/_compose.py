@@ -74,6 +74,54 @@ def _check_temperature(temperature: float | Tensor) -> None:
         )
 
 
+def antithetic(posterior: Posterior) -> Posterior:
+    """Take draws in pairs on opposite sides of the mean, which needs half of the random numbers.
+
+    Each draw is one of the posterior, and the two of a pair are correlated as much as can be: an average over
+    an even number of draws has no error from the part of the model that is odd around the mean, the linear
+    one above all (Hammersley & Morton 1956). What is even around it, such as the variance of predictions, is
+    only as precise as half as many independent draws make it.
+
+    Args:
+        posterior: A Gaussian, or a mixture or join, whose Gaussians have such draws then.
+
+    Returns:
+        A posterior of the same kind.
+
+    Raises:
+        TypeError: If there is no Gaussian in the posterior.
+
+    Example:
+        >>> import torch, funcbayes as fb
+        >>> gaussian = fb.Gaussian({"w": torch.zeros(2)}, fb.covariances.Diagonal({"w": torch.ones(2)}))
+        >>> fb.antithetic(gaussian).sample(4, seed=0)["w"].sum(0)
+        tensor([0., 0.])
+    """
+    _check_posterior(posterior, "antithetic(posterior)")
+    found = _with_opposite_draws(posterior)
+    if found is posterior:
+        raise TypeError(
+            "`antithetic(posterior)` should be given a Gaussian, or a mixture or join of such, got "
+            f"{type(posterior).__name__} without a mean that its draws are symmetric around."
+        )
+    return found
+
+
+def _with_opposite_draws(posterior: Posterior) -> Posterior:
+    """The same with antithetic Gaussians; itself if there are none."""
+    if isinstance(posterior, Gaussian):
+        return dataclasses.replace(posterior, antithetic=True)
+    if isinstance(posterior, Mixture):
+        components = tuple(map(_with_opposite_draws, posterior.components))
+        changed = any(new is not old for new, old in zip(components, posterior.components, strict=True))
+        return dataclasses.replace(posterior, components=components) if changed else posterior
+    if isinstance(posterior, Join):
+        parts = tuple(map(_with_opposite_draws, posterior.parts))
+        changed = any(new is not old for new, old in zip(parts, posterior.parts, strict=True))
+        return dataclasses.replace(posterior, parts=parts) if changed else posterior
+    return posterior
+
+
 def restrict(posterior: Posterior, where: Where) -> Posterior:
     """Take the marginal of a posterior over some of its leaves; the model gets the others from ``params``.
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._functorch import is_concrete
 from .._linearize import Linearization
 from .._random import Seed
 from .._tree import (
@@ -39,6 +40,8 @@ class Gaussian(Posterior):
         linearized: Whether it is over the parameters of the linearised model: a draw ``theta`` is evaluated
             as ``f(mean) + J (theta - mean)``, with the Jacobian of the outputs in the covered parameters. So
             is a Laplace approximation with a generalised Gauss-Newton matrix (Immer et al. 2021, section 3).
+        antithetic: Whether draws come in pairs ``2 i`` and ``2 i + 1`` on opposite sides of the mean: see
+            :func:`funcbayes.antithetic`.
 
     Raises:
         TypeError: If a leaf of ``mean`` is not of floating point, or ``covariance`` is no covariance.
@@ -56,6 +59,7 @@ class Gaussian(Posterior):
     mean: Params
     covariance: Covariance
     linearized: bool = static(default=False)
+    antithetic: bool = static(default=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.covariance, Covariance):
@@ -63,11 +67,12 @@ class Gaussian(Posterior):
                 "`Gaussian(mean, covariance)` should be given one of `funcbayes.covariances`, got "
                 f"{type(self.covariance).__name__}. For independent parameters: `Diagonal(variance)`."
             )
-        if not isinstance(self.linearized, bool):
-            raise TypeError(
-                "`Gaussian(mean, covariance, linearized=...)` should be True or False, got "
-                f"{type(self.linearized).__name__}."
-            )
+        for name in ("linearized", "antithetic"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(
+                    f"`Gaussian(mean, covariance, {name}=...)` should be True or False, got "
+                    f"{type(getattr(self, name)).__name__}."
+                )
         for name, leaf in named_leaves(self.mean).items():
             if not is_parameter(leaf) and not isinstance(leaf, Fixed):
                 raise TypeError(
@@ -97,7 +102,8 @@ class Gaussian(Posterior):
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
         """``mean`` plus a deviation, leaves ``(S, *s)``; linearised around the mean if it is so."""
-        deviations = named_leaves(self.covariance.deviations(indices, seed))
+        find = self._opposite_deviations if self.antithetic else self.covariance.deviations
+        deviations = named_leaves(find(indices, seed))
 
         def shifted(name: str, leaf: Tensor | Fixed) -> Tensor | Fixed:
             if isinstance(leaf, Fixed):
@@ -106,6 +112,20 @@ class Gaussian(Posterior):
 
         center = map_leaves(lambda leaf: repeated(leaf, len(indices)), self._center)
         return Draw(map_named(shifted, self.mean), self._effects(center))
+
+    def _opposite_deviations(self, indices: Tensor, seed: Seed) -> Params:
+        """Deviation ``i`` of the covariance for draw ``2 i``, and the opposite one for draw ``2 i + 1``."""
+        pairs, signs = indices // 2, 1 - 2 * (indices % 2)
+        if is_concrete(indices):  # then each of them is made once
+            pairs, of_each = torch.unique(pairs, return_inverse=True)
+        else:
+            of_each = torch.arange(len(indices))
+
+        def signed(leaf: Tensor) -> Tensor:
+            own = leaf[of_each.to(leaf.device)]
+            return own * signs.to(leaf).view(-1, *(1 for _ in leaf.shape[1:]))
+
+        return map_leaves(signed, self.covariance.deviations(pairs, seed))
 
     @property
     def _center(self) -> Params:
