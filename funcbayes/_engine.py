@@ -61,6 +61,7 @@ class _Tuner:
     seconds: dict[Mechanism, list[float]] = field(default_factory=dict)
     settled: Mechanism | None = None
     failed: set[Kind] = field(default_factory=set)
+    most: int | None = None  # draws at a time that memory was enough for, after it was not
     row_axes: list[Any] | None = None  # of the effects, where masks are shared
     draws_globally: bool | None = None  # from torch's random state; unknown at first
 
@@ -82,7 +83,7 @@ class _Tuner:
         self.seconds.setdefault(mechanism, []).append(seconds_per_draw)
 
     def _wants_timing(self, candidate: Mechanism) -> bool:
-        if candidate.kind in self.failed:
+        if candidate.kind in self.failed or (self.most is not None and candidate.chunk > self.most):
             return False
         taken = self.seconds.get(candidate, ())
         if len(taken) < 2:  # the first carries the warm-up, so it takes two to give up
@@ -182,7 +183,8 @@ class _Run:
             outputs = self._attempt(part, mechanism)
             size = part.stop - part.start
             # A short tail would be judged unfairly, as would a mechanism that another stood in for.
-            if size == mechanism.chunk and mechanism.kind not in tuner.failed:
+            is_itself = mechanism.kind not in tuner.failed and (tuner.most is None or size <= tuner.most)
+            if size == mechanism.chunk and is_itself:
                 tuner.record(mechanism, (time.perf_counter() - began) / size)
             yield part, outputs
             start = part.stop
@@ -191,11 +193,26 @@ class _Run:
             yield part, self._attempt(part, mechanism)
 
     def _attempt(self, part: slice, mechanism: Mechanism) -> Tensor:
+        """Evaluate by the mechanism, or in halves where memory is not enough for as many draws."""
+        size, most = part.stop - part.start, self.tuner.most
+        if most is None or size <= most:
+            try:
+                return self._by_rules_or_without(part, mechanism)
+            except torch.OutOfMemoryError:  # of an accelerator
+                if size == 1:
+                    raise
+                self.tuner.most = most = size // 2
+        _give_back_memory()
+        return torch.cat([self._attempt(half, mechanism) for half in _parts(part.start, part.stop, most)])
+
+    def _by_rules_or_without(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or by plain ``vmap`` where a batching rule stands in the model's way."""
         if mechanism.kind in self.tuner.failed:
             mechanism = Mechanism("vmap", mechanism.chunk)
         try:
             return self._outputs(self.draws(part), mechanism, part.start)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # whatever the model raises; if it is its own error, it comes again below
             if mechanism.kind not in ("rows_first", "channels_last"):
                 raise
@@ -318,6 +335,12 @@ class _Run:
                 "`make_functional(module, call=...)`."
             )
         return outputs
+
+
+def _give_back_memory() -> None:
+    """Blocks that were kept for tensors of other sizes may be in the way of smaller ones."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:

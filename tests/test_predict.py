@@ -33,6 +33,7 @@ from zoo import (
 
 import funcbayes as fb
 from funcbayes import _engine
+from funcbayes._functorch import physical
 from funcbayes.covariances import Diagonal
 from funcbayes.likelihoods import Categorical, Normal
 
@@ -430,6 +431,43 @@ def test_params_are_not_used_where_the_posterior_covers_them():
     elsewhere = {k: v + 100 for k, v in params.items()}
     got, expected = (fb.predict(linear, p, posterior, x, seed=0, chunk_size=4) for p in (elsewhere, params))
     assert_close(got.samples, expected.samples)
+
+
+# Memory.
+
+
+class Small:
+    """A linear model on a device with memory for some draws at a time."""
+
+    def __init__(self, room):
+        self.room, self.sizes = room, []
+
+    def __call__(self, params, x):
+        whole = physical(params["w"])
+        size = len(whole) if whole.ndim == 3 else 1
+        self.sizes.append(size)
+        if size > self.room:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 8.00 GiB")
+        return linear(params, x)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 8, 16])
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_draws_that_memory_is_not_enough_for_are_taken_in_halves(room, chunk_size):
+    fn, params, x = Small(room), linear_params(), randn(4, 3)
+    posterior = gaussian(params)
+    options = {"num_samples": 16, "seed": 0, "chunk_size": chunk_size}
+    got = fb.predict(fn, params, posterior, x, **options).samples
+    assert_close(got, fb.predict(linear, params, posterior, x, **options).samples)
+    assert max(fn.sizes) > room  # it was tried
+    fn.sizes.clear()
+    assert_close(fb.predict(fn, params, posterior, x, **options).samples, got)
+    assert max(fn.sizes) <= room  # and is remembered
+
+
+def test_one_draw_that_memory_is_not_enough_for_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        fb.predict(Small(0), linear_params(), gaussian(linear_params()), randn(4, 3), num_samples=4, seed=0)
 
 
 # Models that vmap cannot take.
