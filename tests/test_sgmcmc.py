@@ -905,6 +905,41 @@ def test_what_chains_hold_for_themselves_is_part_of_their_states():
     torch.testing.assert_close(prediction.samples[6 + 2], fn(one, data[0]))
 
 
+def test_leaves_without_axes_are_held():
+    # A count of batches is one, in every network with BatchNorm.
+    fn, start = fb.make_functional(ConvNet().double(), call=unpack)
+    x, y = model("conv_dict")[2]
+    params = fb.training.fit(
+        fn, start, (x, y), CATEGORICAL, optimizer=torch.optim.SGD, num_epochs=1, batch_size=5, seed=0
+    )
+    counts = [name for name, leaf in params.items() if isinstance(leaf, fb.Fixed) and leaf.tensor.ndim == 0]
+    assert counts == ["norm.num_batches_tracked"]
+    options = {"num_steps": 2, "sampler": sgmcmc.sgld(1e-3)}
+    for num in (1, 3):
+        chains = run(fn, params, (x, y), num_chains=num, **options)
+        ensemble = sgmcmc.fit(fn, params, (x, y), CATEGORICAL, num_chains=num, seed=3, **options)
+        assert_equal(ensemble, chains.ensemble())
+        states = [
+            chains,
+            run(fn, stacked([params] * num), (x, y), stacked=True, **options),
+            sgmcmc.hmc(
+                *(fn, params, (x, y), CATEGORICAL),
+                num_samples=2,
+                num_burn_in=0,
+                step_size=1e-2,
+                num_leapfrog_steps=1,
+                num_chains=num,
+                seed=0,
+            ),
+        ]
+        for kept in states:
+            assert kept.params[counts[0]].tensor.tolist() == [[3] * 2] * num
+    x, y = rows()
+    held = {**random_params(), "count": torch.tensor(3)}
+    chains = run(linear, held, (x, y), likelihood=NORMAL, where=["w", "b"], num_chains=2, **options)
+    assert set(chains.params) == {"w", "b"}
+
+
 def test_parameters_in_lists_move():
     def nested(params, x):
         (w,), b = params

@@ -60,8 +60,8 @@ class Passes:
     def check_likelihood(self, batch: Batch | RaggedBatch) -> None:
         """Refuse outputs and targets that the likelihood cannot mean, where values can be looked at."""
         x, y = batch.member(0)
-        held, moving = (index(tree, 0) for tree in (self.start.held, self.start.covered))
-        params = merge(held if self.start.is_stacked else self.start.held, moving)
+        held = index(self.start.held, 0) if self.start.is_stacked else self.start.held
+        params = merge(held, index(self.start.covered, 0))
         with torch.no_grad():
             outputs = self.potential.fn(params, x)
         self.potential.likelihood.check(outputs, y, call=f"{self.call}(data=...)")
