@@ -589,6 +589,10 @@ def start(make, num=4):
     return fb.ensemble.init(lambda: make().double(), num, seed=1)
 
 
+def entry(tree, k):
+    return optree.tree_map(lambda leaf: leaf[k], tree)
+
+
 def one(members, k=0):
     return {name: leaf[k] for name, leaf in members.items()}
 
@@ -701,6 +705,57 @@ def test_a_fit_changes_nothing_and_equal_seeds_give_equal_posteriors():
     drawn = fit(fn, one(members), regression((4,)), seed=None)
     torch.manual_seed(7)
     assert are_equal(drawn, fit(fn, one(members), regression((4,)), seed=None))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_fit_that_ends_far_above_its_start_says_so(stacked):
+    """The objective by public functions: a mean loss, and ``kl`` over the effective number of rows."""
+    (x, y), precision, ess = regression((4,)), 3.0, 7.0
+    fn, members = start(mlp, 2)
+    params = members if stacked else one(members)
+    scale = {"prior_precision": precision, "ess": ess}
+    options = {"beta2": 0.9, "seed": 0, "num_samples": 2, **scale}
+    losses = []
+    with pytest.warns(UserWarning, match="has diverged: the objective") as caught:
+        q = ivon.fit(
+            *(fn, params, (x, y), NORMAL),
+            **{**options, "learning_rate": 1.0, "num_epochs": 12, "stacked": stacked},
+            callback=lambda epoch, loss, state: losses.append(loss),
+        )
+    assert caught[0].filename == __file__
+    seeds = member_seeds(0, 2) if stacked else (0,)
+    rises = []
+    for k, seed in enumerate(seeds):
+        mine = one(members, k)
+        first = ivon.init(mine)
+        _, first_loss = ivon.update(
+            *(fn, mine, first, (x, y), NORMAL), **{**options, "seed": seed}, learning_rate=1.0, num_data=13
+        )
+        prior = fb.covariances.Diagonal(
+            {n: torch.full_like(m, 13 / ess / precision) for n, m in mine.items()}
+        )
+        p = fb.Gaussian({n: torch.zeros_like(m) for n, m in mine.items()}, prior)
+        began, ended = ivon.posterior(first, num_data=13, **scale), entry(q, k) if stacked else q
+        before, after = fb.kl(began, p) / ess, fb.kl(ended, p) / ess
+        last = losses[-1][k] if stacked else losses[-1]
+        rises.append(float(last + after - first_loss - before))
+    shown = re.search(r"objective(?: of member (\d))? is (\S+) nats", str(caught[0].message))
+    assert (shown[1] is not None) == stacked
+    assert float(shown[2]) == pytest.approx(rises[int(shown[1] or 0)], rel=1e-2)
+
+
+def test_a_fit_from_a_trained_network_to_a_wide_gaussian_says_nothing():
+    data, (fn, members) = regression((4,)), start(lambda: nn.Linear(4, 1), 1)
+    adam = functools.partial(torch.optim.Adam, lr=0.05)
+    params = fb.training.fit(fn, one(members), data, NORMAL, optimizer=adam, num_epochs=200, seed=0)
+    # The loss rises from that of the network to that of the posterior, as it should.
+    losses = []
+    fit(
+        *(fn, params, data),
+        **{"hess_init": 1e4, "rescale_lr": False, "num_epochs": 400, "learning_rate": 0.1},
+        callback=lambda epoch, loss, state: losses.append(loss),
+    )
+    assert losses[-1] > losses[0]
 
 
 def test_a_callback_sees_states_and_may_end_the_fit():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from .._checks import check_covers, check_model, check_num_data, positive_int, p
 from .._functional import Model
 from .._random import resolve_seed
 from .._tree import Fixed, Params, Where, device_of, index, map_leaves, named_leaves, select, stack, tensors
+from .._warning import levels_to_the_user
 from ..likelihoods import Likelihood
 from ..posteriors import Gaussian
 from ..training._batch import Batch, RaggedBatch, ready
@@ -78,7 +80,8 @@ def fit(
         num_data: The number ``N`` of rows, if it is not that of the data.
         hess_init: See :func:`init`.
         beta1: How much of the momentum stays in a step.
-        beta2: How much of the Hessian stays in a step: lower it for short runs, see :func:`update`.
+        beta2: How much of the Hessian stays in a step. The default is for runs of more than ``1e5`` steps: in
+            far fewer the variances stay those of ``hess_init``. A run of a thousand steps takes 0.99, say.
         num_samples: Draws of each step, all in vectorised passes.
         where: Which leaves are moved and uncertain; ``None`` for all. The others are held as they are in
             ``params``, and the Gaussian does not cover them.
@@ -110,6 +113,10 @@ def fit(
         TypeError: If an argument is of the wrong kind.
         ValueError: If an argument is out of range, data are empty, or ``start`` does not fit.
         RuntimeError: If the loss or the state is no longer finite, checked after every epoch.
+
+    Warns:
+        UserWarning: If the objective, the mean loss plus the divergence from the prior over ``lambda``, is
+            higher in the end than where fitting started by more than 10 nats a row and than the loss there.
 
     Example:
         >>> import torch, funcbayes as fb
@@ -143,16 +150,21 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad(), _bar(num_epochs, first, shown=progress) as show:
         state = map_leaves(torch.clone, state)
         run = _Run(updater, _held(params, state), seeds, rule, rate, rows, stacked=stacked)
+        began, first_loss = _complexity(state, rule.scale, num), torch.zeros(num)
+        mean = first_loss
         for epoch in range(first, num_epochs):
             batches = source.epoch(seeds, epoch, device_of(state.mean))
             state, losses = run.epoch(state, itertools.islice(batches, done, None), behind)
             _check(state, losses, epoch, behind, stacked=stacked)
             behind, done = behind + len(losses.table), 0
             mean = losses.mean()
+            first_loss = losses.table[0] if epoch == first else first_loss
             show(float(mean.mean()))
             told = mean if stacked else float(mean)
             if callback is not None and callback(epoch, told, map_leaves(torch.clone, state)):
                 break
+        rise = mean + _complexity(state, rule.scale, num) - first_loss - began
+        _warn_if_risen(rise, first_loss, stacked=stacked)
         return posterior(state, num_data=rows, prior_precision=prior_precision, ess=ess)
 
 
@@ -307,6 +319,26 @@ def _check(state: IVONState, losses: _Losses, epoch: int, behind: int, *, stacke
         k = int((~fine).nonzero()[0])
         raise RuntimeError(
             f"The Gaussian{_of_member(k, stacked)} in `{_CALL}` is not finite after epoch {epoch}. {_WAY_OUT}"
+        )
+
+
+def _complexity(state: IVONState, scale: Scale, num: int) -> Tensor:
+    """``KL(q || p) / lambda`` of each network, ``(K,)``."""
+    hessians = named_leaves(state.hessian)
+    kls = [scale.kl(mean, hessians[name]) for name, mean in named_leaves(state.mean).items()]
+    return torch.stack([_by_network(kl, num).sum(1).cpu() for kl in kls]).sum(0)
+
+
+def _warn_if_risen(rise: Tensor, first_loss: Tensor, *, stacked: bool) -> None:
+    """Say so where a fit ended with an objective that is far above the one it started from."""
+    # Every draw of a loss is another, so that small differences say nothing.
+    bad = (rise > first_loss.abs().clamp_min(10.0)).nonzero()
+    if len(bad):
+        k = int(bad[0])
+        warnings.warn(
+            f"`{_CALL}` has diverged: the objective{_of_member(k, stacked)} is {rise[k].item():.3g} nats a "
+            f"row higher than where it started. {_WAY_OUT}",
+            stacklevel=levels_to_the_user(),
         )
 
 

@@ -57,7 +57,8 @@ def init(params: Params, *, hess_init: float = 1.0, where: Where | None = None) 
         params: Where the mean starts, of a network at random or one that is trained; not changed. ``Fixed``
             leaves are carried along, integers passed by.
         hess_init: The Hessian ``h`` of the mean loss that is assumed at first, for every parameter: the
-            larger, the closer are the first draws to the mean. Below 1 where the loss is flat.
+            larger, the closer are the first draws to the mean. Below 1 where the loss is flat. A run of far
+            fewer than ``1 / (1 - beta2)`` steps ends with the variances that this says.
         where: Which leaves are moved and uncertain: a glob on the path, a sequence of globs, or a predicate
             ``(path, leaf)``; ``None`` for all.
 

@@ -38,6 +38,11 @@ class Scale:
         """``1 / sigma^2``."""
         return self.ess * (hessian + self.decay)
 
+    def kl(self, mean: Tensor, hessian: Tensor) -> Tensor:
+        """``KL(q || p) / lambda`` of each parameter, for the prior of precision ``lambda delta``."""
+        ratio = self.decay / (hessian + self.decay)  # of the variances
+        return 0.5 * (self.decay * mean.square() + (ratio - 1 - ratio.log()) / self.ess)
+
 
 @dataclass(frozen=True)
 class Rule:
