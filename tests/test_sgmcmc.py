@@ -367,6 +367,32 @@ def test_noise_is_normal_and_differs_between_seeds_steps_and_leaves():
     assert torch.special.ndtr(together).histc(10, 0, 1).sub(400).square().sum() / 400 < 40  # chi-square of 9
 
 
+def falling_by_halves(step):
+    """Of what plain Python can do with a number."""
+    return 0.1 if step < 2 else 0.1 * math.pow(0.5, step // 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedules_in_plain_python_are_looked_up_for_every_chain(kind):
+    sampler = KINDS[kind](falling_by_halves, temperature=lambda step: 1.0 if step % 2 else 0.5)
+    starts = random_params(lead=(3,))
+    alone = [sampler.init(entry(starts, k), k) for k in range(3)]
+    # Chains at several steps, one of which is where another will be.
+    alone = stacked([steps(sampler, state, k) for k, state in enumerate(alone)])
+    together, mapped = alone, alone
+    for _ in range(4):
+        together = sampler.update(together, gradients_of(together.params))
+        mapped = vmap(sampler.update)(mapped, gradients_of(mapped.params))
+    expected = [steps(sampler, sampler.init(entry(starts, k), k), 4 + k) for k in range(3)]
+    assert_same(together, stacked(expected))
+    assert_same(mapped, stacked(expected))
+    sizes = [(0.1, 0.5), (0.1, 1.0), (0.05, 0.5), (0.05, 1.0), (0.025, 0.5)]
+    state = sampler.init(entry(starts, 0), 0)
+    for size, heat in sizes:
+        state = KINDS[kind](size, temperature=heat).update(state, gradients_of(state.params))
+    assert_same(state, steps(sampler, sampler.init(entry(starts, 0), 0), len(sizes)))
+
+
 # What every sampler keeps to ---------------------------------------------------------------------------
 
 
@@ -762,6 +788,14 @@ def test_chains_together_are_those_alone(name, kind, chunk_size):
     for k, seed in enumerate(member_seeds(3, 3)):
         alone = run(fn, entry(params, k), data, **{**options, "seed": seed})
         assert_same(entry(together, k), entry(alone, 0), rtol=1e-8, atol=1e-10)
+
+
+def test_chains_with_a_schedule_in_plain_python_are_those_alone():
+    fn, params, data = model("mlp")
+    options = {"sampler": sgmcmc.sgld(falling_by_halves), "batch_size": 5}
+    together = run(fn, params, data, num_chains=2, **options)
+    for k, seed in enumerate(member_seeds(3, 2)):
+        assert_same(entry(together, k), entry(run(fn, params, data, **{**options, "seed": seed}), 0))
 
 
 def test_chains_of_one_start_are_those_alone():
@@ -1574,7 +1608,7 @@ def energy(**options):
         (
             lambda: updated(ZEROS, sgmcmc.sgld(lambda t: 0.0 * t)),
             ValueError,
-            "step_size=...)` should be a function whose numbers are positive and finite, got 0",
+            "sgld(step_size=...)` should be positive and finite, got 0",
         ),
         (
             lambda: updated(ZEROS, sgmcmc.sgld(lambda t: -1.0)),
@@ -1584,7 +1618,7 @@ def energy(**options):
         (
             lambda: updated(ZEROS, sgmcmc.sgld(lambda t: math.inf + t)),
             ValueError,
-            "should be a function whose numbers are positive and finite, got inf",
+            "sgld(step_size=...)` should be positive and finite, got inf",
         ),
         (
             lambda: updated(ZEROS, sgmcmc.sgld(lambda t: None)),
@@ -1594,12 +1628,12 @@ def energy(**options):
         (
             lambda: updated(ZEROS, sgmcmc.psgld(lambda t: torch.ones(3))),
             ValueError,
-            "should be a function that gives a number for each step, got shape (3,) for steps of shape ()",
+            "should be a function that gives a number for each step, got shape (3,)",
         ),
         (
             lambda: updated(ZEROS, sgmcmc.psgld(0.1, temperature=lambda t: t.double() - 1)),
             ValueError,
-            "psgld(temperature=...)` should be a function whose numbers are at least 0 and finite, got -1",
+            "psgld(temperature=...)` should be at least 0 and finite, got -1",
         ),
         (
             lambda: updated({**ZEROS, "x": ZEROS["b"]}),

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._functorch import is_concrete
+from .._functorch import is_concrete, physical
 
-# From the number of the step, int64, to a number; both have an axis of chains where states are stacked.
+# From the number of the step, an int64 scalar, to a number.
 Schedule = Callable[[Tensor], float | Tensor]
 
 
@@ -87,20 +87,26 @@ def _range(zero: bool) -> str:
 def _at(value: float | Schedule, step: Tensor, call: str, *, zero: bool) -> float | Tensor:
     if not callable(value):
         return value
-    found = value(step)
+    # A function may look at the number of the step, which a transform would not let it.
+    steps = physical(step).unique()
+    found = [_given(value(one), call, zero=zero) for one in steps]
+    if len(found) == 1:
+        return found[0]
+    table = torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in found])
+    return torch.where(step.unsqueeze(-1) == steps, table.to(step.device), 0.0).sum(-1)
+
+
+def _given(found: Any, call: str, *, zero: bool) -> float | Tensor:
+    """What a function gave for a step."""
     if not isinstance(found, Tensor):
         return _number(found, call, zero=zero, kind="a function that gives numbers")
-    if found.shape not in ((), step.shape):
+    if found.shape:
         raise ValueError(
             f"`{call}` should be a function that gives a number for each step, got shape "
-            f"{tuple(found.shape)} for steps of shape {tuple(step.shape)}."
+            f"{tuple(found.shape)}."
         )
     if _is_visible(found):
-        bad = found[~((found >= 0 if zero else found > 0) & found.isfinite())]
-        if len(bad):
-            raise ValueError(
-                f"`{call}` should be a function whose numbers are {_range(zero)}, got {bad[0].item():.4g}."
-            )
+        _number(found, call, zero=zero)
     return found.double()  # square roots are taken before they are rounded to the dtype of a leaf
 
 

@@ -43,9 +43,9 @@ def sgld(step_size: float | Schedule, *, temperature: float | Schedule = 1.0) ->
 
     Args:
         step_size: ``eps``, a number or a function of the number of the step, from 0 on, such as
-            :func:`polynomial` or :func:`cyclical`. It is given an int64 tensor, which under ``vmap`` cannot
-            be looked at. As ``U`` is summed over data, a fitting size is about the inverse of the number of
-            rows.
+            :func:`polynomial` or :func:`cyclical`. It is given an int64 scalar, for chains at several steps
+            one after another. As ``U`` is summed over data, a fitting size is about the inverse of the number
+            of rows.
         temperature: ``T``, likewise; 1 for the posterior, 0 for descent without noise.
 
     Returns:
