@@ -479,14 +479,12 @@ def test_seeds_are_numbers_or_tensors(make):
 
 
 @all_samplers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dtypes_stay(make, dtype):
-    state = ran(make, 3, params=random_params(dtype=dtype))
-    assert {leaf.dtype for leaf in tensors(state.params)} == {dtype}
-    wide = ran(make, 3, params=random_params(dtype=dtype).copy())
-    assert_equal(state, wide)
-    if dtype == torch.float32 and "psgld" not in str(make()):
-        assert all(leaf.isfinite().all() for leaf in tensors(state))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_states_are_in_at_least_single_precision(make, dtype):
+    params = random_params(dtype=dtype)
+    state = ran(make, 3, params=params)
+    assert {leaf.dtype for leaf in tensors(state) if leaf.is_floating_point()} == {torch.float32}
+    assert_equal(state, ran(make, 3, params=optree.tree_map(Tensor.float, params)))
 
 
 @all_samplers
@@ -1015,18 +1013,71 @@ def test_without_a_seed_torch_governs():
     assert not torch.equal(first.params["0.weight"], third.params["0.weight"])
 
 
-def test_runs_keep_dtypes():
-    for dtype in (torch.float32, torch.bfloat16):
-        params, (x, y) = random_params(dtype=dtype), rows()
-        chains = run(
-            linear,
-            params,
-            (x.to(dtype), y.to(dtype)),
-            likelihood=NORMAL,
-            num_chains=2,
-            sampler=sgmcmc.sgld(1e-3),
-        )
-        assert {leaf.dtype for leaf in tensors(chains.params)} == {dtype}
+def scaled(params, x):
+    return params["w"] * x
+
+
+HALVES = {
+    "sgld": (sgmcmc.sgld(5e-5), 0.005 / 4),
+    "sghmc": (sgmcmc.sghmc(5e-5), 0.005 / (4 - 2 * 0.1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HALVES)
+def test_chains_of_half_precision_have_the_stationary_distribution(name, dtype):
+    # N(4, 0.01), where numbers of bfloat16 are 1 / 64 apart, and steps of Langevin dynamics are 0.007 long.
+    num, (sampler, bias) = 1000, HALVES[name]
+    x, y = torch.ones(1, 1, dtype=dtype), torch.full((1, num), 4.0, dtype=dtype)
+    chains = sgmcmc.run(
+        *(scaled, {"w": y[0]}, (x, y), fb.likelihoods.Normal(0.1)),
+        sampler=sampler,
+        num_steps=1500,
+        num_burn_in=1499,
+        prior=priors.Normal(precision=1e-6),
+        seed=0,
+    )
+    draws = chains.params["w"].flatten()
+    assert draws.dtype == dtype
+    spacing = 1 / 64 if dtype == torch.bfloat16 else 1 / 512
+    variance = 0.01 / (1 - bias) + spacing**2 / 12  # of what is rounded
+    assert abs(draws.double().mean() - 4) < 5 * (variance / num) ** 0.5
+    assert abs(draws.double().var() / variance - 1) < 5 * (2 / num) ** 0.5
+
+
+def test_hmc_of_half_precision_has_the_moments_of_the_posterior():
+    num, dtype = 200, torch.bfloat16
+    x, y = torch.ones(1, 1, dtype=dtype), torch.full((1, 1), 4.0, dtype=dtype)
+    chains = sgmcmc.hmc(
+        *(scaled, {"w": y[0]}, (x, y), fb.likelihoods.Normal(0.1)),
+        num_samples=20,
+        num_burn_in=50,
+        step_size=0.05,
+        num_leapfrog_steps=4,
+        prior_precision=1e-6,
+        num_chains=num,
+        seed=0,
+    )
+    draws = chains.params["w"].squeeze(-1)
+    assert draws.dtype == dtype
+    for values, expected, deviation in (
+        (draws.double(), 4.0, 0.1),
+        ((draws.double() - 4) ** 2, 0.01 + 1 / 64**2 / 12, 0.01 * 2**0.5),
+    ):
+        ess = sgmcmc.effective_sample_size(values, rank_normalized=False)
+        assert abs(values.mean() - expected) < 5 * deviation / ess.sqrt()
+
+
+@all_samplers
+def test_chains_of_half_precision_are_those_of_single_precision_to_rounding(make):
+    params = random_params(dtype=torch.bfloat16)
+    x, y = (part.to(torch.bfloat16) for part in rows())
+    options = {"likelihood": fb.likelihoods.Normal(4.0), "sampler": make(), "num_steps": 20, "num_chains": 2}
+    half = run(linear, params, (x, y), **options)
+    single = run(linear, optree.tree_map(Tensor.float, params), (x.float(), y.float()), **options)
+    assert {leaf.dtype for leaf in tensors(half.params)} == {torch.bfloat16}
+    wide = optree.tree_map(Tensor.float, half.params)
+    assert_same(wide, single.params, rtol=2**-6, atol=2**-5)
 
 
 def test_chains_can_be_saved(tmp_path):

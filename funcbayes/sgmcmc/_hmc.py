@@ -11,6 +11,7 @@ from .._checks import check_model, positive_int
 from .._functional import Model
 from .._random import fold, normal, uniform
 from .._tree import Params, Where, index
+from ..covariances._flat import at_least_single
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..likelihoods._layout import wide
@@ -195,8 +196,9 @@ class _Energy:
         self.rows = passes.potential.num_data
 
     def flat(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Leaves ``(M, *s)`` as ``(M, D)``, in the dtype they promote to."""
-        return torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in leaves], 1)
+        """Leaves ``(M, *s)`` as ``(M, D)``, in the dtype they promote to, at least float32."""
+        rows = torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in leaves], 1)
+        return rows.to(at_least_single(rows.dtype))
 
     def leaves(self, flat: Tensor) -> list[Tensor]:
         """Rows ``(*k, D)`` as leaves ``(*k, *s)``."""

@@ -53,5 +53,5 @@ class NormalTerms:
             force = precision * shift
             squares = (force * shift).reshape(len(leaf), -1).sum(1)
             potentials = potentials + 0.5 * squares.to(potentials.device)
-            found.append(gradient + force.to(gradient.dtype))
+            found.append(gradient + force.to(at_least_single(gradient.dtype)))
         return potentials, found

@@ -22,7 +22,7 @@ from ._start import Start
 
 @dataclass(frozen=True)
 class Passes:
-    """Evaluates the potential of every chain at leaves ``(M, *s)``.
+    """Evaluates the potential of every chain at leaves ``(M, *s)``, in the dtypes of the model.
 
     Attributes:
         potential: Of one chain.
@@ -81,7 +81,10 @@ class Passes:
 
         def entries(part: slice) -> Any:
             chains = slice(first + part.start, first + part.stop)
-            own = [leaf[chains].detach().requires_grad_() for leaf in leaves]
+            own = [
+                leaf[chains].detach().to(like.dtype).requires_grad_()
+                for leaf, like in zip(leaves, self.start.leaves, strict=True)
+            ]
             used[part.start] = own  # in the place of a trial's
             return own, index(held, chains) if self.start.is_stacked else {}, [rows[i][part] for i in varying]
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .._random import Seed
 from .._tree import Params, is_parameter, map_leaves, pytree_dataclass, select
-from ..covariances._flat import at_least_single
 from ._sampler import Moving, Sampler, start
 from ._scalars import (
     Schedule,
@@ -30,8 +29,7 @@ class PSGLDState:
 
     Attributes:
         params: Where it is.
-        second_moment: Running mean of the squared gradients of the parameters that can move, started at 0,
-            in at least single precision.
+        second_moment: Running mean of the squared gradients of the parameters that can move, started at 0.
         step: How many steps it has taken, an int64 scalar.
         seed: Of its noise, an int64 scalar.
     """
@@ -110,9 +108,7 @@ def psgld(
 def _init(params: Params, seed: Seed) -> PSGLDState:
     with torch.inference_mode(False), torch.no_grad():
         params, step, key = start(params, seed, _CALL)
-        # In half precision a mean over hundreds of squares would not move any more.
-        like = select(params, lambda _, leaf: is_parameter(leaf))
-        zeros = map_leaves(lambda leaf: torch.zeros_like(leaf, dtype=at_least_single(leaf.dtype)), like)
+        zeros = map_leaves(torch.zeros_like, select(params, lambda _, leaf: is_parameter(leaf)))
         return PSGLDState(params, zeros, step, key)
 
 
@@ -132,12 +128,11 @@ def _update(
         weight = 1 - decay ** (state.step + 1).double()  # of what V has seen so far
         moments, roots, leaves = [], [], []
         for leaf, g, v in zip(moving.leaves, moving.gradients, moving.like(state.second_moment), strict=True):
-            g = g.to(v.dtype)
             v = torch.addcmul(decay * v, g, g, value=1 - decay)
             preconditioner = 1 / (damping + (v / over(weight, v)).sqrt())
             moments.append(v)
-            roots.append(preconditioner.sqrt().to(leaf.dtype))
-            leaves.append(plus(leaf, -size / 2, (preconditioner * g).to(leaf.dtype)))
+            roots.append(preconditioner.sqrt())
+            leaves.append(plus(leaf, -size / 2, preconditioner * g))
         leaves = moving.with_noise(leaves, variance, state, roots)
         return PSGLDState(
             moving.placed(state.params, leaves),

@@ -165,12 +165,13 @@ def fit(
         progress: Whether to show a bar over the steps.
         callback: ``(step, potentials, params)`` after every step, with potential energies ``(M,)``, as the
             batch gave them where the step began, and params that have moved since, leaves ``(M, *s)``, not to
-            be written into; chains end when it returns ``True``.
+            be written into, in at least float32; chains end when it returns ``True``.
 
     Returns:
-        Kept states of all chains, one chain after another, with equal weights. Held leaves are left out, for
-        ``predict`` to take from ``params``; but ``Fixed`` ones belong to every state, and with ``stacked``
-        so do all others.
+        Kept states of all chains, one chain after another, with equal weights, in the dtypes of ``params``:
+        chains of half precision move in float32, and are rounded where the model is evaluated. Held leaves
+        are left out, for ``predict`` to take from ``params``; but ``Fixed`` ones belong to every state, and
+        with ``stacked`` so do all others.
 
     Raises:
         TypeError: If an argument is of the wrong kind.

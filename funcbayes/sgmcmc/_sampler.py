@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._random import Seed, fold, normal, signed
 from .._tree import Fixed, Params, is_parameter, map_leaves, map_named, named_leaves
+from ..covariances._flat import at_least_single
 from ._scalars import plus
 
 
@@ -19,7 +20,8 @@ class ChainState(Protocol):
     """What every state of a chain has.
 
     Attributes:
-        params: Where the chain is.
+        params: Where the chain is, in at least float32: a model of half precision is evaluated at them in its
+            own dtypes.
         step: How many steps it has taken, an int64 scalar.
         seed: Of its noise, an int64 scalar.
     """
@@ -52,9 +54,9 @@ class Sampler(NamedTuple, Generic[State]):
     state as if it had never stopped. Nothing is written in place, and no state shares memory with another.
 
     Attributes:
-        init: ``(params, seed) -> state``. ``params`` are copied; integers and ``Fixed`` leaves stay as they
-            are. ``seed`` is an int or an int64 scalar tensor. Int64 ``(M,)`` starts ``M`` chains at once, at
-            params whose leaves have a leading axis ``M``.
+        init: ``(params, seed) -> state``. ``params`` are copied, in at least float32; integers and ``Fixed``
+            leaves stay as they are. ``seed`` is an int or an int64 scalar tensor. Int64 ``(M,)`` starts ``M``
+            chains at once, at params whose leaves have a leading axis ``M``.
         update: ``(state, gradients) -> state``, one step. ``gradients`` are those of the potential energy,
             **summed** over the data (see :func:`potential`), at ``state.params``, in a tree of the same
             paths. Leaves that have none are held.
@@ -82,7 +84,13 @@ def start(params: Params, seed: Any, call: str) -> tuple[Params, Tensor, Tensor]
                 f"`{call}.init(params, seed)` with seeds of shape {tuple(key.shape)} should have leaves with "
                 f"that leading axis; {name!r} has shape {tuple(value.shape)}."
             )
-    return map_leaves(_copy, params), torch.zeros_like(key), key
+    moving = map_named(lambda _, leaf: _widened(leaf) if is_parameter(leaf) else leaf, params)
+    return map_leaves(_copy, moving), torch.zeros_like(key), key
+
+
+def _widened(leaf: Tensor) -> Tensor:
+    # In half precision a step shorter than the distance between two numbers would be none, or a longer one.
+    return leaf.to(at_least_single(leaf.dtype))
 
 
 def _copy(leaf: Tensor) -> Tensor:
