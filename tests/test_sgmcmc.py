@@ -101,8 +101,8 @@ SAMPLERS = {
     "sgld": lambda: sgmcmc.sgld(0.1),
     "sgld_tempered": lambda: sgmcmc.sgld(0.1, temperature=0.3),
     "sgld_cyclical": lambda: sgmcmc.sgld(CYCLES, temperature=CYCLES.temperature),
-    "psgld": lambda: sgmcmc.psgld(0.1),
-    "psgld_polynomial": lambda: sgmcmc.psgld(sgmcmc.polynomial(0.1), decay=0.9, damping=0.1),
+    "psgld": lambda: sgmcmc.psgld(0.1, num_data=1),
+    "psgld_polynomial": lambda: sgmcmc.psgld(sgmcmc.polynomial(0.1), num_data=2, decay=0.9, damping=0.1),
     "sghmc": lambda: sgmcmc.sghmc(0.05),
     "sghmc_estimate": lambda: sgmcmc.sghmc(0.05, friction=0.5, noise_estimate=0.1),
     "sghmc_cyclical": lambda: sgmcmc.sghmc(CYCLES, temperature=CYCLES.temperature),
@@ -154,7 +154,7 @@ FROZEN = torch.linspace(0.5, 2.0, P, dtype=F64)  # of the preconditioner, if not
 
 def frozen_psgld(eps, temperature=1.0):
     """The sampler, and a state whose second moment has settled."""
-    sampler = sgmcmc.psgld(eps, decay=1 - 1e-15, damping=1e-9, temperature=temperature)
+    sampler = sgmcmc.psgld(eps, num_data=50, decay=1 - 1e-15, damping=1e-9, temperature=temperature)
 
     def begin(params):
         state = sampler.init(params, 5)
@@ -278,13 +278,29 @@ def test_the_bias_of_a_changing_preconditioner_vanishes_with_its_decay():
     num, target = 1000, torch.linalg.inv(PRECISION)
     errors = []
     for decay in (0.5, 0.999):
-        sampler = sgmcmc.psgld(0.05, decay=decay, damping=0.1)
+        sampler = sgmcmc.psgld(0.05, num_data=1, decay=decay, damping=0.1)
         draws = flat(steps(sampler, sampler.init(random_params(lead=(num,)), 1), 400).params)
         errors.append((draws.T.cov().diagonal() / target.diagonal()).sub(1))
         # Wherever variances end, the mean is right, because the dynamics are the same on both sides of it.
         assert ((draws.mean(0) - CENTER).abs() < 5 * draws.std(0) / num**0.5).all()
     assert (errors[0] > 0.5).all()
     assert (errors[1].abs() < 0.1 + 5 * (2 / num) ** 0.5).all()
+
+
+@pytest.mark.parametrize("num_data", [100, 10_000])
+def test_parameters_that_data_say_nothing_of_keep_to_their_prior(num_data):
+    """A leaf of prior N(0, 1) whose gradients are 0 at the start, beside one that the data are about."""
+    num, furthest = 500, 0.0
+    sampler = sgmcmc.psgld(0.1 / num_data, num_data=num_data)
+    state = sampler.init({name: torch.zeros(num, dtype=F64) for name in ("unused", "used")}, 0)
+    for i in range(1500):
+        theta = state.params
+        used = (num_data + 1) * theta["used"] + num_data * 0.2 * randn(num, seed=i)
+        state = sampler.update(state, {"unused": theta["unused"], "used": used})
+        furthest = max(furthest, state.params["unused"].std())
+    # 1 / (1 - eps G / 4) is 1.03 for eps G = 0.1; without Gamma and with gradients of batches it is more.
+    assert furthest < 1.4
+    assert 0.8 < state.params["unused"].std() < 1.3
 
 
 # Steps in the notation of the papers ------------------------------------------------------------------
@@ -302,8 +318,9 @@ def by_the_paper(make_noise, params, num, kind, size, heat):
             if kind == "sgld":
                 theta[i] += -eps / 2 * g[i] + math.sqrt(eps * temperature) * z[i]
             elif kind == "psgld":
-                v[i] = 0.9 * v[i] + 0.1 * g[i] ** 2
-                scale = 1 / (0.1 + math.sqrt(v[i] / (1 - 0.9 ** (t + 1))))
+                v[i] = 0.9 * v[i] + 0.1 * (g[i] / 7) ** 2
+                left = 0.9 ** (t + 1)
+                scale = 1 / (0.1 + math.sqrt(v[i] / (1 - left) + left))
                 theta[i] += -eps / 2 * scale * g[i] + math.sqrt(eps * temperature * scale) * z[i]
             else:
                 r[i] = 0.7 * r[i] - math.sqrt(eps) * g[i]
@@ -314,7 +331,7 @@ def by_the_paper(make_noise, params, num, kind, size, heat):
 
 KINDS = {
     "sgld": sgmcmc.sgld,
-    "psgld": functools.partial(sgmcmc.psgld, decay=0.9, damping=0.1),
+    "psgld": functools.partial(sgmcmc.psgld, num_data=7, decay=0.9, damping=0.1),
     "sghmc": functools.partial(sgmcmc.sghmc, friction=0.3, noise_estimate=0.02),
 }
 SIZES_OVER_TIME = {
@@ -1616,19 +1633,20 @@ def energy(**options):
             ValueError,
             "sgld(temperature=...)` should be at least 0",
         ),
-        (lambda: sgmcmc.psgld(0.0), ValueError, "psgld(step_size=...)` should be positive"),
+        (lambda: sgmcmc.psgld(0.0, num_data=1), ValueError, "psgld(step_size=...)` should be positive"),
         (
-            lambda: sgmcmc.psgld(0.1, decay=1.0),
+            lambda: sgmcmc.psgld(0.1, decay=1.0, num_data=1),
             ValueError,
             "decay=...)` should be at least 0 and below 1, got 1.0",
         ),
-        (lambda: sgmcmc.psgld(0.1, decay=-0.1), ValueError, "decay=...)` should be at least 0"),
-        (lambda: sgmcmc.psgld(0.1, damping=0.0), ValueError, "damping=...)` should be positive"),
+        (lambda: sgmcmc.psgld(0.1, decay=-0.1, num_data=1), ValueError, "decay=...)` should be at least 0"),
+        (lambda: sgmcmc.psgld(0.1, damping=0.0, num_data=1), ValueError, "damping=...)` should be positive"),
         (
-            lambda: sgmcmc.psgld(0.1, temperature=-1),
+            lambda: sgmcmc.psgld(0.1, temperature=-1, num_data=1),
             ValueError,
             "psgld(temperature=...)` should be at least 0",
         ),
+        (lambda: sgmcmc.psgld(0.1, num_data=0), ValueError, "psgld(num_data=...)` should be at least 1"),
         (lambda: sgmcmc.sghmc(0.0), ValueError, "sghmc(step_size=...)` should be positive"),
         (lambda: sgmcmc.sghmc(0.1, friction=0.0), ValueError, "friction=...)` should be positive"),
         (
@@ -1677,12 +1695,12 @@ def energy(**options):
             "should be a function that gives numbers, got NoneType",
         ),
         (
-            lambda: updated(ZEROS, sgmcmc.psgld(lambda t: torch.ones(3))),
+            lambda: updated(ZEROS, sgmcmc.psgld(lambda t: torch.ones(3), num_data=1)),
             ValueError,
             "should be a function that gives a number for each step, got shape (3,)",
         ),
         (
-            lambda: updated(ZEROS, sgmcmc.psgld(0.1, temperature=lambda t: t.double() - 1)),
+            lambda: updated(ZEROS, sgmcmc.psgld(0.1, temperature=lambda t: t.double() - 1, num_data=1)),
             ValueError,
             "psgld(temperature=...)` should be at least 0 and finite, got -1",
         ),
