@@ -1367,8 +1367,8 @@ def hmc(fn=affine, params=AFFINE, data=None, **options):
         "num_burn_in": 20,
         "step_size": 0.1,
         "num_leapfrog_steps": 6,
-        "prior_precision": 0.5,
         "seed": 0,
+        **({} if "prior" in options else {"prior_precision": 0.5}),
         **options,
     }
     return sgmcmc.hmc(fn, params, data, NORMAL, **options)
@@ -1852,8 +1852,27 @@ class Untouched:
         ),
         ({"likelihood": nn.MSELoss()}, TypeError, "(likelihood=...)` should be one of"),
         ({"where": "nothing"}, ValueError, "none that `where='nothing'` chooses"),
-        ({"prior_precision": -1.0}, ValueError, "should be positive and finite, got -1"),
-        ({"prior_precision": {"0.bias": 1.0}}, ValueError, "'0.weight' is missing"),
+        (
+            {"prior_precision": -1.0},
+            ValueError,
+            "(prior_precision=...)` should be positive and finite, got -1",
+        ),
+        ({"prior_precision": "a"}, TypeError, "(prior_precision=...)` should be a number or a tree of"),
+        (
+            {"prior_precision": {"0.bias": 1.0}},
+            ValueError,
+            "(prior_precision=...)` should have a number for each leaf; '0.weight' is missing",
+        ),
+        (
+            {"prior_precision": 2.0, "prior": priors.Laplace(scale=1.0)},
+            ValueError,
+            "(prior=...)` stands in the place of `prior_precision`, got both",
+        ),
+        (
+            {"prior": torch.distributions.Normal(0.0, 1.0)},
+            TypeError,
+            "(prior=...)` should have a `log_prob(params)` of a tree, got torch.distributions.Normal",
+        ),
         ({"prior": 3.0}, TypeError, "(prior=...)` should be one of `funcbayes.priors`"),
         (
             {"prior": gaussian(ZEROS)},
@@ -1908,7 +1927,11 @@ def test_runs_refuse_what_only_data_show():
         ({"target_acceptance": 1.0}, ValueError, "hmc(target_acceptance=...)` should be above 0 and below 1"),
         ({"num_chains": 0}, ValueError, "hmc(num_chains=...)` should be at least 1"),
         ({"chunk_size": 0}, ValueError, "hmc(chunk_size=...)` should be at least 1"),
-        ({"prior_precision": 0.0}, ValueError, "should be positive and finite"),
+        (
+            {"prior_precision": 0.0},
+            ValueError,
+            "hmc(prior_precision=...)` should be positive and finite, got 0.",
+        ),
         ({"where": "x"}, ValueError, "none that `where='x'` chooses"),
         ({"fn": mlp()}, TypeError, "got an nn.Module"),
     ],

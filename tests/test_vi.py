@@ -1150,7 +1150,12 @@ BAD = {
     "prior precision": (
         lambda: elbo_with(prior_precision=-1.0),
         ValueError,
-        "precision=...\\)` should be positive",
+        r"`vi.negative_elbo\(prior_precision=...\)` should be positive",
+    ),
+    "prior and precision": (
+        lambda: elbo_with(prior=fb.priors.Laplace(scale=1.0), prior_precision=2.0),
+        ValueError,
+        "stands in the place of `prior_precision`, got both",
     ),
     "posterior of none": (lambda: vi.posterior({}), TypeError, "should be given a state"),
     "fit's num_data": (lambda: fit_with(num_data=4), ValueError, r"num_data=.* at least the 8"),
