@@ -17,10 +17,19 @@ def positive_int(value: Any, call: str) -> int:
         value: An int, or anything that stands for one, as NumPy's integers do.
         call: How the user called us: ``"predict(num_samples=...)"``.
     """
+    return _int_from(1, value, call)
+
+
+def int_from_zero(value: Any, call: str) -> int:
+    """A count that may be 0 as an int; see :func:`positive_int`."""
+    return _int_from(0, value, call)
+
+
+def _int_from(least: int, value: Any, call: str) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"`{call}` should be an int, got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"`{call}` should be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"`{call}` should be at least {least}, got {value}.")
     return operator.index(value)
 
 
@@ -50,6 +59,12 @@ def check_model(fn: Any, call: str) -> None:
         raise TypeError(
             f"`{call}(fn, ...)` should be given a function of (params, x), got {type(fn).__name__}."
         )
+
+
+def check_callback(callback: Any, call: str) -> None:
+    """Refuse what is neither a function nor ``None``."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`{call}(callback=...)` should be a function, got {type(callback).__name__}.")
 
 
 def check_num_data(num_data: Any, num_rows: int, call: str) -> int:

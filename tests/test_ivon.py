@@ -1074,6 +1074,7 @@ class Untouched:
             ValueError,
             "`ivon.fit(start=...)` has a Hessian and leaves: leave out `hess_init` and `where`.",
         ),
+        ({"callback": 3}, TypeError, "ivon.fit(callback=...)` should be a function, got int"),
         ({"start": ivon.init({"w": torch.zeros(3)})}, ValueError, "'w' has shape (3,), not (2, 3)"),
         (
             {"start": optree.tree_map(lambda leaf: leaf[None], ivon.init(PARAMS))},

@@ -247,6 +247,8 @@ def test_the_bias_of_hamiltonian_dynamics_is_what_the_docstring_says(friction):
     got = lyapunov(*hamiltonian(eta, friction, heat))[:P, :P]
     expected = vectors @ torch.diag(heat / values / (1 - eta * values / (4 - 2 * friction))) @ vectors.T
     torch.testing.assert_close(got, expected)
+    momenta = vectors @ torch.diag(heat / (1 - friction / 2 - eta * values / 4)) @ vectors.T
+    torch.testing.assert_close(lyapunov(*hamiltonian(eta, friction, heat))[P:, P:], momenta)
     values = heat / values / (1 - 0.2 * values / 4)
     torch.testing.assert_close(lyapunov(*langevin(0.2, heat)), vectors @ torch.diag(values) @ vectors.T)
 
@@ -261,6 +263,10 @@ def test_an_estimate_of_the_noise_of_gradients_takes_it_off():
         found = gradients_of(state.params)
         state = sampler.update(state, {k: g + noise[k] for k, g in found.items()})
     assert_moments(flat(state.params), CENTER, lyapunov(*hamiltonian(eta, friction))[:P, :P])
+
+
+def test_numbers_may_be_scalar_tensors():
+    assert_equal(ran(lambda: sgmcmc.sgld(torch.tensor(0.5))), ran(lambda: sgmcmc.sgld(0.5)))
 
 
 def test_friction_one_is_langevin_dynamics_of_twice_the_step_size():
@@ -1605,9 +1611,9 @@ def test_proposals_that_diverge_are_rejected():
 # What is refused ----------------------------------------------------------------------------------------
 
 
-def updated(gradients, sampler=None, params=None):
+def updated(gradients, sampler=None, behind=0):
     sampler = sampler or sgmcmc.sgld(0.1)
-    return sampler.update(sampler.init(params or random_params(), 0), gradients)
+    return sampler.update(steps(sampler, sampler.init(random_params(), 0), behind), gradients)
 
 
 ZEROS = {k: torch.zeros(s, dtype=F64) for k, s in SHAPES.items()}
@@ -1626,6 +1632,7 @@ def energy(**options):
         (lambda: sgmcmc.sgld(-1), ValueError, "sgld(step_size=...)` should be positive"),
         (lambda: sgmcmc.sgld(math.nan), ValueError, "sgld(step_size=...)` should be positive"),
         (lambda: sgmcmc.sgld(math.inf), ValueError, "sgld(step_size=...)` should be positive"),
+        (lambda: sgmcmc.sgld(torch.ones(2)), TypeError, "function of the step, got Tensor of shape (2,)"),
         (lambda: sgmcmc.sgld("0.1"), TypeError, "should be a number or a function of the step, got str"),
         (lambda: sgmcmc.sgld(True), TypeError, "should be a number or a function of the step, got bool"),
         (
@@ -1670,7 +1677,12 @@ def energy(**options):
             "noise_estimate` of at least 0, got -0.05",
         ),
         (
-            lambda: updated(ZEROS, sgmcmc.sghmc(0.1, noise_estimate=0.05, temperature=lambda t: 0.0 * t)),
+            lambda: sgmcmc.sghmc(CYCLES, noise_estimate=0.05, temperature=CYCLES.temperature),
+            ValueError,
+            "noise_estimate` of at least 0, got -0.05",
+        ),
+        (
+            lambda: updated(ZEROS, sgmcmc.sghmc(0.1, noise_estimate=0.05, temperature=lambda t: 1.0 - t), 1),
             ValueError,
             "noise_estimate` of at least 0, got -0.05",
         ),
@@ -1754,6 +1766,11 @@ def energy(**options):
             "exploration=...)` should be at least 0",
         ),
         (
+            lambda: sgmcmc.cyclical(0.1, 1, 2, exploration="a"),
+            TypeError,
+            "cyclical(exploration=...)` should be a number, got str",
+        ),
+        (
             lambda: sgmcmc.cyclical(0.1, 1, 2, num_samples=0),
             ValueError,
             "num_samples=...)` should be at least 1",
@@ -1825,7 +1842,9 @@ class Untouched:
             ValueError,
             "(num_burn_in=...)` and `thin` should add up to at most `num_steps=6`",
         ),
-        ({"num_burn_in": -1}, ValueError, "(num_burn_in=...)` should be at least 1"),
+        ({"num_burn_in": -1}, ValueError, "(num_burn_in=...)` should be at least 0, got -1"),
+        ({"num_burn_in": 0.0}, TypeError, "(num_burn_in=...)` should be an int, got float"),
+        ({"callback": 3}, TypeError, "(callback=...)` should be a function, got int"),
         ({"thin": 0}, ValueError, "(thin=...)` should be at least 1"),
         ({"thin": 7}, ValueError, "add up to at most `num_steps=6`, or no state is kept; got 0 and 7"),
         ({"collect": 3}, TypeError, "(collect=...)` should be a function of the number of a step, got int"),
@@ -1916,7 +1935,14 @@ def test_runs_refuse_what_only_data_show():
     ("options", "error", "words"),
     [
         ({"num_samples": 0}, ValueError, "hmc(num_samples=...)` should be at least 1"),
-        ({"num_burn_in": -1}, ValueError, "hmc(num_burn_in=...)` should be at least 1"),
+        ({"num_burn_in": -1}, ValueError, "hmc(num_burn_in=...)` should be at least 0, got -1"),
+        ({"num_burn_in": 0.0}, TypeError, "hmc(num_burn_in=...)` should be an int, got float"),
+        (
+            {"step_size": torch.ones(2)},
+            TypeError,
+            "hmc(step_size=...)` should be a number, got Tensor of shape",
+        ),
+        ({"target_acceptance": "a"}, TypeError, "hmc(target_acceptance=...)` should be a number, got str"),
         ({"num_leapfrog_steps": 0}, ValueError, "hmc(num_leapfrog_steps=...)` should be at least 1"),
         ({"step_size": 0.0}, ValueError, "hmc(step_size=...)` should be positive"),
         (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_covers, check_model, check_num_data, positive_int, positive_number
+from .._checks import check_callback, check_covers, check_model, check_num_data, positive_int, positive_number
 from .._functional import Model
 from .._random import resolve_seed
 from .._tree import Fixed, Params, Where, device_of, index, map_leaves, named_leaves, select, stack, tensors
@@ -134,6 +134,7 @@ def fit(
         True
     """
     check_model(fn, _CALL)
+    check_callback(callback, _CALL)
     updater = Updater.of(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL)
     num_epochs = positive_int(num_epochs, f"{_CALL}(num_epochs=...)")
     num = count_members(params, f"{_CALL}(fn, params, ..., stacked=True)") if stacked else 1

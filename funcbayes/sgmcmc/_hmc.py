@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_model, positive_int
+from .._checks import check_model, int_from_zero, positive_int
 from .._functional import Model
 from .._random import fold, normal, uniform
 from .._tree import Params, Where, index
@@ -124,10 +124,11 @@ def hmc(
     check_model(fn, _CALL)
     check_is_likelihood(likelihood, f"{_CALL}(likelihood=...)")
     num_samples = positive_int(num_samples, f"{_CALL}(num_samples=...)")
-    burn_in = num_burn_in if num_burn_in == 0 else positive_int(num_burn_in, f"{_CALL}(num_burn_in=...)")
+    burn_in = int_from_zero(num_burn_in, f"{_CALL}(num_burn_in=...)")
     num_leapfrog_steps = positive_int(num_leapfrog_steps, f"{_CALL}(num_leapfrog_steps=...)")
     step_size = positive_number(step_size, f"{_CALL}(step_size=...)")
-    if not 0 < target_acceptance < 1:
+    target_acceptance = positive_number(target_acceptance, f"{_CALL}(target_acceptance=...)")
+    if target_acceptance >= 1:
         raise ValueError(
             f"`{_CALL}(target_acceptance=...)` should be above 0 and below 1, got {target_acceptance}."
         )

@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .._checks import check_model, positive_int
+from .._checks import check_callback, check_model, int_from_zero, positive_int
 from .._functional import Model
 from .._tree import Params, Where, index
 from ..likelihoods import Likelihood
@@ -253,6 +253,7 @@ def _run(
         )
     num_steps = positive_int(num_steps, f"{call}(num_steps=...)")
     chunk_size = check_chunk(chunk_size, call)
+    check_callback(callback, call)
     start = Start.of(params, where, num_chains, stacked, call)
     kept = _kept_steps(num_steps, num_burn_in, thin, collect, call)
     prior = checked_prior(prior, prior_precision, index(start.covered, 0), call)
@@ -283,7 +284,7 @@ def _kept_steps(
     """Numbers of the steps after which states are kept."""
     if collect is None:
         thin = positive_int(thin, f"{call}(thin=...)")
-        first = num_burn_in if num_burn_in == 0 else positive_int(num_burn_in, f"{call}(num_burn_in=...)")
+        first = int_from_zero(num_burn_in, f"{call}(num_burn_in=...)")
         kept = range(first + thin - 1, num_steps, thin)
         if not kept:
             raise ValueError(

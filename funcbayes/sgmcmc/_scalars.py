@@ -74,6 +74,10 @@ def _number(value: Any, call: str, *, zero: bool, kind: str = "a number") -> flo
     """A finite number above 0, or at least 0 if ``zero``."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
         raise TypeError(f"`{call}` should be {kind}, got {type(value).__name__}.")
+    if getattr(value, "ndim", 0):
+        raise TypeError(
+            f"`{call}` should be {kind}, got {type(value).__name__} of shape {tuple(value.shape)}."
+        )
     number = float(value)
     if not (number >= 0 if zero else number > 0) or math.isinf(number):
         raise ValueError(f"`{call}` should be {_range(zero)}, got {number}.")

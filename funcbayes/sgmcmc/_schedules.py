@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int
-from ._scalars import positive_number
+from ._scalars import number_from_zero, positive_number
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,14 @@ def cyclical(
         raise ValueError(
             f"`{call}(num_cycles=...)` should be at most `num_steps={num_steps}`, got {num_cycles}."
         )
-    if not 0 <= exploration < 1:
+    exploration = number_from_zero(exploration, f"{call}(exploration=...)")
+    if exploration >= 1:
         raise ValueError(f"`{call}(exploration=...)` should be at least 0 and below 1, got {exploration}.")
     return Cyclical(
         positive_number(peak, f"{call}(peak=...)"),
         num_cycles,
         num_steps,
-        float(exploration),
+        exploration,
         positive_int(num_samples, f"{call}(num_samples=...)"),
         positive_int(spacing, f"{call}(spacing=...)"),
     )

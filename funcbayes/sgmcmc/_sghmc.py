@@ -29,8 +29,8 @@ class SGHMCState:
 
     Attributes:
         params: Where it is.
-        momentum: Of the parameters that can move, for unit masses: its stationary variance is about the
-            temperature, whatever the step size. It starts at 0.
+        momentum: Of the parameters that can move, for unit masses. It starts at 0; its stationary variance
+            is ``T / (1 - alpha / 2)`` for small step sizes, see :func:`sghmc`.
         step: How many steps it has taken, an int64 scalar.
         seed: Of its noise, an int64 scalar.
     """
@@ -69,8 +69,9 @@ def sghmc(
     Gaussian target of precision ``lambda``, with exact gradients and ``beta = 0``, the variance of a
     parameter is ``T / lambda / (1 - eta lambda / (4 - 2 alpha))``: the bias is of first order in ``eta``,
     which is of second order in ``epsilon``, whatever the friction, and the chain is stable while
-    ``eta lambda < 4 - 2 alpha``. Gradients from a batch, with covariance ``V``, act as if the temperature
-    were higher by ``eta V / (2 alpha)``; ``beta = eta V / 2`` takes that much noise off.
+    ``eta lambda < 4 - 2 alpha``. The variance of ``r`` is ``T / (1 - alpha / 2 - eta lambda / 4)``.
+    Gradients from a batch, with covariance ``V``, act as if the temperature were higher by
+    ``eta V / (2 alpha)``; ``beta = eta V / 2`` takes that much noise off.
 
     Args:
         step_size: ``eta``, a number or a function of the number of the step: see :func:`sgld`.
@@ -85,7 +86,7 @@ def sghmc(
         TypeError: If an argument is of the wrong kind.
         ValueError: If ``step_size`` is not positive, ``friction`` is out of range, ``noise_estimate`` or
             ``temperature`` is negative, or ``noise_estimate`` is above ``friction * temperature``, which
-            would ask for noise of negative variance.
+            would ask for noise of negative variance: of a function it is looked at for step 0 here.
 
     Example:
         >>> import torch
@@ -101,8 +102,8 @@ def sghmc(
     if friction > 1:
         raise ValueError(f"`{_CALL}(friction=...)` should be positive and at most 1, got {friction}.")
     noise_estimate = number_from_zero(noise_estimate, f"{_CALL}(noise_estimate=...)")
-    if not callable(heat):
-        _noise_variance(friction, noise_estimate, heat)
+    # A schedule is looked at where it starts, which is without heat if it explores first.
+    _noise_variance(friction, noise_estimate, temperature_at(heat, torch.tensor(0), _CALL))
     update = functools.partial(
         _update,
         step_size=step_size_of(step_size, _CALL),
