@@ -27,6 +27,8 @@ def test_python_blocks_run_one_after_another(text, tmp_path, monkeypatch, capsys
             exec(compile(block, f"README.md, python block {number}", "exec"), names)
             if number == 1:  # the later ones reuse the name
                 first = names["prediction"]
+            if "fb.sgmcmc.run" in block:
+                assert (fb.sgmcmc.split_r_hat(names["outputs"]) < 1.1).all()
             if "fb.ivon.fit" in block:
                 assert fb.metrics.rmse(names["prediction"], names["y"]) < 0.19
     near, far = first.epistemic_variance[:, 0]
