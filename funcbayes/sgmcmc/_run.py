@@ -151,8 +151,9 @@ def fit(
             ``None``: one batch of all rows.
         prior_precision: Precision (1 / variance) of a Gaussian prior of mean zero: one number, or a tree with
             one for each leaf.
-        prior: Another prior: one of :mod:`funcbayes.priors`, a Gaussian over the leaves that chains move, or
-            anything with a ``log_prob(params)`` that is a scalar, summed over them.
+        prior: Another prior, in the place of ``prior_precision``: one of :mod:`funcbayes.priors`, a Gaussian
+            over the leaves that chains move, or anything with a ``log_prob(params)`` that is a scalar, summed
+            over them.
         num_data: The number ``N`` of rows, if it is not that of the data. A loader that does not know its
             length is counted once.
         where: Which leaves to move; ``None`` for all. The others are held.

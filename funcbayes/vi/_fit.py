@@ -93,7 +93,8 @@ def fit(
             ``init_scale`` are left out.
         prior_precision: Precision (1 / variance) of a Gaussian prior of mean zero: one number, or a tree with
             one for each leaf.
-        prior: Another prior: one of :mod:`funcbayes.priors`, or any Gaussian over the covered leaves.
+        prior: Another prior, in the place of ``prior_precision``: one of :mod:`funcbayes.priors`, or any
+            Gaussian over the covered leaves.
         num_data: The number ``N`` of rows, if it is not that of the data.
         batch_size: Rows a batch for data in tensors; ``None``: one batch of all rows, in order.
         num_samples: Draws of each step, all in vectorised passes.
