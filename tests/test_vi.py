@@ -1168,7 +1168,7 @@ BAD = {
     "weight": (lambda: elbo_with(kl_weight=math.nan), ValueError, "kl_weight=.* finite .*nan"),
     "weight's type": (lambda: elbo_with(kl_weight="1"), TypeError, "kl_weight=.* a number, got str"),
     "no row": (lambda: elbo_with(batch=(randn(0, 3), randn(0, 2))), ValueError, "at least one row"),
-    "callback": (lambda: fit_with(callback="yes"), TypeError, "callback=.* a function or None, got str"),
+    "callback": (lambda: fit_with(callback="yes"), TypeError, "callback=.* a function, got str"),
     "fit's weight": (lambda: fit_with(kl_weight=lambda step: -1.0), ValueError, "kl_weight"),
     "fit's start": (lambda: fit_with(start={}), TypeError, "start="),
     "start and family": (

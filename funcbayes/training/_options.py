@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .._checks import positive_int
+from .._checks import check_callback, positive_int
 from .._tree import Params
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
@@ -72,11 +72,7 @@ class Options:
             raise ValueError(
                 f"`{self.call}(max_grad_norm=...)` should be positive or None, got {self.max_grad_norm}."
             )
-        if self.callback is not None and not callable(self.callback):
-            raise TypeError(
-                f"`{self.call}(callback=...)` should be a function or None, got "
-                f"{type(self.callback).__name__}."
-            )
+        check_callback(self.callback, self.call)
         for name, make in (("optimizer", self.optimizer), ("scheduler", self.scheduler)):
             if make is not None and not callable(make):
                 raise TypeError(
