@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import F64, randn
 
 import funcbayes as fb
-from funcbayes.likelihoods import Categorical
+from funcbayes.likelihoods import Categorical, Normal
 from funcbayes.modules import (
     SWAG,
     DeepEnsemble,
@@ -531,6 +531,39 @@ def test_the_laplace_face_chooses_prior_and_noise_by_evidence():
     assert 0.07 < face.noise_std < 0.14  # the noise of the targets is 0.1
     assert_close(wide, torch.full_like(wide, 9.0))
     assert_close(face.predict_linearized(x).aleatoric_variance, torch.full_like(wide, face.noise_std**2))
+
+
+@pytest.mark.parametrize("noise_std", [None, 0.3])
+def test_the_laplace_face_takes_the_noise_of_its_likelihood(noise_std):
+    model, x = seeded(functools.partial(mlp, 2)), randn(N, 4)
+    likelihood, data = Normal(0.3), (randn(30, 4, seed=5), randn(30, 2, seed=6))
+    face = LaplaceApproximation(model, structure="full", likelihood=likelihood, noise_std=noise_std)
+    face.fit(data)
+    fn, params = fb.make_functional(model)
+    c = fb.curvature.ggn(fn, params, data, likelihood, "full")
+
+    def is_that_of_the_functions(noise_std, prior_precision):
+        q = fb.laplace.posterior(params, c, prior_precision, noise_std=noise_std)
+        expected = fb.predict_linearized(fn, params, q, x, likelihood=Normal(noise_std))
+        found = face.predict_linearized(x)
+        assert_close(found.output_variance, expected.output_variance)
+        assert_close(found.aleatoric_variance, torch.full_like(x[:, :2], noise_std**2))
+        evidence = fb.laplace.log_marginal_likelihood(params, c, prior_precision, noise_std=noise_std)
+        assert_close(face.log_marginal_likelihood(), evidence)
+
+    is_that_of_the_functions(0.3, 1.0)
+    face.optimize_prior_precision(data)  # of a grid, with the noise as it is
+    best = fb.laplace.minimize_validation_nll(fn, params, c, data, likelihood)
+    assert_close(face.prior_precision, best.prior_precision)
+    face.optimize_prior_precision()
+    assert abs(face.noise_std - 0.3) > 0.1
+    is_that_of_the_functions(face.noise_std, face.prior_precision)
+
+
+@pytest.mark.parametrize("likelihood", [Normal(0.3), Normal(torch.ones(3)), Categorical()])
+def test_the_laplace_face_refuses_a_noise_that_its_likelihood_has_not(likelihood):
+    with pytest.raises(ValueError, match=r"likelihood=.*noise_std=0.5\)` should say the noise once"):
+        LaplaceApproximation(mlp(), likelihood=likelihood, noise_std=0.5)
 
 
 def test_the_laplace_face_keeps_what_was_fitted_in_its_state(tmp_path):

@@ -86,7 +86,7 @@ def noise_of(likelihood: Likelihood) -> Tensor | None:
     """The one noise of a ``Normal`` likelihood; ``None`` for others, and for noise that differs by output."""
     if not isinstance(likelihood, Normal):
         return None
-    noise = torch.as_tensor(likelihood.noise_std).detach().double()
+    noise = torch.as_tensor(likelihood.noise_std, dtype=torch.float64).detach()
     return noise.reshape(()) if noise.numel() == 1 else None
 
 

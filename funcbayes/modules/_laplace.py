@@ -2,6 +2,7 @@
 
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .. import curvature, laplace
@@ -11,6 +12,7 @@ from .._predict_linearized import predict_linearized
 from .._random import Seed
 from .._tree import Params, Where, device_of, difference, index, map_leaves, parameters_of
 from ..curvature._curvature import Structure
+from ..curvature._data_term import noise_of
 from ..laplace._posterior import check_positive
 from ..laplace._prior import Numbers
 from ..laplace._tuning import Per
@@ -35,8 +37,8 @@ class LaplaceApproximation(Predicting):
         where: Which parameters are uncertain, by name: ``"head.*"``; ``None`` for all.
         prior_precision: Precision (1 / variance) of the Gaussian prior, that of training: one number, or one
             for each parameter tensor by name.
-        noise_std: Standard deviation of the noise of a regression; :meth:`optimize_prior_precision` chooses
-            it, too.
+        noise_std: Standard deviation of the noise of a regression; ``None`` for that of a ``Normal``
+            likelihood, or else 1. :meth:`optimize_prior_precision` chooses it, too.
         temperature: Divides the curvature, and not the prior.
         eigenvalue_correction: For ``"kron"``: whether its eigenvalues are corrected (EKFAC).
         rank: For ``"low_rank"``: how many eigenvalues.
@@ -63,7 +65,7 @@ class LaplaceApproximation(Predicting):
         structure: Structure = "kron",
         where: Where | None = None,
         prior_precision: Numbers = 1.0,
-        noise_std: float = 1.0,
+        noise_std: float | None = None,
         temperature: float = 1.0,
         eigenvalue_correction: bool = False,
         rank: int = 20,
@@ -78,14 +80,13 @@ class LaplaceApproximation(Predicting):
             raise ValueError(
                 f"`LaplaceApproximation(structure=...)` should be one of {known}, got {structure!r}."
             )
-        for name, value in (("noise_std", noise_std), ("temperature", temperature)):
-            check_positive(value, f"LaplaceApproximation({name}=...)")
+        check_positive(temperature, "LaplaceApproximation(temperature=...)")
         if isinstance(prior_precision, float | int | Tensor):
             check_positive(prior_precision, "LaplaceApproximation(prior_precision=...)")
         self.where, self.linearized = where, linearized
         self.temperature, self.eigenvalue_correction, self.rank = temperature, eigenvalue_correction, rank
         self.prior_precision: Numbers = prior_precision
-        self.noise_std: float = noise_std
+        self.noise_std: float = _start_of_noise(self.likelihood, noise_std)
         self._fn, _ = make_functional(unwrapped(model))
         self._mode: Params = None
         self._curvature: curvature.Curvature | None = None
@@ -178,10 +179,18 @@ class LaplaceApproximation(Predicting):
 
     def _likelihood_for(self, values: Params, data: Data) -> Likelihood:
         if isinstance(self.likelihood, Likelihood):
-            return self.likelihood
+            return self._with_noise(self.likelihood)
         source = open_data(data, batch_size=None, num_streams=1, call="LaplaceApproximation.fit")
         x, _ = next(iter(source.plain_batches(device_of(values)))).member(0)
         return self._likelihood_at(self._fn, values, x, self.noise_std)
+
+    def _likelihood_of(self, shape: torch.Size) -> Likelihood | None:
+        found = super()._likelihood_of(shape)
+        return None if found is None else self._with_noise(found)
+
+    def _with_noise(self, likelihood: Likelihood) -> Likelihood:
+        """The likelihood with the present noise, if it has one noise."""
+        return likelihood if noise_of(likelihood) is None else Normal(self.noise_std)
 
     def _fitted(self, call: str) -> tuple[Params, curvature.Curvature]:
         if self._curvature is None:
@@ -232,3 +241,18 @@ class LaplaceApproximation(Predicting):
         self._mode, self._curvature = mode, from_plain(state["curvature"])
         self.prior_precision = from_plain(state["prior_precision"])
         self.noise_std, self._found = state["noise_std"], None
+
+
+def _start_of_noise(likelihood: Outputs, noise_std: float | None) -> float:
+    """The noise at first: what was given, or what the likelihood has."""
+    if noise_std is not None:
+        check_positive(noise_std, "LaplaceApproximation(noise_std=...)")
+    if not isinstance(likelihood, Likelihood):
+        return 1.0 if noise_std is None else noise_std
+    own = noise_of(likelihood)
+    if noise_std is not None and (own is None or float(own) != float(noise_std)):
+        raise ValueError(
+            f"`LaplaceApproximation(likelihood={likelihood!r}, noise_std={noise_std:g})` should say the "
+            "noise once, in the likelihood: leave `noise_std` out."
+        )
+    return 1.0 if own is None else float(own)
