@@ -1515,6 +1515,11 @@ def small():
     return model.fn, model.params, classes(model)
 
 
+def never(params, x):
+    """A model that nothing should evaluate."""
+    raise AssertionError("evaluated")
+
+
 def curvature_of(structure="diag", kind="ggn", likelihood=None, **options):
     fn, params, (x, y) = small()
     likelihood = Categorical() if likelihood is None else likelihood
@@ -1632,8 +1637,11 @@ def test_priors_that_do_not_fit_are_refused(name, make, error, match):
 def test_priors_whose_sum_with_the_curvature_has_no_structure_are_refused(structure, make):
     _, params, _ = small()
     c, old = curvature_of(structure), Gaussian(params, PRIORS[make](params))
-    with pytest.raises(NotImplementedError, match=f"structure '{structure}' goes with a prior .* got a "):
+    message = rf"\(prior=...\)` with a curvature of structure '{structure}' should have .* got a "
+    with pytest.raises(NotImplementedError, match="laplace.posterior" + message):
         laplace.posterior(params, c, prior=old)
+    with pytest.raises(NotImplementedError, match="laplace.fit" + message):
+        laplace.fit(never, params, small()[2], Categorical(), structure=structure, prior=old)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -1641,8 +1649,18 @@ def test_a_kronecker_curvature_refuses_a_precision_for_each_parameter(corrected)
     _, params, _ = small()
     c = curvature_of("kron", eigenvalue_correction=corrected)
     numbers = FORMS["per_parameter"](params)
-    with pytest.raises(ValueError, match="'kron' goes with a prior precision of one number, or one for each"):
+    with pytest.raises(ValueError, match="posterior.*'kron' should be given a prior precision of one number"):
         laplace.posterior(params, c, numbers)
+    with pytest.raises(ValueError, match="laplace.fit.*'kron' should be given a prior precision of one"):
+        laplace.fit(never, params, small()[2], Categorical(), prior_precision=numbers)
+    adam = functools.partial(torch.optim.Adam, lr=0.1)
+    with pytest.raises(ValueError, match="laplace.train.*'kron' should be given a prior precision of one"):
+        laplace.train(
+            *(never, params, small()[2], Categorical()),
+            optimizer=adam,
+            num_epochs=1,
+            prior_precision=numbers,
+        )
     old = Gaussian(params, Diagonal(map_named(lambda name, leaf: 1 / leaf, numbers)))
     with pytest.raises(ValueError, match="got several for '0.bias'"):
         laplace.posterior(params, c, prior=old)
@@ -1882,9 +1900,6 @@ def linear_classifier(params, x):
     ],
 )
 def test_what_goes_with_no_curvature_is_refused_before_the_data_are_gone_through(options, message):
-    def never(params, x):
-        raise AssertionError("evaluated")
-
     data = (torch.ones(4, 2, dtype=F64), torch.zeros(4, dtype=torch.int64))
     with pytest.raises((ValueError, TypeError), match=message):
         laplace.fit(never, {"w": torch.ones(3, 2, dtype=F64)}, data, Categorical(), **options)

@@ -627,11 +627,32 @@ def test_the_laplace_face_chooses_the_prior_by_held_out_data_too():
         ({"noise_std": 0.0}, "noise_std=.*positive and finite, got 0"),
         ({"temperature": -1.0}, "temperature=.*positive and finite, got -1"),
         ({"prior_precision": 0.0}, "prior_precision=.*positive and finite, got 0"),
+        ({"prior_precision": {"0.weight": 0.0}, "where": "0.weight"}, "prior_precision=.*number of 0 and"),
+        ({"prior_precision": {"0.weight": 1.0}}, "prior_precision=.*'0.bias' is missing"),
+        ({"prior_precision": {"3.bias": torch.arange(1.0, 4)}, "where": "3.bias"}, "'kron' should be given"),
     ],
 )
 def test_the_laplace_face_refuses_bad_numbers_before_any_fit(options, message):
     with pytest.raises(ValueError, match=message):
         LaplaceApproximation(mlp(), **options)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "options", "message"),
+    [
+        (True, {"per": "leaf"}, r"optimize_prior_precision\(validation, per='leaf'.*one precision for the"),
+        (True, {"tune_noise": True}, "tune_noise=True.*no noise"),
+        (True, {"per": "junk"}, "per=.*should be 'model', 'leaf' or 'parameter', got 'junk'"),
+        (False, {"per": "junk"}, "per=.*should be 'model', 'leaf' or 'parameter', got 'junk'"),
+        (False, {"per": "parameter"}, "'parameter' with a Kronecker curvature"),
+    ],
+)
+def test_the_laplace_face_refuses_what_choosing_a_prior_cannot_do(held_out, options, message):
+    model = seeded(mlp)
+    face = LaplaceApproximation(model)
+    face.fit(data_for(model))
+    with pytest.raises(ValueError, match=message):
+        face.optimize_prior_precision(data_for(model) if held_out else None, **options)
 
 
 # Variational inference.

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import curvature as curvatures
 from .._checks import check_model
 from .._random import Seed
-from .._tree import Params, Where, index, matcher, parameters_of, stack
+from .._tree import Params, Where, index, stack
 from ..curvature import Curvature
 from ..curvature._curvature import Structure
 from ..curvature._data_term import noise_of
@@ -16,7 +16,7 @@ from ..likelihoods import Likelihood
 from ..posteriors import Gaussian
 from ..training._data import Data
 from ._posterior import check_numbers, posterior
-from ._prior import Numbers, Prior
+from ._prior import Numbers, Prior, chosen_leaves
 from ._tuning import Per, check_per, maximize_evidence
 
 Kind = Literal["ggn", "fisher", "empirical_fisher", "hessian"]
@@ -173,11 +173,8 @@ def _check_beforehand(
 ) -> None:
     """Refuse a prior and numbers that no curvature goes with, before one is found."""
     check_numbers(noise_std, temperature, has_noise=noise_of(likelihood) is not None, call=_CALL)
-    chosen = matcher(where)
-    leaves = {name: leaf for name, leaf in parameters_of(params).items() if chosen(name, leaf)}
+    leaves = chosen_leaves(params, where)
     if not leaves or (stacked and not all(leaf.ndim for leaf in leaves.values())):
         return  # which is refused with the data
     leaves = {name: leaf[0] if stacked else leaf for name, leaf in leaves.items()}
-    given = Prior.of(leaves, prior_precision, prior_mean, prior, _CALL)
-    if structure == "kron" and given.precision is not None:
-        given.numbers("'kron'")
+    Prior.of(leaves, prior_precision, prior_mean, prior, _CALL).check_goes_with(structure, _CALL)

@@ -10,10 +10,18 @@ from .._functorch import is_concrete
 from .._tree import Fixed, Params, difference, is_parameter, named_leaves, parameters_of, select
 from ..covariances._flat import dtype_of, without_columns
 from ..covariances._kronecker import sides
-from ..curvature import Curvature, EigenKron, Kron, LowRank
+from ..curvature import Curvature, Diag, EigenKron, Kron, LowRank
+from ..curvature._curvature import Structure
 from ..posteriors import Gaussian
 from ._precision import Precision, precision_of
 from ._prior import Numbers, Prior
+
+_STRUCTURES: dict[type[Curvature], Structure] = {
+    Diag: "diag",
+    Kron: "kron",
+    EigenKron: "kron",
+    LowRank: "low_rank",
+}
 
 
 def posterior(
@@ -163,6 +171,7 @@ def _prepared(
     """The covered leaves, the posterior's precision and the prior, after checks."""
     leaves = checked_leaves(params, c, noise_std, temperature, call=call)
     given = Prior.of(leaves, prior_precision, prior_mean, prior, call)
+    given.check_goes_with(_STRUCTURES.get(type(c), "full"), call)
     factor = c.data.factor(noise_std) / temperature
     like = select(params, lambda name, leaf: name in leaves)
     return leaves, precision_of(c, given, factor, like), given

@@ -40,7 +40,7 @@ def precision_of(curvature: Any, prior: Prior, factor: Tensor, like: Params) -> 
 
     Args:
         curvature: The curvature.
-        prior: Over the leaves that it covers.
+        prior: Over the leaves that it covers; one that goes with the structure.
         factor: What the curvature is multiplied with.
         like: The covered parameters.
     """
@@ -54,7 +54,7 @@ def precision_of(curvature: Any, prior: Prior, factor: Tensor, like: Params) -> 
 def _(curvature: Diag, prior: Prior, factor: Tensor, like: Params) -> Precision:
     diagonal = {name: as_double(leaf) * factor for name, leaf in curvature.leaves.items()}
     if prior.precision is None:
-        return _with_low_rank_prior(diagonal, {}, prior, like, "'diag'")
+        return _with_low_rank_prior(diagonal, {}, prior, like)
     precision = {name: leaf + prior.precision[name] for name, leaf in diagonal.items()}
     name, least = _least(precision)
     refuse_indefinite(least, f"(its diagonal, in {name!r})")
@@ -79,7 +79,7 @@ def _(curvature: EigenKron, prior: Prior, factor: Tensor, like: Params) -> Preci
     if prior.precision is None:
         values, bases = _projected(values, bases, prior)
     else:
-        numbers = prior.numbers("'kron'")
+        numbers = prior.numbers()
         values = {name: leaf + numbers[name] for name, leaf in values.items()}
     name, least = _least(values)
     refuse_indefinite(least, f"(of {name!r})")
@@ -105,7 +105,7 @@ def _(curvature: LowRank, prior: Prior, factor: Tensor, like: Params) -> Precisi
         return {name: vectors[name] * roots.to(vectors[name].dtype) for name in vectors}
 
     if prior.precision is None:
-        return _with_low_rank_prior({}, factors(), prior, like, "'low_rank'")
+        return _with_low_rank_prior({}, factors(), prior, like)
     precision = prior.precision
 
     def covariance() -> Covariance:
@@ -193,17 +193,12 @@ def _without_rounding(curvature: Full) -> Tensor:
 
 
 def _with_low_rank_prior(
-    diagonal: Mapping[str, Tensor], factors: Mapping[str, Tensor], prior: Prior, like: Params, structure: str
+    diagonal: Mapping[str, Tensor], factors: Mapping[str, Tensor], prior: Prior, like: Params
 ) -> Precision:
     """A diagonal, or factors, on top of a prior whose precision is a diagonal and factors, too."""
     assert prior.gaussian is not None
     old = prior.gaussian.covariance
-    if not isinstance(old, LowRankPrecision):
-        raise NotImplementedError(
-            f"A curvature of structure {structure} goes with a prior of independent parameters, or of a "
-            f"precision of low rank, got a {type(old).__name__}: their sum has no structure. Use "
-            "`structure='full'`, or the structure that the prior was found with."
-        )
+    assert isinstance(old, LowRankPrecision)
     precision, columns = named_leaves(old.precision), named_leaves(old.factors)
 
     def both(name: str) -> Tensor:
@@ -233,12 +228,7 @@ def _projected(
     """
     assert prior.gaussian is not None
     old = prior.gaussian.covariance
-    if not isinstance(old, Kronecker):
-        raise NotImplementedError(
-            "A curvature of structure 'kron' goes with a prior of one precision a leaf, or a Kronecker one, "
-            f"got a {type(old).__name__}. Use `structure='full'`, or the structure that the prior was found "
-            "with."
-        )
+    assert isinstance(old, Kronecker)
     variance, *old_sides = (named_leaves(t) for t in (old.variance, old.output_basis, old.input_basis))
     found, turned = {}, {}
     for name, new in values.items():

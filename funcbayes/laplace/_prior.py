@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._functorch import is_concrete
-from .._tree import Params, difference, named_leaves, parameters_of
-from ..covariances import Diagonal
+from .._tree import Params, Where, difference, matcher, named_leaves, parameters_of
+from ..covariances import Diagonal, Kronecker, LowRankPrecision
 from ..covariances._flat import as_double, ravel
+from ..curvature._curvature import Structure
 from ..posteriors import Gaussian
 
 Numbers = float | Tensor | Params  # one number, or a tree of numbers or of tensors like the parameters
@@ -105,24 +106,43 @@ class Prior:
             return self.gaussian.covariance.inverse().quadratic(column)
         return torch.stack([(self.precision[name] * shift[name].square()).sum() for name in leaves]).sum()
 
-    def numbers(self, structure: str) -> dict[str, Tensor]:
-        """One precision a leaf; refused if there are more.
-
-        Args:
-            structure: What needs them so, for the message.
-        """
+    def numbers(self) -> dict[str, Tensor]:
+        """One precision a leaf, where it goes with ``"kron"``."""
         assert self.precision is not None
-        found = {}
-        for name, precision in self.precision.items():
-            first = precision.reshape(-1)[:1].reshape(())
-            if precision.numel() > 1 and is_concrete(precision) and not bool((precision == first).all()):
-                raise ValueError(
-                    f"A curvature of structure {structure} goes with a prior precision of one number, or one "
-                    f"for each leaf, got several for {name!r}. One for each parameter goes with 'diag', "
-                    "'low_rank' and 'full'."
+        return {name: precision.reshape(-1)[:1].reshape(()) for name, precision in self.precision.items()}
+
+    def check_goes_with(self, structure: Structure, call: str) -> None:
+        """Refuse a prior with which a curvature of a structure has no sum of that structure."""
+        if structure == "full":
+            return
+        if self.gaussian is not None:
+            goes = Kronecker if structure == "kron" else LowRankPrecision
+            other = "one precision a leaf" if structure == "kron" else "independent parameters"
+            found = self.gaussian.covariance
+            if not isinstance(found, goes):
+                raise NotImplementedError(
+                    f"`{call}(prior=...)` with a curvature of structure {structure!r} should have {other}, "
+                    f"or a {goes.__name__} covariance, got a {type(found).__name__}: their sum has no "
+                    "structure. Write `structure='full'`, or the structure that the prior was found with."
                 )
-            found[name] = first
-        return found
+        elif structure == "kron":
+            self._check_numbers(call)
+
+    def _check_numbers(self, call: str) -> None:
+        numbers, precision = self.numbers(), self.precision or {}
+        for name, number in numbers.items():
+            if is_concrete(precision[name]) and not bool((precision[name] == number).all()):
+                raise ValueError(
+                    f"`{call}(...)` with a curvature of structure 'kron' should be given a prior precision of "
+                    f"one number, or one for each leaf, got several for {name!r}. One for each parameter goes "
+                    "with 'diag', 'low_rank' and 'full'."
+                )
+
+
+def chosen_leaves(params: Params, where: Where | None) -> dict[str, Tensor]:
+    """The parameters that ``where`` chooses, by path."""
+    chosen = matcher(where)
+    return {name: leaf for name, leaf in parameters_of(params).items() if chosen(name, leaf)}
 
 
 def by_leaf(value: Numbers, leaves: dict[str, Tensor], call: str) -> dict[str, Tensor]:

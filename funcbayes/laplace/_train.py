@@ -33,7 +33,7 @@ from ..training._fit import for_one, with_member_axis
 from ..training._loop import minimize
 from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
 from ._posterior import posterior
-from ._prior import Numbers, Prior, by_leaf
+from ._prior import Numbers, Prior, by_leaf, chosen_leaves
 from ._tuning import Hyperparameters, Per, check_per, maximize_evidence
 
 _CALL = "laplace.train"
@@ -168,6 +168,9 @@ def train(
     leaves = parameters_of(params)
     numbers = Prior.of(leaves, prior_precision, 0.0, None, _CALL).precision
     assert numbers is not None
+    Prior.of(chosen_leaves(params, where), prior_precision, 0.0, None, _CALL).check_goes_with(
+        structure, _CALL
+    )
     source = open_data(data, batch_size=batch_size, num_streams=1, call=_CALL)
     seed = int(resolve_seed(seed))
     joint = _NegativeLogJoint(fn, likelihood, numbers, source.num_data(seed))

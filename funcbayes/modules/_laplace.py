@@ -14,8 +14,8 @@ from .._tree import Params, Where, device_of, difference, index, map_leaves, par
 from ..curvature._curvature import Structure
 from ..curvature._data_term import noise_of
 from ..laplace._posterior import check_positive
-from ..laplace._prior import Numbers
-from ..laplace._tuning import Per
+from ..laplace._prior import Numbers, Prior, chosen_leaves
+from ..laplace._tuning import Per, check_per
 from ..likelihoods import Likelihood, Normal
 from ..posteriors import Gaussian, Posterior, to
 from ..training._data import Data, open_data
@@ -87,7 +87,10 @@ class LaplaceApproximation(Predicting):
         self.temperature, self.eigenvalue_correction, self.rank = temperature, eigenvalue_correction, rank
         self.prior_precision: Numbers = prior_precision
         self.noise_std: float = _start_of_noise(self.likelihood, noise_std)
-        self._fn, _ = make_functional(unwrapped(model))
+        self._fn, params = make_functional(unwrapped(model))
+        if not isinstance(prior_precision, float | int | Tensor):
+            given = Prior.of(chosen_leaves(params, where), prior_precision, 0.0, None, "LaplaceApproximation")
+            given.check_goes_with(structure, "LaplaceApproximation")
         self._mode: Params = None
         self._curvature: curvature.Curvature | None = None
         self._found: Gaussian | None = None  # from the present curvature and prior
@@ -120,7 +123,7 @@ class LaplaceApproximation(Predicting):
         self._curvature, self._mode, self._found = found, values, None
 
     def optimize_prior_precision(
-        self, validation: Data | None = None, *, per: Per = "model", tune_noise: bool = True
+        self, validation: Data | None = None, *, per: Per = "model", tune_noise: bool | None = None
     ) -> None:
         """Choose the prior precision: by evidence, with the noise of a regression, or by held-out data.
 
@@ -128,9 +131,17 @@ class LaplaceApproximation(Predicting):
             validation: Held-out ``(x, y)``, or a re-iterable of such batches: then the precision is that of a
                 grid under which they are most probable: :func:`funcbayes.laplace.minimize_validation_nll`.
             per: One precision for the ``"model"``, for each ``"leaf"`` (parameter tensor), or for each
-                ``"parameter"``.
-            tune_noise: Whether noise is chosen, too.
+                ``"parameter"``; by held-out data there is one for the ``"model"``.
+            tune_noise: Whether noise is chosen, too; ``None`` for whether it can be, which is by evidence.
         """
+        call = "LaplaceApproximation.optimize_prior_precision"
+        check_per(per, f"{call}(per=...)", is_kronecker=self.structure == "kron")
+        if validation is not None and (per != "model" or tune_noise):
+            raise ValueError(
+                f"`{call}(validation, per={per!r}, tune_noise={tune_noise})` chooses one precision for the "
+                "model, and no noise. Leave `per` and `tune_noise` out, or `validation`, to choose by "
+                "evidence."
+            )
         mode, c = self._fitted("optimize_prior_precision")
         if validation is not None:
             likelihood = self._likelihood_for(mode, validation)
@@ -144,7 +155,7 @@ class LaplaceApproximation(Predicting):
             per=per,
             prior_precision=self.prior_precision,
             noise_std=self._noise(c),
-            tune_noise=tune_noise,
+            tune_noise=tune_noise is not False,
             temperature=self.temperature,
         )
         self.prior_precision, self._found = found.prior_precision, None
