@@ -133,9 +133,9 @@ class Prior:
         for name, number in numbers.items():
             if is_concrete(precision[name]) and not bool((precision[name] == number).all()):
                 raise ValueError(
-                    f"`{call}(...)` with a curvature of structure 'kron' should be given a prior precision of "
-                    f"one number, or one for each leaf, got several for {name!r}. One for each parameter goes "
-                    "with 'diag', 'low_rank' and 'full'."
+                    f"`{call}(...)` with a curvature of structure 'kron' should be given a prior precision "
+                    f"of one number, or one for each leaf, got several for {name!r}. One for each "
+                    "parameter goes with 'diag', 'low_rank' and 'full'."
                 )
 
 

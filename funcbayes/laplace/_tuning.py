@@ -159,7 +159,7 @@ def _minimized(
         optimizer = torch.optim.LBFGS(
             variables,
             max_iter=num_steps,
-            tolerance_grad=1e-6,
+            tolerance_grad=1e-8,
             tolerance_change=1e-10,
             line_search_fn="strong_wolfe",
         )

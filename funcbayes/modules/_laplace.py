@@ -86,7 +86,7 @@ class LaplaceApproximation(Predicting):
         self.where, self.linearized = where, linearized
         self.temperature, self.eigenvalue_correction, self.rank = temperature, eigenvalue_correction, rank
         self.prior_precision: Numbers = prior_precision
-        self.noise_std: float = _start_of_noise(self.likelihood, noise_std)
+        self.noise_std: float = _start_of_noise(likelihood, noise_std)
         self._fn, params = make_functional(unwrapped(model))
         if not isinstance(prior_precision, float | int | Tensor):
             given = Prior.of(chosen_leaves(params, where), prior_precision, 0.0, None, "LaplaceApproximation")
