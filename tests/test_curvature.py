@@ -20,7 +20,7 @@ from zoo import F64, entry, from_module, randn, randn_like, seeded, shifted, sta
 import funcbayes as fb
 from funcbayes import curvature
 from funcbayes._tree import named_leaves
-from funcbayes.curvature import Diag, EigenKron, Full, Kron, LowRank, _columns
+from funcbayes.curvature import Diag, EigenKron, Full, Kron, LowRank, _columns, _curvature
 from funcbayes.likelihoods import Bernoulli, Categorical, HeteroscedasticNormal, Normal, Poisson
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -1866,3 +1866,52 @@ def test_an_error_of_several_networks_that_is_not_of_vmap_comes_at_once():
             curvature.ggn(fn, {"w": w}, data, Normal(1.0), "diag", stacked=several)
         passes.append(data.passes)
     assert passes[0] == passes[1]  # and no second pass of the members one by one
+
+
+class OwnOrder:
+    """Batches in an order that no state of torch's decides."""
+
+    def __init__(self, x, y, num_rows=None):
+        self.x, self.y, self.num_rows, self.passes = x, y, num_rows, 0
+
+    def __iter__(self):
+        self.passes += 1
+        order = torch.randperm(len(self.y), generator=torch.Generator().manual_seed(self.passes))
+        for rows in order[: self.num_rows].split(4):
+            yield self.x[rows], self.y[rows]
+
+
+SEVERAL_PASSES = [
+    ("ggn", {"structure": "low_rank", "rank": 8}),
+    ("ggn", {"structure": "kron", "eigenvalue_correction": True}),
+    ("empirical_fisher", {"structure": "low_rank", "rank": 8}),
+    ("hessian", {"structure": "full"}),
+    ("hessian", {"structure": "low_rank", "rank": 8}),
+]
+
+
+def several_rows():
+    fn, params, _ = linear_model()
+    return fn, params, randn(14, 2, seed=4), labels(3, 14)
+
+
+@pytest.mark.parametrize(("kind", "options"), SEVERAL_PASSES)
+def test_sums_over_several_passes_may_have_their_rows_in_any_order(kind, options):
+    fn, params, x, y = several_rows()
+    found, expected = (
+        getattr(curvature, kind)(fn, params, data, CLASSES, seed=0, **options)
+        for data in (OwnOrder(x, y), (x, y))
+    )
+    assert_close(dense(found, params), dense(expected, params))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "num_rows"),
+    [(*case, 12) for case in SEVERAL_PASSES] + [("fisher", {"structure": "low_rank", "rank": 8}, None)],
+)
+def test_passes_over_other_rows_are_refused(kind, options, num_rows, monkeypatch):
+    monkeypatch.setattr(_curvature, "_UNIT_VECTORS", 4)  # so that a full Hessian takes several passes, too
+    fn, params, x, y = several_rows()
+    message = rf"curvature\.{kind}\(data=...\)` goes through the data several times .*shuffle=False"
+    with pytest.raises(ValueError, match=message):
+        getattr(curvature, kind)(fn, params, OwnOrder(x, y, num_rows), CLASSES, seed=0, **options)

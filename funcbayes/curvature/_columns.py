@@ -23,12 +23,14 @@ class Columns:
         likelihood: What says which axis of the outputs is one block; ``None`` if a row is one.
         count: How many columns there are at a time, given the shape of the outputs of a row.
         noise_power: See :class:`DataTerm`.
+        by_row: Whether columns depend on the numbers of rows.
     """
 
     roots: Callable[[Tensor, Tensor, int], Tensor]
     likelihood: Likelihood | None
     count: Callable[[torch.Size], int]
     noise_power: int = 2
+    by_row: bool = False
 
     def make(self, outputs: Tensor, y: Tensor, first_row: int) -> Iterator[Tensor]:
         """Columns ``(K, M, N, *event)`` for outputs ``(M, N, *event)``, some at a time, each of one block."""
@@ -79,7 +81,7 @@ def fisher_columns(likelihood: Likelihood, mc_samples: int, seed: int) -> Column
         scores = [score(unit, outputs, _as_ignored(unit, target, y)) for target in targets]
         return torch.stack(scores) * mc_samples**-0.5
 
-    return Columns(roots, None, lambda event: min(mc_samples, AT_ONCE))
+    return Columns(roots, None, lambda event: min(mc_samples, AT_ONCE), by_row=True)
 
 
 def empirical_columns(likelihood: Likelihood) -> Columns:

@@ -58,6 +58,7 @@ def ggn(
             alone. One of ``make_functional`` is in evaluation mode, whatever mode its module was in.
         params: Where.
         data: An ``(x, y)`` tuple of tensors, ``x`` any pytree of tensors, or a re-iterable of such batches.
+            Where there are several passes, as for ``"low_rank"``, each has to give the same rows.
         likelihood: ``p(y|f)``. For ``Normal`` with one noise the curvature is that of unit noise.
         structure: ``"diag"``; ``"kron"``, a Kronecker product for each leaf (KFAC; Martens & Grosse 2015, and
             Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network
@@ -85,7 +86,7 @@ def ggn(
     Raises:
         TypeError: If an argument is of the wrong kind.
         ValueError: If data are empty, rows of the outputs depend on other rows (BatchNorm in training mode),
-            or ``where`` chooses no parameter.
+            ``where`` chooses no parameter, or a second pass over the data gives other rows.
         RuntimeError: If a loss or the curvature is not finite; the batch is named.
 
     Example:
@@ -314,8 +315,7 @@ def hessian(
         stacked=stacked,
         max_bytes=max_bytes,
         progress=progress,
-    )
-
+    ).for_passes(in_order=False)
     rank = positive_int(rank, f"{call}(rank=...)")
     start = resolve_seed(seed) if structure == "low_rank" else 0
 
@@ -353,6 +353,8 @@ def _of_columns(
         raise ValueError(
             f"`{problem.call}(eigenvalue_correction=True)` goes with `structure='kron'`, got {structure!r}."
         )
+    if structure == "low_rank" or eigenvalue_correction:
+        problem = problem.for_passes(in_order=columns.by_row)
     if structure == "low_rank":
         rank, seed = positive_int(rank, f"{problem.call}(rank=...)"), resolve_seed(seed)
         return _one_by_one(

@@ -1,5 +1,6 @@
 """Going through the data once, for a sum over their rows."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,11 @@ from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..training._batch import ready
 from ..training._data import Data, Source, open_data
+from ..training._loader import Loader
 from ..training._several import count_members
 from ._columns import Columns
 from ._data_term import DataTerm, data_term
+from ._same_rows import SameRows
 from ._sums import Sums
 
 
@@ -42,6 +45,7 @@ class Problem:
         call: How the user called us, for messages.
         num_members: ``M`` networks, whose leaves have a leading axis; ``None`` for one.
         names: The leaves that are covered, in the order of paths.
+        same_rows: What compares passes over the data; ``None`` if there is one.
     """
 
     fn: Model
@@ -53,6 +57,7 @@ class Problem:
     num_members: int | None = None
     max_bytes: int | None = None
     progress: bool = False
+    same_rows: SameRows | None = None
 
     @classmethod
     def of(
@@ -137,8 +142,17 @@ class Problem:
         single = self.params if self.num_members is None else index(self.params, 0)
         return plan_for(self.fn, single, (), x, self.call).event
 
+    def for_passes(self, *, in_order: bool) -> "Problem":
+        """The same, to be gone through several times; see :class:`SameRows`."""
+        if not isinstance(self.source, Loader):  # rows in tensors are the same always
+            return self
+        return dataclasses.replace(self, same_rows=SameRows(self.call, in_order=in_order))
+
     def batches(self) -> Iterator[tuple[int, Any, Tensor]]:
         """Number, inputs and targets of every batch; at least one."""
+        return self._batches() if self.same_rows is None else self.same_rows.watch(self._batches())
+
+    def _batches(self) -> Iterator[tuple[int, Any, Tensor]]:
         is_empty = True
         for number, batch in enumerate(self.source.plain_batches(device_of(self.params))):
             x, y = batch.member(0)
