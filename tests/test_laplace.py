@@ -1148,6 +1148,17 @@ def test_the_best_of_a_grid_is_found_as_by_a_loop_over_posteriors(name, where, s
         assert_close(again.nll, found.nll)
 
 
+@pytest.mark.parametrize("kind", ["ggn", "empirical_fisher"])
+def test_the_noise_of_the_likelihood_is_that_of_the_posterior_too(kind):
+    model = HELD_OUT["three"]()
+    data, held = ((model.inputs(n), randn(n, 3, seed=n)) for n in (5, 7))
+    scores = []
+    for noise_std in (0.4, 0.9):
+        c = getattr(curvature, kind)(model.fn, model.params, data, Normal(noise_std), "full")
+        scores.append(minimize_validation_nll(model.fn, model.params, c, held, Normal(0.9), grid=[0.1]).nll)
+    assert_close(scores[0], scores[1])
+
+
 def entry_rows(x, part):
     return optree.tree_map(lambda leaf: leaf[part], x)
 

@@ -26,6 +26,7 @@ from .._random import Seed, resolve_seed
 from .._tree import Params, named_leaves
 from ..covariances._flat import as_double, ravel_columns
 from ..curvature import Curvature, Diag, EigenKron, Full, Kron, LowRank
+from ..curvature._data_term import noise_of
 from ..curvature._pass import Problem
 from ..likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from ..training._data import Data
@@ -83,7 +84,8 @@ def minimize_validation_nll(
         grid: Prior precisions, each for all parameters; ``None`` for 21 from 1e-4 to 1e4, evenly in
             logarithms.
         link: As for :func:`funcbayes.predict_linearized`.
-        noise_std: For ``Normal``: noise of the posterior and the predictive; ``None`` for the likelihood's.
+        noise_std: For ``Normal``: noise of the posterior and the predictive; ``None`` for that of
+            ``likelihood``.
         temperature: As for :func:`posterior`.
         num_samples: For ``link="mc"``: how many draws of the logits.
         seed: For ``link="mc"``.
@@ -126,7 +128,7 @@ def minimize_validation_nll(
     if noise_std is not None and not isinstance(likelihood, Normal):
         raise ValueError(f"`{_CALL}(noise_std=...)` goes with `Normal`, got {type(likelihood).__name__}.")
     likelihood = likelihood if noise_std is None else Normal(noise_std)
-    factor = c.data.factor(noise_std) / temperature
+    factor = c.data.factor(noise_of(likelihood)) / temperature
     seed = int(resolve_seed(seed)) if link == "mc" else 0
     form: Form = "variance" if link == "probit" and not isinstance(likelihood, Normal) else "covariance"
     spectral, lowest = _spectral(c, factor, form)
