@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._functorch import storage_version
@@ -56,7 +57,12 @@ class Skeleton:
         outer_path, call.path = call.path, self.path if self.locate else None
         try:
             self._fill((store, key, used[name]) for store, key, name in self.slots)
-            outputs = call_module(self.module, x)
+            try:
+                outputs = call_module(self.module, x)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                raise RuntimeError(_CHECKPOINTING) from error
             if self.kind != "training":
                 return outputs, {}
             after = {name: store[key] for store, key, name in self.slots if name in versions}
@@ -91,13 +97,37 @@ def _leave(path: list[str], *_: Any) -> None:
     path.pop()
 
 
+class _Absent(nn.Parameter):
+    """A parameter between two evaluations, when there are no values to compute with."""
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> "_Absent":
+        """Make it without a gradient."""
+        return super().__new__(cls, data, requires_grad)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN206
+        """Say why it is met in a computation."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if any(isinstance(arg, Tensor) and not arg.is_meta for arg in args):
+                raise RuntimeError(_CHECKPOINTING)
+            return func(*args, **(kwargs or {}))
+
+
+_CHECKPOINTING = (
+    "`fn(params, x)` should evaluate every part of its module before it returns. Here a part was evaluated "
+    "again later, or could be, when the module holds no parameters, as `torch.utils.checkpoint` does in the "
+    "backward pass. Switch gradient checkpointing off before `make_functional(model)`, as by "
+    "`model.gradient_checkpointing_disable()`; smaller batches save memory, too."
+)
+
+
 def without_values(module: nn.Module) -> nn.Module:
     """Copy a module, with placeholders on the meta device for its parameters and buffers."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in part._parameters.values():
             if value is not None:
-                memo[id(value)] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
+                memo[id(value)] = _Absent(value.detach().to("meta"))
         for value in part._buffers.values():
             if value is not None:
                 memo[id(value)] = value.detach().to("meta")

@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, rnn
+from torch.utils.checkpoint import checkpoint
 
 import funcbayes as fb
 from funcbayes._functional import training_call
@@ -1642,3 +1643,28 @@ def test_a_plain_function_can_be_trained():
     kept = got != 0
     torch.testing.assert_close(got[kept], (2 * (ROWS() @ w))[kept])
     assert 0.3 < kept.double().mean() < 0.7
+
+
+class Checkpointing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.second(checkpoint(self.first, x, use_reentrant=False).tanh())
+
+
+@pytest.mark.parametrize("find", ["backward", "vjp", "curvature"])
+def test_gradient_checkpointing_is_explained(find):
+    fn, params = fb.make_functional(Checkpointing())
+    x = torch.ones(5, 3)
+    data, normal = (x, torch.zeros(5, 2)), fb.likelihoods.Normal(1.0)
+    assert fn(params, x).shape == (5, 2)  # where nothing is differentiated it does no harm
+    leaves = {name: leaf.requires_grad_() for name, leaf in params.items()}
+    calls = {
+        "backward": lambda: fn(leaves, x).sum().backward(),
+        "vjp": lambda: torch.func.vjp(lambda p: fn(p, x), params),
+        "curvature": lambda: fb.curvature.ggn(fn, params, data, normal, "diag"),
+    }
+    with pytest.raises(RuntimeError, match=r"evaluated again later.*model\.gradient_checkpointing_disable"):
+        calls[find]()
