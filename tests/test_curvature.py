@@ -1848,6 +1848,26 @@ def test_the_sum_of_a_list_is_that_of_its_curvatures(kind, structure):
     assert_close(as_leaves(numbers(sum(parts))), as_leaves(numbers(parts[0] + parts[1])))
 
 
+def test_targets_that_are_refused_are_named_by_their_batch():
+    fn, params, (x, y) = linear_model()
+    for wrong in (y + 7, torch.where(y == 0, 99, y)):
+        with pytest.raises(ValueError, match=r"curvature\.ggn\(data=...\), batch 1` should"):
+            curvature.ggn(fn, params, [(x, y), (x, wrong)], CLASSES, "diag")
+
+
+@pytest.mark.parametrize("structure", ["diag", "low_rank"])
+def test_inputs_in_another_dtype_than_the_parameters_are_explained(structure):
+    fn, params, (x, y) = linear_model()
+    message = r"`curvature\.ggn` .* parameters, torch.float64, got torch.float32.*x\.to\(torch.float64\)"
+    with pytest.raises(TypeError, match=message):
+        curvature.ggn(fn, params, (x.float(), y), CLASSES, structure, seed=0)
+    q = fb.Gaussian(params, fb.covariances.Diagonal({n: leaf.abs() for n, leaf in params.items()}))
+    with pytest.raises(TypeError, match="`predict_linearized` .* torch.float64, got torch.float32"):
+        fb.predict_linearized(fn, None, q, x.float())
+    with pytest.raises(TypeError, match="`ggn_matvec` .* torch.float64, got torch.float32"):
+        curvature.ggn_matvec(fn, params, (x.float(), y), CLASSES)(params)
+
+
 class CountingPasses(list):
     passes = 0
 

@@ -1526,6 +1526,26 @@ def small():
     return model.fn, model.params, classes(model)
 
 
+IN_ITS_NAME = {
+    "nothing_chosen": ({"where": "nothing"}, r"`laplace.fit\(where='nothing'\)` should choose"),
+    "structure": ({"structure": "dense"}, r"`laplace.fit\(structure=...\)` should be one of"),
+    "hessian": ({"curvature": "hessian"}, r"`laplace.fit\(structure=...\)` of a Hessian should be"),
+    "rank": ({"rank": -7, "structure": "diag"}, r"`laplace.fit\(rank=...\)` should be"),
+    "mc_samples": ({"mc_samples": 7}, r"`laplace.fit\(mc_samples=...\)` goes with `curvature='fisher'`"),
+    "targets": ({"y": torch.full((4,), 9)}, r"`laplace.fit\(data=...\)` should"),
+    "no_batch": ({"data": []}, r"`laplace.fit\(data=...\)` should give at least one batch"),
+}
+
+
+@tabled(("options", "match"), IN_ITS_NAME)
+def test_what_a_curvature_refuses_is_said_in_the_name_of_the_fit(options, match):
+    fn, params, (x, y) = small()
+    options = dict(options)
+    data = options.pop("data", (x, options.pop("y", y)))
+    with pytest.raises(ValueError, match=match):
+        laplace.fit(fn, params, data, Categorical(), **options)
+
+
 def never(params, x):
     """A model that nothing should evaluate."""
     raise AssertionError("evaluated")

@@ -84,6 +84,23 @@ def plan_for(
             return _plans.get(fn, key, lambda: _make(fn, params, names, x, call, tells=tells))
     except _NothingFoundError as error:  # nor will anything that follows from such outputs be finite
         return Plan((), (), tuple(names), (), error.event, 0, 0)
+    except RuntimeError as error:
+        refuse_other_dtype(params, x, call, error)
+        raise
+
+
+def refuse_other_dtype(params: Params, x: Any, call: str, error: RuntimeError) -> None:
+    """Explain an error of the model if inputs are in no dtype of its parameters."""
+    given, own = (
+        {t.dtype for t in some if t.is_floating_point()}
+        for some in (tensors(x), parameters_of(params).values())
+    )
+    if given and own and not given & own:
+        theirs, ours = (", ".join(sorted(map(str, dtypes))) for dtypes in (given, own))
+        raise TypeError(
+            f"`{call}` should be given inputs in the dtype of the parameters, {ours}, got {theirs}. Write "
+            f"`x.to({ours})`, or the parameters `.to({theirs})`."
+        ) from error
 
 
 def by_rows(value: Tensor, rows: Rows, leading: int, count: int) -> Tensor:

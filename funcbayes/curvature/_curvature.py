@@ -21,6 +21,7 @@ from ._products import Vectors, columns_product, hessian_product
 from ._structures import Curvature, Diag, EigenKron, Full, Kron, LowRank
 from ._sums import DiagSums, FullSums, KronSums, TurnedSums, WeightSharing
 
+Kind = Literal["ggn", "fisher", "empirical_fisher", "hessian"]
 Structure = Literal["diag", "kron", "low_rank", "full"]
 _UNIT_VECTORS = 64  # multiplied at a time
 
@@ -98,17 +99,17 @@ def ggn(
         tensor([[10.,  2.],
                 [ 2.,  4.]])
     """
-    call = "curvature.ggn"
-    problem = Problem.of(
-        *(fn, params, data, likelihood, where),
-        call=call,
+    return found_by(
+        *("ggn", fn, params, data, likelihood, structure, where),
+        call="curvature.ggn",
+        weight_sharing=weight_sharing,
+        eigenvalue_correction=eigenvalue_correction,
+        rank=rank,
+        seed=seed,
         batch_size=batch_size,
         stacked=stacked,
         max_bytes=max_bytes,
         progress=progress,
-    )
-    return _of_columns(
-        *(problem, ggn_columns(likelihood), structure, weight_sharing, eigenvalue_correction, rank, seed)
     )
 
 
@@ -171,18 +172,19 @@ def fisher(
         >>> c.diagonal["weight"].shape
         torch.Size([3, 2])
     """
-    call = "curvature.fisher"
-    mc_samples, seed = positive_int(mc_samples, f"{call}(mc_samples=...)"), resolve_seed(seed)
-    problem = Problem.of(
-        *(fn, params, data, likelihood, where),
-        call=call,
+    return found_by(
+        *("fisher", fn, params, data, likelihood, structure, where),
+        call="curvature.fisher",
+        mc_samples=mc_samples,
+        weight_sharing=weight_sharing,
+        eigenvalue_correction=eigenvalue_correction,
+        rank=rank,
+        seed=seed,
         batch_size=batch_size,
         stacked=stacked,
         max_bytes=max_bytes,
         progress=progress,
     )
-    columns = fisher_columns(likelihood, mc_samples, int(seed))
-    return _of_columns(problem, columns, structure, weight_sharing, eigenvalue_correction, rank, seed)
 
 
 def empirical_fisher(
@@ -240,16 +242,18 @@ def empirical_fisher(
         >>> fb.curvature.empirical_fisher(fn, {"w": torch.ones(1, 1)}, data, normal).diagonal["w"]
         tensor([[4.]])
     """
-    problem = Problem.of(
-        *(fn, params, data, likelihood, where),
+    return found_by(
+        *("empirical_fisher", fn, params, data, likelihood, structure, where),
         call="curvature.empirical_fisher",
+        weight_sharing=weight_sharing,
+        eigenvalue_correction=eigenvalue_correction,
+        rank=rank,
+        seed=seed,
         batch_size=batch_size,
         stacked=stacked,
         max_bytes=max_bytes,
         progress=progress,
     )
-    columns = empirical_columns(likelihood)
-    return _of_columns(problem, columns, structure, weight_sharing, eigenvalue_correction, rank, seed)
 
 
 def hessian(
@@ -302,12 +306,49 @@ def hessian(
         >>> fb.curvature.hessian(fn, {"w": torch.ones(1, 1)}, data, fb.likelihoods.Normal(1.0)).matrix
         tensor([[6.]])
     """
-    call = "curvature.hessian"
-    if structure not in ("full", "diag", "low_rank"):
+    return found_by(
+        *("hessian", fn, params, data, likelihood, structure, where),
+        call="curvature.hessian",
+        rank=rank,
+        seed=seed,
+        batch_size=batch_size,
+        stacked=stacked,
+        max_bytes=max_bytes,
+        progress=progress,
+    )
+
+
+def found_by(
+    kind: Kind,
+    fn: Model,
+    params: Params,
+    data: Data,
+    likelihood: Likelihood,
+    structure: Structure,
+    where: Where | None,
+    *,
+    call: str,
+    mc_samples: int = 1,
+    weight_sharing: WeightSharing = "expand",
+    eigenvalue_correction: bool = False,
+    rank: int = 20,
+    seed: Seed | None = None,
+    batch_size: int | None = None,
+    stacked: bool = False,
+    max_bytes: int | None = None,
+    progress: bool = False,
+) -> Curvature:
+    """Find the curvature of a kind: what the functions of these names do, for a ``call`` of another name."""
+    if kind == "hessian" and structure not in ("full", "diag", "low_rank"):
         raise ValueError(
-            f"`{call}(structure=...)` should be 'full', 'diag' or 'low_rank', got {structure!r}. A Kronecker "
-            "product is a form of the GGN or the Fisher: `curvature.ggn(..., structure='kron')`."
+            f"`{call}(structure=...)` of a Hessian should be 'full', 'diag' or 'low_rank', got "
+            f"{structure!r}. A Kronecker product is a form of the GGN or the Fisher: `curvature.ggn(..., "
+            "structure='kron')`."
         )
+    mc_samples = positive_int(mc_samples, f"{call}(mc_samples=...)")
+    rank = positive_int(rank, f"{call}(rank=...)")
+    if kind == "fisher" or structure == "low_rank":
+        seed = resolve_seed(seed)
     problem = Problem.of(
         *(fn, params, data, likelihood, where),
         call=call,
@@ -315,20 +356,31 @@ def hessian(
         stacked=stacked,
         max_bytes=max_bytes,
         progress=progress,
-    ).for_passes(in_order=False)
-    rank = positive_int(rank, f"{call}(rank=...)")
-    start = resolve_seed(seed) if structure == "low_rank" else 0
+    )
+    if kind == "hessian":
+        return _of_products(problem, structure, rank, seed)
+    if kind == "fisher":
+        assert seed is not None
+        columns = fisher_columns(likelihood, mc_samples, int(seed))
+    else:
+        columns = (ggn_columns if kind == "ggn" else empirical_columns)(likelihood)
+    return _of_columns(problem, columns, structure, weight_sharing, eigenvalue_correction, rank, seed)
+
+
+@torch.inference_mode(False)
+def _of_products(problem: Problem, structure: Structure, rank: int, seed: Seed | None) -> Curvature:
+    """The Hessian, from products with it."""
+    problem = problem.for_passes(in_order=False)
 
     def of_one(problem: Problem) -> Curvature:
         def product(vectors: Vectors) -> tuple[Vectors, DataTerm]:
             return hessian_product(problem, vectors)
 
         if structure == "low_rank":
-            return _low_rank(problem, product, rank, start)
+            return _low_rank(problem, product, rank, seed)
         return _by_unit_vectors(problem, product, structure)
 
-    with torch.inference_mode(False):
-        return _one_by_one(problem, of_one)
+    return _one_by_one(problem, of_one)
 
 
 @torch.inference_mode(False)
@@ -356,7 +408,6 @@ def _of_columns(
     if structure == "low_rank" or eigenvalue_correction:
         problem = problem.for_passes(in_order=columns.by_row)
     if structure == "low_rank":
-        rank, seed = positive_int(rank, f"{problem.call}(rank=...)"), resolve_seed(seed)
         return _one_by_one(
             problem,
             lambda one: _low_rank(one, functools.partial(columns_product, one, columns), rank, seed),
@@ -413,8 +464,9 @@ def _low_rank(
     problem: Problem,
     product: Callable[[Vectors], tuple[Vectors, DataTerm]],
     rank: int,
-    seed: Seed,
+    seed: Seed | None,
 ) -> LowRank:
+    assert seed is not None
     terms: list[DataTerm] = []
 
     def image(vectors: Vectors) -> Vectors:

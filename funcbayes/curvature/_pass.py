@@ -142,6 +142,10 @@ class Problem:
         single = self.params if self.num_members is None else index(self.params, 0)
         return plan_for(self.fn, single, (), x, self.call).event
 
+    def quoted(self, number: int) -> str:
+        """The call, for what is said of a batch."""
+        return f"{self.call}(data=...)" + (f", batch {number}" if number else "")
+
     def for_passes(self, *, in_order: bool) -> "Problem":
         """The same, to be gone through several times; see :class:`SameRows`."""
         if not isinstance(self.source, Loader):  # rows in tensors are the same always
@@ -201,7 +205,7 @@ def go_through(problem: Problem, columns: Columns, sums: Sequence[Sums]) -> Data
             max_bytes=problem.max_bytes,
         ):
             outputs, own = block.outputs, y[block.rows]
-            problem.likelihood.check(outputs[0], own, call=f"{problem.call}(data=...)")
+            problem.likelihood.check(outputs[0], own, call=problem.quoted(number))
             term = data_term(problem.likelihood, outputs, own, columns.noise_power)
             refuse_infinite(outputs, term, number, problem.call)
             total = term if total is None else total + term

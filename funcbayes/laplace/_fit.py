@@ -1,15 +1,14 @@
 """Curvature, prior and posterior in one call."""
 
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import Tensor
 
-from .. import curvature as curvatures
 from .._checks import check_model
 from .._random import Seed
 from .._tree import Params, Where, index, stack
 from ..curvature import Curvature
-from ..curvature._curvature import Structure
+from ..curvature._curvature import Kind, Structure, found_by
 from ..curvature._data_term import noise_of
 from ..curvature._sums import WeightSharing
 from ..likelihoods import Likelihood
@@ -19,7 +18,6 @@ from ._posterior import check_numbers, posterior
 from ._prior import Numbers, Prior, chosen_leaves
 from ._tuning import Per, check_per, maximize_evidence
 
-Kind = Literal["ggn", "fisher", "empirical_fisher", "hessian"]
 _CALL = "laplace.fit"
 
 
@@ -107,7 +105,7 @@ def fit(
         torch.Size([5, 3])
     """
     check_model(fn, _CALL)
-    if curvature not in ("ggn", "fisher", "empirical_fisher", "hessian"):
+    if curvature not in get_args(Kind):
         raise ValueError(
             f"`{_CALL}(curvature=...)` should be 'ggn', 'fisher', 'empirical_fisher' or 'hessian', got "
             f"{curvature!r}."
@@ -122,21 +120,26 @@ def fit(
         *(params, where, likelihood, structure, prior_precision, prior_mean, prior, noise_std, temperature),
         stacked=stacked,
     )
-    options: dict[str, Any] = {
-        "rank": rank,
-        "seed": seed,
-        "batch_size": batch_size,
-        "stacked": stacked,
-        "max_bytes": max_bytes,
-        "progress": progress,
-    }
-    if curvature != "hessian":
-        options |= {"weight_sharing": weight_sharing, "eigenvalue_correction": eigenvalue_correction}
-    elif eigenvalue_correction:
+    if curvature == "hessian" and eigenvalue_correction:
         raise ValueError(f"`{_CALL}(curvature='hessian')` has no Kronecker eigenbasis to correct.")
-    if curvature == "fisher":
-        options["mc_samples"] = mc_samples
-    c = getattr(curvatures, curvature)(fn, params, data, likelihood, structure, where, **options)
+    if curvature != "fisher" and mc_samples != 1:
+        raise ValueError(
+            f"`{_CALL}(mc_samples=...)` goes with `curvature='fisher'`, which draws targets, got "
+            f"{curvature!r}: leave it out."
+        )
+    c = found_by(
+        *(curvature, fn, params, data, likelihood, structure, where),
+        call=_CALL,
+        mc_samples=mc_samples,
+        weight_sharing=weight_sharing,
+        eigenvalue_correction=eigenvalue_correction,
+        rank=rank,
+        seed=seed,
+        batch_size=batch_size,
+        stacked=stacked,
+        max_bytes=max_bytes,
+        progress=progress,
+    )
 
     def of_one(params: Params, c: Curvature) -> Gaussian:
         chosen = prior_precision

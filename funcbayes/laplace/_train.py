@@ -7,7 +7,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .. import curvature as curvatures
 from .._checks import positive_int
 from .._functional import training_call
 from .._random import Seed, resolve_seed
@@ -22,7 +21,7 @@ from .._tree import (
     parameters_of,
     select,
 )
-from ..curvature._curvature import Structure
+from ..curvature._curvature import Structure, found_by
 from ..curvature._data_term import noise_of
 from ..curvature._pass import Problem
 from ..curvature._sums import WeightSharing
@@ -176,8 +175,9 @@ def train(
     joint = _NegativeLogJoint(fn, likelihood, numbers, source.num_data(seed))
 
     def find(network: Params, joint: _NegativeLogJoint) -> tuple[Hyperparameters, Gaussian]:
-        c = curvatures.ggn(
-            *(fn, network, data, joint.likelihood, structure, where),
+        c = found_by(
+            *("ggn", fn, network, data, joint.likelihood, structure, where),
+            call=_CALL,
             weight_sharing=weight_sharing,
             rank=rank,
             max_bytes=max_bytes,

@@ -11,7 +11,7 @@ from .._linearized_prediction import LinearizedPrediction, Link
 from .._predict_linearized import predict_linearized
 from .._random import Seed
 from .._tree import Params, Where, device_of, difference, index, map_leaves, parameters_of
-from ..curvature._curvature import Structure
+from ..curvature._curvature import Structure, found_by
 from ..curvature._data_term import noise_of
 from ..laplace._posterior import check_positive
 from ..laplace._prior import Numbers, Prior, chosen_leaves
@@ -112,8 +112,9 @@ class LaplaceApproximation(Predicting):
         """
         values = map_leaves(lambda leaf: leaf.detach().clone(), self._fn.values_of(unwrapped(self.model)))
         likelihood = self._likelihood_for(values, data)
-        found = curvature.ggn(
-            *(self._fn, values, data, likelihood, self.structure, self.where),
+        found = found_by(
+            *("ggn", self._fn, values, data, likelihood, self.structure, self.where),
+            call="LaplaceApproximation.fit",
             eigenvalue_correction=self.eigenvalue_correction,
             rank=self.rank,
             batch_size=batch_size,
