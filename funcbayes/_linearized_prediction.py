@@ -65,7 +65,7 @@ class LinearizedPrediction:
         likelihood: Likelihood | None,
         link: Link,
         num_samples: int,
-        seed: int,
+        seed: Seed | None,
     ) -> None:
         check_link(link, likelihood, "predict_linearized")
         self.components, self.weights = components, weights
@@ -78,12 +78,16 @@ class LinearizedPrediction:
             f"LinearizedPrediction(output_mean={shape}, likelihood={self.likelihood!r}, link={self.link!r})"
         )
 
-    def under(self, likelihood: Likelihood | None, link: Link = "probit") -> "LinearizedPrediction":
+    def under(
+        self, likelihood: Likelihood | None, link: Link = "probit", *, seed: Seed | None = None
+    ) -> "LinearizedPrediction":
         """What the same outputs say under another likelihood, or link.
 
         Args:
             likelihood: What outputs say of ``y``; ``None`` for statistics of the outputs themselves.
             link: How logits become probabilities.
+            seed: For ``"mc"``: draws are a function of it; ``None`` for the draws of this prediction, or if
+                it has none takes one number from torch's global state.
         """
         if likelihood is not None:
             likelihood.check(self.components[0].mean, None, call="prediction.under(likelihood)")
@@ -93,7 +97,7 @@ class LinearizedPrediction:
             likelihood=likelihood,
             link=link,
             num_samples=self._num_samples,
-            seed=self._seed,
+            seed=seed_of(likelihood, link, self._seed if seed is None else seed),
         )
 
     @property
@@ -345,11 +349,23 @@ class LinearizedPrediction:
         return -0.5 * (white.square().sum((1, 2)) + logdet + residual.shape[1] * math.log(2 * math.pi))
 
 
+def seed_of(likelihood: Likelihood | None, link: Link, seed: Seed | None) -> Seed | None:
+    """The seed of the draws of logits, which ``"mc"`` alone needs."""
+    if link == "mc" and likelihood is not None and likelihood.is_discrete:
+        return int(resolve_seed(seed))
+    return seed
+
+
 def check_link(link: Link, likelihood: Likelihood | None, call: str) -> None:
     """Refuse a link that there is not, or not for the likelihood."""
     if link not in get_args(Link):
         known = ", ".join(map(repr, get_args(Link)))
         raise ValueError(f"`{call}(link=...)` should be one of {known}, got {link!r}.")
+    if likelihood is not None and not likelihood.is_discrete and link != "probit":
+        raise ValueError(
+            f"`{call}(link={link!r})` is for logits of classes; `{type(likelihood).__name__}` has none: "
+            "leave it out."
+        )
     if isinstance(likelihood, Bernoulli) and link not in ("probit", "mc"):
         raise ValueError(
             f"`{call}(link={link!r})` is for logits of several classes; `Bernoulli` has one: write 'probit' "

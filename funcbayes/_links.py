@@ -241,6 +241,8 @@ def _root(covariance: Tensor, call: str) -> Tensor:
     """``L`` with ``L L^T = covariance``, in double precision, for a singular matrix, too."""
     matrix = as_double(covariance)
     eps, size = torch.finfo(matrix.dtype).eps, matrix.shape[-1]
+    if not size:
+        return matrix
     largest = matrix.detach().diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     margin = (4 * size * eps * largest).clamp_min(torch.finfo(matrix.dtype).tiny)
     identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ._checks import check_model, positive_int
 from ._functional import Model
-from ._linearized_prediction import Component, LinearizedPrediction, Link, check_link
+from ._functorch import is_concrete
+from ._linearized_prediction import Component, LinearizedPrediction, Link, check_link, seed_of
 from ._output_covariance import Form, Jacobian, Terms, covariance_terms, gathered, jacobians
-from ._random import Seed, resolve_seed
+from ._random import Seed
 from ._tree import Params, as_tree, merge, missing_path, named_leaves, num_rows, parameters_of, tensors
 from .likelihoods import Likelihood
 from .likelihoods._checks import check_is_likelihood
@@ -97,14 +98,13 @@ def predict_linearized(
         components.append(run.component(joint=joint, wants_covariance=wanted, max_bytes=max_bytes))
     if likelihood is not None:
         likelihood.check(components[0].mean, None, call=f"{_CALL}(..., likelihood=...)")
-    needs_seed = likelihood is not None and likelihood.is_discrete and link == "mc"
     return LinearizedPrediction(
         components=tuple(components),
         weights=torch.stack(weights),
         likelihood=likelihood,
         link=link,
         num_samples=num_samples,
-        seed=int(resolve_seed(seed)) if needs_seed else 0,
+        seed=seed_of(likelihood, link, seed),
     )
 
 
@@ -224,7 +224,14 @@ def pushed_through(
             means.append(outputs)
             found.append(gathered(terms(jacobian, form), outputs.reshape(len(outputs), -1), form))
         assert form is not None
-        return torch.cat(means), found[0] if len(found) == 1 else torch.cat(found), form
+        mean, covariance = torch.cat(means), found[0] if len(found) == 1 else torch.cat(found)
+        if is_concrete(covariance) and bool(mean.isfinite().all()) and not bool(covariance.isfinite().all()):
+            raise RuntimeError(
+                f"The covariance of the outputs in `{call}` is not finite, though the outputs are: the model "
+                "has a derivative that is not, or variances are too large. Look for roots and quotients at "
+                "0; float64 may help."
+            )
+        return mean, covariance, form
 
     def form_of(outputs: Tensor) -> Form:
         if joint:

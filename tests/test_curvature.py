@@ -1868,6 +1868,14 @@ def test_inputs_in_another_dtype_than_the_parameters_are_explained(structure):
         curvature.ggn_matvec(fn, params, (x.float(), y), CLASSES)(params)
 
 
+def test_the_member_that_is_not_finite_is_named():
+    fn, params, data = linear_model()
+    broken = {name: leaf * math.nan for name, leaf in params.items()}
+    for structure in ("diag", "full"):
+        with pytest.raises(RuntimeError, match="likelihood of member 1 of batch 0 .* is nan, with outputs"):
+            curvature.ggn(fn, stacked(params, broken, params), data, CLASSES, structure, stacked=True)
+
+
 class CountingPasses(list):
     passes = 0
 

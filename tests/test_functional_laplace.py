@@ -152,6 +152,7 @@ REFUSED = {
     "num_points zero": ({"num_points": 0}, ValueError, r"num_points=\.\.\..* from 1 to 6, got 0"),
     "prior zero": ({"prior_precision": 0.0}, ValueError, r"prior_precision=\.\.\..* positive"),
     "temperature": ({"temperature": -1.0}, ValueError, r"temperature=\.\.\..* positive and finite, got -1"),
+    "noise of classes": ({"noise_std": 2.0}, ValueError, r"functional\(noise_std=\.\.\.\)` goes with a"),
     "where": ({"where": "no.*"}, ValueError, "at least one parameter"),
 }
 

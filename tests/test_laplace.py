@@ -779,7 +779,7 @@ def test_dtypes_of_parameters_are_those_of_the_posterior(options, dtype):
         dtype
     }
     evidence = log_marginal_likelihood(params, c, 2.0)
-    assert evidence.dtype is dtype
+    assert evidence.dtype is torch.float32  # of a sum over data bfloat16 has not enough digits
     exact = classifier_curvature(model, **options)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     assert_close(
@@ -789,7 +789,7 @@ def test_dtypes_of_parameters_are_those_of_the_posterior(options, dtype):
     assert_close(evidence.double(), log_marginal_likelihood(model.params, exact, 2.0), rtol=tolerance, atol=0)
     found = maximize_evidence(params, c, per="leaf")
     assert {n.dtype for n in named_leaves(found.prior_precision).values()} == {dtype}
-    assert found.log_marginal_likelihood.dtype is dtype
+    assert found.log_marginal_likelihood.dtype is torch.float32
 
 
 # Under transforms, and with zeros.
@@ -1544,6 +1544,16 @@ def test_what_a_curvature_refuses_is_said_in_the_name_of_the_fit(options, match)
     data = options.pop("data", (x, options.pop("y", y)))
     with pytest.raises(ValueError, match=match):
         laplace.fit(fn, params, data, Categorical(), **options)
+
+
+def test_a_posterior_stays_where_its_parameters_were():
+    fn, params, data = small()
+    params = map_named(lambda name, leaf: leaf.clone(), params)
+    q = laplace.fit(fn, params, data, Categorical())
+    before = map_named(lambda name, leaf: leaf.clone(), params)
+    for leaf in params.values():
+        leaf.add_(1.0)
+    assert_close(q.mean, before)
 
 
 def never(params, x):

@@ -247,6 +247,34 @@ def test_no_rows_have_no_predictions(joint, make):
     assert found.output_covariance.shape == (0, 2, 2)
     assert found.log_prob(torch.zeros(0).long()).shape == (0,)
     assert not joint or found.joint_covariance.shape == (0, 0)
+    assert not joint or found.sample(3, seed=0).shape == (3, 0, 2)
+
+
+def test_an_infinite_derivative_is_refused():
+    q = Gaussian({"w": torch.ones(2, 1)}, Diagonal({"w": torch.ones(2, 1)}))
+
+    def fn(params, x):
+        return (x @ params["w"]).sqrt()
+
+    assert predict_linearized(fn, None, q, torch.ones(3, 2)).output_variance.isfinite().all()
+    with pytest.raises(RuntimeError, match="`predict_linearized` is not finite, though the outputs are"):
+        predict_linearized(fn, None, q, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+
+
+def test_draws_under_another_link_are_those_of_a_seed():
+    model = MODELS["mlp"]()
+    q, x = zoo.gaussian(model.params), model.inputs(NUM_ROWS)
+    options = {"likelihood": Categorical(), "num_samples": 20}
+    seeded, drawn = (
+        predict_linearized(model.fn, None, q, x, link="mc", seed=seed, **options).mean for seed in (3, 4)
+    )
+    assert not torch.allclose(seeded, drawn)
+    plain = predict_linearized(model.fn, None, q, x, **options)
+    assert_close(plain.under(Categorical(), "mc", seed=3).mean, seeded)
+    assert_close(
+        predict_linearized(model.fn, None, q, x, seed=3, **options).under(Categorical(), "mc").mean, seeded
+    )
+    assert not torch.allclose(*(plain.under(Categorical(), "mc").mean for _ in range(2)))
 
 
 # Every posterior that is made of Gaussians.
@@ -1007,6 +1035,10 @@ CALLS = {
     "mixture_with_an_ensemble": Call("got a Ensemble", TypeError, zoo.mixed),
     "mixture_in_a_join": Call("got a Mixture. Put mixtures outside of joins", TypeError, in_join),
     "link": Call(r"link=...\)` should be one of 'probit', .* got 'logit'", options={"link": "logit"}),
+    "bridge_of_values": Call(
+        r"link='bridge'\)` is for logits of classes; `Normal` has none",
+        options={"link": "bridge", "likelihood": Normal(1.0)},
+    ),
     "bridge_of_labels": Call(
         r"link='bridge'\)` is for logits of several classes; `Bernoulli` has one",
         options={"link": "bridge", "likelihood": Bernoulli()},

@@ -228,8 +228,11 @@ def refuse_infinite(outputs: Tensor, term: DataTerm, number: int, call: str) -> 
     value = term.at()
     if bool(value.isfinite().all()) and bool(outputs.isfinite().all()):
         return
+    finite = outputs.reshape(len(value), -1).isfinite().all(1)
+    member = int((finite & value.isfinite()).logical_not().nonzero()[0])
+    of_member = f" of member {member}" if len(value) > 1 else ""
     raise RuntimeError(
-        f"The log likelihood of batch {number} in `{call}` is {float(value.reshape(-1)[0]):g}, with outputs "
-        f"{'that are not all finite' if not bool(outputs.isfinite().all()) else 'that are finite'}. Look for "
+        f"The log likelihood{of_member} of batch {number} in `{call}` is {float(value[member]):g}, with "
+        f"outputs {'that are finite' if bool(finite[member]) else 'that are not all finite'}. Look for "
         "inputs, targets or parameters that are not finite, or too large."
     )

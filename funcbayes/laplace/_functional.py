@@ -12,19 +12,19 @@ from .._checks import positive_int
 from .._jacobian import RowGradients, blocks
 from .._jacobian._gradients import Formed
 from .._jacobian._gram import gram
-from .._linearized_prediction import LinearizedPrediction, Link, check_link
+from .._linearized_prediction import LinearizedPrediction, Link, check_link, seed_of
 from .._output_covariance import Form, Jacobian, Terms, contracted, independent_terms
 from .._predict_linearized import pushed_through, wants_covariance
 from .._random import Seed, fold, permutation, resolve_seed
 from .._tree import Params, Where, as_tree, num_rows
-from ..covariances._flat import as_double
+from ..covariances._flat import as_double, at_least_single
 from ..curvature._columns import ggn_columns
-from ..curvature._data_term import DataTerm, data_term
+from ..curvature._data_term import DataTerm, data_term, noise_of
 from ..curvature._pass import Problem, refuse_infinite
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..training._data import Data, are_tensors
-from ._posterior import check_positive
+from ._posterior import check_numbers
 from ._prior import Numbers, Prior
 
 _CALL = "laplace.functional"
@@ -97,7 +97,7 @@ class FunctionalLaplace:
             likelihood=likelihood,
             link=link,
             num_samples=num_samples,
-            seed=int(resolve_seed(seed)) if link == "mc" else 0,
+            seed=seed_of(likelihood, link, seed),
         )
 
     def _terms(self, jacobian: Jacobian, form: Form) -> Terms:
@@ -183,9 +183,7 @@ def functional(
         max_bytes=max_bytes,
         progress=progress,
     )
-    check_positive(temperature, f"{_CALL}(temperature=...)")
-    if noise_std is not None:
-        check_positive(noise_std, f"{_CALL}(noise_std=...)")
+    check_numbers(noise_std, temperature, has_noise=noise_of(likelihood) is not None, call=_CALL)
     leaves = {name: leaf.detach() for name, leaf in problem.leaves.items()}
     prior = Prior.of(leaves, prior_precision, prior_mean, None, _CALL)
     assert prior.precision is not None
@@ -199,7 +197,7 @@ def functional(
         fn,
         as_tree(params),
         int(term.num_data),
-        evidence.to(next(iter(leaves.values())).dtype),
+        evidence.to(at_least_single(next(iter(leaves.values())).dtype)),
         problem.names,
         gradients,
         variance,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .._functorch import is_concrete
-from .._tree import Fixed, Params, difference, is_parameter, named_leaves, parameters_of, select
-from ..covariances._flat import dtype_of, without_columns
+from .._tree import Fixed, Params, difference, is_parameter, map_leaves, named_leaves, parameters_of, select
+from ..covariances._flat import at_least_single, dtype_of, without_columns
 from ..covariances._kronecker import sides
 from ..curvature import Curvature, Diag, EigenKron, Kron, LowRank
 from ..curvature._curvature import Structure
@@ -85,6 +85,9 @@ def posterior(
     # Of a model that is covered wholly the buffers belong to every draw: nothing else has to be given.
     is_whole = set(parameters_of(params)) == set(leaves)
     mean = select(params, lambda name, leaf: name in leaves or (is_whole and isinstance(leaf, Fixed)))
+    # A copy: parameters that are trained in place later do not move it.
+    with torch.inference_mode(False):
+        mean = map_leaves(lambda leaf: leaf.detach().clone(), mean)
     return Gaussian(mean, precision.covariance(), linearized)
 
 
@@ -134,7 +137,8 @@ def log_marginal_likelihood(
         *(params, c, prior_precision, prior_mean, prior, noise_std, temperature),
         call="laplace.log_marginal_likelihood",
     )
-    return found.to(dtype_of(covered_leaves(params, c, "laplace.log_marginal_likelihood")))
+    leaves = covered_leaves(params, c, "laplace.log_marginal_likelihood")
+    return found.to(at_least_single(dtype_of(leaves)))
 
 
 def evidence(

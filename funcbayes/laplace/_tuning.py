@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import positive_int
 from .._tree import Params, map_named, select
+from ..covariances._flat import at_least_single
 from ..curvature import Curvature, EigenKron, Kron
 from ._posterior import covered_leaves, evidence
 from ._prior import Numbers, by_leaf
@@ -121,7 +122,7 @@ def maximize_evidence(
     told = c.data.noise(noise_std) if noise is None else noise_of(noise)
     dtype = next(iter(leaves.values())).dtype
     return Hyperparameters(
-        chosen, torch.as_tensor(told).to(dtype) if c.data.has_noise else None, best.to(dtype)
+        chosen, torch.as_tensor(told).to(dtype) if c.data.has_noise else None, best.to(at_least_single(dtype))
     )
 
 
