@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._allocator import keep_large_blocks
+from ._compiled import compiled
 from ._functional import Model
 from ._functorch import map_first_axis
 from ._intercept import Batching, DropoutMasks, LargestBatched, with_dropout
@@ -108,6 +109,7 @@ def evaluate(
     noise: Seed = 0,
     first_row: int = 0,
     dtype: torch.dtype | None = None,
+    compile: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Evaluate draws of one structure.
 
@@ -122,12 +124,15 @@ def evaluate(
         noise: Seed of what the model draws from torch's random state, if it does so.
         first_row: Number of the first row of ``x`` in a larger data set.
         dtype: In which linearised draws are evaluated; everything else has it already.
+        compile: Whether chunks, all of one size, are evaluated by one compiled program.
 
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
     """
     run = _Run(fn, params, x, make_draws, numbers, key, noise, first_row, dtype)
-    if chunk_size is not None:
+    if compile:
+        yield from run.compiled(chunk_size)
+    elif chunk_size is not None:
         yield from run.fixed(chunk_size)
     elif len(numbers) == 1:
         yield from run.fixed(1)
@@ -170,6 +175,37 @@ class _Run:
         mechanism = Mechanism(self.default if chunk_size > 1 else "loop", chunk_size)
         for part in _parts(0, self.num_draws, chunk_size):
             yield part, self._attempt(part, mechanism)
+
+    def compiled(self, chunk_size: int | None) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of one size by one program; a shorter one at the end is filled up with its last draw."""
+        if not self._vmap_can_take_it():
+            yield from self.fixed(1)
+            return
+        size = min(self.tuner.candidates[0].chunk if chunk_size is None else chunk_size, self.num_draws)
+        mechanism = Mechanism(self.default, size)
+
+        def evaluate(tree: Any) -> Tensor:
+            draws, params, x = tree
+            own = _Run(
+                *(self.fn, params, x, self.make_draws, self.numbers, self.cell[0], self.noise),
+                *(self.first_row, self.dtype),
+            )
+            return own._outputs(draws, mechanism, 0)
+
+        for part in _parts(0, self.num_draws, size):
+            draws, count = self.draws(part), part.stop - part.start
+            if _of_kind(DropoutMasks, draws):
+                raise ValueError(
+                    "`predict(compile=True)` should be given a posterior over parameters, got one with "
+                    "dropout. Its masks are a function of the seed by integers that wrap around, which "
+                    "compiled code does not keep to. Leave `compile` out."
+                )
+            if count < size:
+                draws = index(draws, torch.arange(size).clamp_max(count - 1))
+            tree: Any = (draws, self.params, self.x)
+            rest = tuple(repr(leaf) for leaf in optree.tree_leaves(tree) if not isinstance(leaf, Tensor))
+            shapes = tuple((t.shape, t.stride(), t.dtype) for t in tensors(tree))
+            yield part, compiled(self.fn, ("predict", self.cell, size, shapes, rest), evaluate, tree)[:count]
 
     def chosen(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks by the best mechanism known; while that is being learned, by those to be timed."""

@@ -50,6 +50,7 @@ def predict(
     dtype: torch.dtype | None = None,
     keep_samples: bool = True,
     targets: Tensor | None = None,
+    compile: bool = False,
 ) -> Prediction:
     """Evaluate a model at draws of a posterior, all in one vectorised pass.
 
@@ -72,6 +73,10 @@ def predict(
             entropies are accumulated, in memory that does not grow with ``S``.
         targets: Targets ``y``, for ``prediction.log_prob()``; needed beforehand only where samples are
             not kept.
+        compile: Evaluate by a program that ``torch.compile`` makes of one chunk of draws, once for each shape
+            of ``x`` and number of draws, which takes seconds to a minute: for many batches of one shape, or a
+            server. Results change by rounding only. What ``fn`` refers to beside its arguments stays as it
+            was at the first call. Not for dropout, and not where gradients are wanted.
 
     Returns:
         The prediction. It is differentiable in ``params``, ``posterior`` and ``x`` where gradients are
@@ -102,6 +107,7 @@ def predict(
         dtype=dtype,
         keep_samples=keep_samples,
         targets=targets,
+        compile=compile,
     )
 
 
@@ -124,7 +130,7 @@ def predictor(
     Raises:
         TypeError: If an option is not one of :func:`predict`'s.
     """
-    known = {"num_samples", "seed", "chunk_size", "dtype", "keep_samples", "targets"}
+    known = {"num_samples", "seed", "chunk_size", "dtype", "keep_samples", "targets", "compile"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(f"`predictor(...)` has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
@@ -147,6 +153,7 @@ def predict_batches(
     keep_samples: bool = True,
     labelled: bool = True,
     progress: bool = False,
+    compile: bool = False,
 ) -> Prediction:
     """Predict over a ``DataLoader``, with the same draws for all batches.
 
@@ -164,6 +171,7 @@ def predict_batches(
         keep_samples: As for :func:`predict`.
         labelled: Whether batches are pairs ``(x, y)``.
         progress: Show a progress bar.
+        compile: As for :func:`predict`: one program for batches of one shape.
 
     Returns:
         One prediction for all rows, in the order of the batches.
@@ -194,6 +202,7 @@ def predict_batches(
             dtype=dtype,
             keep_samples=keep_samples,
             targets=None if likelihood is None else y,
+            compile=compile,
             first_row=first_row,
         )
         predictions.append(prediction)
@@ -229,6 +238,7 @@ def _predict(
     dtype: torch.dtype | None,
     keep_samples: bool,
     targets: Tensor | None,
+    compile: bool,
     first_row: int = 0,
 ) -> Prediction:
     _check_arguments(fn, posterior, likelihood, num_samples, chunk_size)
@@ -243,7 +253,13 @@ def _predict(
     seed = resolve_seed(seed) if atoms is None else 0
     weights, groups = _plan(posterior, atoms, num_samples, seed)
     collect = _Collector(weights, likelihood, targets, keep_samples)
-    with nullcontext() if _wants_grad((params, posterior, x, likelihood)) else torch.no_grad():
+    wants_grad = _wants_grad((params, posterior, x, likelihood))
+    if compile and (wants_grad or is_inside_transform()):
+        raise ValueError(
+            "`predict(compile=True)` evaluates without gradients and outside of transforms, which are wanted "
+            "here. Write `with torch.no_grad():` around the call, or leave `compile` out."
+        )
+    with nullcontext() if wants_grad else torch.no_grad():
         for number, (positions, make_draws) in enumerate(groups):
             checked = _fitting(make_draws, params, dtype)
             key = (number, *signature(posterior), dtype)
@@ -258,6 +274,7 @@ def _predict(
                 noise=seed,
                 first_row=first_row,
                 dtype=dtype,
+                compile=compile,
             ):
                 collect.add(positions[part], outputs)
         return collect.prediction()

@@ -3,6 +3,7 @@
 import collections
 import copy
 import gc
+import shutil
 import threading
 import warnings
 import weakref
@@ -23,6 +24,7 @@ from zoo import (
     LOOPED_MODELS,
     MODELS,
     POSTERIORS,
+    WITH_FIXED,
     expected_samples,
     gaussian,
     linear,
@@ -468,6 +470,86 @@ def test_draws_that_memory_is_not_enough_for_are_taken_in_halves(room, chunk_siz
 def test_one_draw_that_memory_is_not_enough_for_is_an_error():
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         fb.predict(Small(0), linear_params(), gaussian(linear_params()), randn(4, 3), num_samples=4, seed=0)
+
+
+# Compiled programs.
+
+OVER_PARAMETERS = (
+    "gaussian",
+    "ensemble",
+    "gaussian_head_only",
+    "swag",
+    "mixture",
+    "linearized",
+    "gaussian_fixed",
+)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Programs as they are traced, without a compiler; how many there are."""
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: made.append(graph) or graph)
+    return made
+
+
+@pytest.mark.parametrize("posterior", OVER_PARAMETERS)
+@pytest.mark.parametrize("name", ["linear", "conv", "transformer", "lstm", "keywords"])
+def test_a_traced_program_gives_what_the_engine_gives(traced, name, posterior):
+    model = MODELS[name]()
+    q = {**POSTERIORS, **WITH_FIXED}[posterior](model)
+    for seed, chunk_size in ((0, 3), (1, 3), (2, None)):
+        options = {"num_samples": 7, "seed": seed, "chunk_size": chunk_size}
+        x = model.inputs(6 - seed)  # of another number of rows
+        with torch.no_grad():
+            got = fb.predict(model.fn, model.params, q, x, compile=True, **options)
+        assert_close(got.samples, fb.predict(model.fn, model.params, q, x, **options).samples)
+
+
+def test_there_is_one_program_for_all_chunks_and_calls_of_one_shape(traced):
+    params, x = linear_params(), randn(4, 3)
+    fn = lambda params, x: linear(params, x)  # noqa: E731 - a model of its own
+    for seed in range(3):
+        moved = {name: leaf + seed for name, leaf in params.items()}
+        options = {"num_samples": 8, "seed": seed, "chunk_size": 3}  # 3 + 3 + 2
+        got = fb.predict(fn, moved, gaussian(moved), x + seed, compile=True, **options).samples
+        assert_close(got, fb.predict(linear, moved, gaussian(moved), x + seed, **options).samples)
+    assert len(traced) == 1
+    batches = [(x, torch.zeros(4)), (x + 1, torch.zeros(4))]
+    fb.predict_batches(fn, params, gaussian(params), batches, num_samples=8, chunk_size=3, compile=True)
+    assert len(traced) == 1
+    fb.predict(fn, params, gaussian(params), x[:2], num_samples=8, chunk_size=3, compile=True)
+    assert len(traced) == 2
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler of C++")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+def test_a_compiled_program_gives_what_the_engine_gives():
+    model = MODELS["conv"]()
+    options = {"num_samples": 5, "chunk_size": 2, "seed": 0}
+    x, q = model.inputs(3), gaussian(model.params)
+    got = fb.predict(model.fn, model.params, q, x, compile=True, **options)
+    assert_close(got.samples, fb.predict(model.fn, model.params, q, x, **options).samples)
+
+
+def test_what_cannot_be_compiled_is_refused():
+    model = MODELS["mlp_dropout"]()
+    with pytest.raises(
+        ValueError, match=r"predict\(compile=True\)` should be given a posterior over parameters"
+    ):
+        fb.predict(model.fn, model.params, fb.Dropout(), model.inputs(3), compile=True)
+    params = {name: leaf.requires_grad_() for name, leaf in linear_params().items()}
+    with pytest.raises(ValueError, match=r"without gradients .* torch.no_grad"):
+        fb.predict(linear, params, gaussian(linear_params()), randn(4, 3), compile=True)
+
+
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
+def test_a_model_that_vmap_cannot_take_is_not_compiled(traced):
+    model = LOOPED_MODELS["item"][1]()
+    x, q, options = model.inputs(3), gaussian(model.params), {"num_samples": 3, "seed": 0}
+    got = fb.predict(model.fn, model.params, q, x, compile=True, **options)
+    assert_close(got.samples, fb.predict(model.fn, model.params, q, x, **options).samples)
+    assert not traced
 
 
 # Models that vmap cannot take.
