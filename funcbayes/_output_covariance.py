@@ -148,7 +148,6 @@ def jacobians(
         num_columns=lambda event: event.numel(),
         call=call,
         max_bytes=limit,
-        are_held=True,
     ):
         _, count, *event = block.outputs.shape
         size = math.prod(event)

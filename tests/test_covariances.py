@@ -6,10 +6,10 @@ from typing import NamedTuple
 import optree
 import pytest
 import torch
+import zoo
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import F64, entry, gaussian, linear_params, randn, randn_like, stacked
 
 import funcbayes as fb
@@ -687,27 +687,15 @@ def test_factors_that_drown_the_diagonal_are_refused():
         covariance.logdet()
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor made while it is on."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and not func.is_view:
-            self.size = max(self.size, made.nbytes)
-        return made
-
-
 @pytest.mark.parametrize("name", ["low_rank_plus_diagonal", "dense"])
 def test_variances_of_low_rank_make_no_tensor_of_the_size_of_the_factors(name):
     factors = {"w": torch.ones(30, 40, 10), "b": torch.ones(30, 10)}
     ones = {"w": torch.ones(30, 40), "b": torch.ones(30)}
     covariance = Dense(factors) if name == "dense" else LowRankPlusDiagonal(ones, factors)
-    with Largest() as largest:
+    with zoo.Largest() as largest:
         variance = covariance.diagonal()
     assert_close(variance["w"], torch.full((30, 40), 10.0 if name == "dense" else 11.0))
-    assert 0 < largest.size <= ones["w"].nbytes
+    assert 0 < largest.nbytes <= ones["w"].nbytes
 
 
 # Kronecker products.
@@ -797,7 +785,7 @@ def test_the_curvature_of_an_embedding_makes_no_matrix_over_its_tokens():
     params = {"embedding": torch.zeros(30_000, 16), "head": torch.zeros(16, 16)}
     counts = torch.arange(30_000.0)
     outputs, inputs = ({"embedding": leaf, "head": torch.eye(16)} for leaf in (counts, torch.eye(16)))
-    with Largest() as largest:
+    with zoo.Largest() as largest:
         covariance = Kronecker.from_factors(params, outputs, inputs, prior_precision=1.0)
         posterior = fb.temper(Gaussian(params, covariance), 0.5)
         at = posterior.sample(1, seed=0)
@@ -805,7 +793,7 @@ def test_the_curvature_of_an_embedding_makes_no_matrix_over_its_tokens():
         fb.kl(posterior, Gaussian(params, covariance))
         fb.restrict(posterior, "embedding").entropy()
     assert_close(posterior.variance["embedding"][:, 1], 0.5 / (counts + 1))
-    assert largest.size <= 2 * 8 * params["embedding"].numel()
+    assert largest.nbytes <= 2 * 8 * params["embedding"].numel()
 
 
 def test_eigenvalues_that_rounding_made_negative_count_as_zero():

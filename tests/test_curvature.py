@@ -875,6 +875,30 @@ def test_results_do_not_depend_on_how_much_memory_may_be_used(kind, structure, m
     assert_same(find(kind, structure, fn, params, data, likelihood, max_bytes=max_bytes), whole)
 
 
+def projecting():
+    """A leaf that is not the weight of a layer: gradients of 5 MB for all rows, 18 kB for one."""
+    y = torch.arange(300) % 10
+    return lambda p, x: x @ p["w"], {"w": randn(25, 10) / 5}, (randn(300, 25), y), Categorical()
+
+
+def many_classes():
+    """A convolution with gradients of one row of 0.5 MB for all columns, 16 kB for one."""
+    net = nn.Sequential(nn.Conv2d(8, 16, 4), nn.Flatten(), nn.Linear(64, 30)).double()
+    fn, params = fb.make_functional(net)
+    return fn, params, (randn(2, 8, 5, 5), torch.arange(2)), Categorical()
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "kron_corrected"])
+@pytest.mark.parametrize("problem", [projecting, many_classes])
+def test_gradients_have_no_more_bytes_than_they_may(problem, structure):
+    fn, params, data, likelihood = problem()
+    whole = find("ggn", structure, fn, params, data, likelihood)
+    with zoo.Largest() as largest:
+        bounded = find("ggn", structure, fn, params, data, likelihood, max_bytes=60_000)
+    assert 0 < largest.nbytes < 150_000, largest.shape  # a factor of the convolution has 131 kB
+    assert_same(bounded, whole)
+
+
 @combinations("hessian")
 def test_results_do_not_depend_on_how_many_columns_are_taken_at_a_time(kind, structure, monkeypatch):
     fn, params, data, likelihood = tagging()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcbayes as fb
 from funcbayes._intercept import DropoutMasks, with_dropout
@@ -50,6 +51,24 @@ def stacked(*trees):
 
 def entry(tree, i):
     return optree.tree_map(lambda leaf: leaf[i], tree)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor made while it is on, and its shape."""
+
+    nbytes: int = 0
+    shape: tuple[int, ...] = ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for leaf in optree.tree_leaves(found):
+            if (
+                isinstance(leaf, Tensor)
+                and not func.is_view
+                and leaf.untyped_storage().nbytes() > self.nbytes
+            ):
+                self.nbytes, self.shape = leaf.untyped_storage().nbytes(), tuple(leaf.shape)
+        return found
 
 
 class Model(NamedTuple):

@@ -18,6 +18,8 @@ from ._taped import Taped, signature_of, tape
 
 # Blocks of rows whose intermediates stay in the caches are fastest, so this is far less than memory has.
 DEFAULT_BYTES = 64 << 20
+# If a single row has more than this, it sees fewer columns at a time.
+ROW_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Block:
     Attributes:
         outputs: ``(M, N, *event)``, without a graph.
         rows: Where these rows are in the batch.
+        num_columns: For how many columns at a time there is room.
     """
 
     fn: Model
@@ -36,6 +39,7 @@ class Block:
     taped: Taped
     num_members: int | None
     rows: slice
+    num_columns: int
 
     @property
     def outputs(self) -> Tensor:
@@ -66,7 +70,6 @@ def blocks(
     call: str,
     num_members: int | None = None,
     max_bytes: int | None = None,
-    are_held: bool = False,
 ) -> Iterator[Block]:
     """Evaluate a batch.
 
@@ -75,11 +78,10 @@ def blocks(
         params: Its parameters; with ``num_members`` all leaves have a leading axis of members.
         names: Leaves whose gradients will be asked for.
         x: Inputs.
-        num_columns: How many columns there will be at a time, given the shape of the outputs of one row.
+        num_columns: How many columns there should be at a time, given the shape of the outputs of one row.
         call: How the user called us, for messages.
         num_members: ``M``; ``None`` for a single network.
         max_bytes: Bytes that the gradients of one block may have.
-        are_held: Whether gradients of all columns and leaves are held at once, also those that are formed.
     """
     with torch.inference_mode(
         False
@@ -91,10 +93,11 @@ def blocks(
     lead = next(iter(named_leaves(params).values()))
     if getattr(lead, "is_cpu", False):
         keep_large_blocks()
-    columns, members = num_columns(plan.event), num_members or 1
-    held = sum(named_leaves(single)[name].numel() for name in plan.others) if are_held else 0
-    each = members * (2 * (columns + 1) * plan.numel + plan.windows + columns * held)
-    each *= getattr(lead, "itemsize", 4)
+    of_number = (num_members or 1) * getattr(lead, "itemsize", 4)
+    without, of_column = plan.numbers(0), plan.numbers(1) - plan.numbers(0)
+    room = (ROW_BYTES if max_bytes is None else max_bytes) // of_number - without
+    columns = min(num_columns(plan.event), max(room // max(of_column, 1), 1))
+    each = of_number * (without + columns * of_column)
     size = max((DEFAULT_BYTES if max_bytes is None else max_bytes) // max(each, 1), 1)
     size = -(-count // max(-(-count // size), 1))  # as equal as can be
     for start in range(0, count, max(size, 1)):
@@ -106,7 +109,7 @@ def blocks(
             plan = plan_for(fn, single, names, own, call, way)
         if way != plan.calls:  # and even on the row
             plan = replace(plan, layers=(), rows=(), others=tuple(names), calls=way)
-        yield Block(fn, params, own, plan, taped, num_members, part)
+        yield Block(fn, params, own, plan, taped, num_members, part, columns)
 
 
 def _ordinary(leaf: Any) -> Any:

@@ -34,6 +34,10 @@ class RowGradients(ABC):
         """The gradients of some of the rows."""
 
     @abstractmethod
+    def columns(self, part: slice) -> "RowGradients":
+        """The gradients for some of the columns."""
+
+    @abstractmethod
     def matrices(self) -> Tensor:
         """All of them, ``(M, N, K, d_out, d_in)``."""
 
@@ -50,9 +54,23 @@ class RowGradients(ABC):
         for start in range(0, num_rows, size):
             yield self.rows(slice(start, start + size))
 
-    def sum_of_squares(self) -> Tensor:
-        """Sum over rows and columns of the squared gradients, ``(M, d_out, d_in)``."""
-        return functools.reduce(torch.add, (b.matrices().square_().sum((1, 2)) for b in self.blocks()))
+    def pieces(self, nbytes: int = BLOCK_BYTES) -> Iterator["RowGradients"]:
+        """The same for sums over columns, too: if one row has more bytes, it has several pieces."""
+        members, _, columns = self.counts
+        size = max(nbytes // max(members * self.shape.numel() * 4, 1), 1)
+        for block in self.blocks(nbytes):
+            for start in range(0, columns, size):
+                yield block if size >= columns else block.columns(slice(start, start + size))
+
+    def sum_of_squares(self, nbytes: int = BLOCK_BYTES) -> Tensor:
+        """Sum over rows and columns of the squared gradients, ``(M, d_out, d_in)``.
+
+        Args:
+            nbytes: Bytes of gradients that may be formed at a time.
+        """
+        return functools.reduce(
+            torch.add, (piece.matrices().square_().sum((1, 2)) for piece in self.pieces(nbytes))
+        )
 
     @abstractmethod
     def turned(self, outputs: Tensor | None, inputs: Tensor | None) -> "RowGradients":
@@ -116,6 +134,12 @@ class Outer(RowGradients):
         right = None if self.right is None else self.right[:, :, part]
         return Outer(self.left[:, :, part], right, self.shape, self.is_left_gradient)
 
+    def columns(self, part: slice) -> "Outer":
+        """The gradients for some of the columns."""
+        if self.is_left_gradient or self.right is None:
+            return Outer(self.left[part], self.right, self.shape, self.is_left_gradient)
+        return Outer(self.left, self.right[part], self.shape, self.is_left_gradient)
+
     def matrices(self) -> Tensor:
         """``(M, N, K, d_out, d_in)``."""
         members, num_rows, columns = self.counts
@@ -134,10 +158,10 @@ class Outer(RowGradients):
             sums = sums.unflatten(4, (columns, d_right)).movedim(4, 3)
         return sums.movedim(3, 2).reshape(members, num_rows, columns, groups * d_left, d_right)
 
-    def sum_of_squares(self) -> Tensor:
+    def sum_of_squares(self, nbytes: int = BLOCK_BYTES) -> Tensor:
         """``(M, d_out, d_in)``."""
         if self.num_positions > 1 and self.right is not None:
-            return super().sum_of_squares()
+            return super().sum_of_squares(nbytes)
         if self.right is None:
             return self.left.sum(4).square().sum((0, 2)).flatten(1).unsqueeze(-1)
         # Without a sum over positions squares of products are products of squares.
@@ -229,6 +253,10 @@ class Formed(RowGradients):
         """The gradients of some of the rows."""
         return Formed(self.values[:, part], self.shape)
 
+    def columns(self, part: slice) -> "Formed":
+        """The gradients for some of the columns."""
+        return Formed(self.values[:, :, part], self.shape)
+
     def matrices(self) -> Tensor:
         """``(M, N, K, d_out, d_in)``."""
         return self.values.clone()
@@ -272,6 +300,10 @@ class Looked(RowGradients):
         """The gradients of some of the rows."""
         return Looked(self.tokens[:, part], self.gradients[:, :, part], self.shape, self.padding)
 
+    def columns(self, part: slice) -> "Looked":
+        """The gradients for some of the columns."""
+        return Looked(self.tokens, self.gradients[part], self.shape, self.padding)
+
     def matrices(self) -> Tensor:
         """``(M, N, K, d_out, d_in)``."""
         members, num_rows, columns = self.counts
@@ -280,7 +312,7 @@ class Looked(RowGradients):
         table = values.new_zeros(members, num_rows, columns, *self.shape)
         return table.scatter_add_(3, places, values)
 
-    def sum_of_squares(self) -> Tensor:
+    def sum_of_squares(self, nbytes: int = BLOCK_BYTES) -> Tensor:
         """``(M, d_out, d_in)``."""
         values = once(self.tokens, self.gradients).square().sum(0).flatten(1, 2)  # (M, N T, D)
         table = values.new_zeros(values.shape[0], *self.shape)

@@ -39,7 +39,7 @@ def gradients_of_others(
     networks = [params] if num_members is None else [index(params, k) for k in range(num_members)]
     of_members = [_of_network(fn, network, names, x, columns[:, k]) for k, network in enumerate(networks)]
     return {
-        name: formed(torch.stack([found[name] for found in of_members], 1), of_members[0][name].shape[2:])
+        name: formed(_stacked([found[name] for found in of_members]), of_members[0][name].shape[2:])
         for name in names
     }
 
@@ -78,7 +78,8 @@ def _of_network(
             except Exception as error:  # whatever the model raises under a transform
                 return _one_by_one(outputs, chosen, leaves, has_rows, columns, error, fn)
     # Not `out_dims=1`, which fails for gradients that do not depend on the row, as of a leaf without use.
-    return {name: torch.cat([part[name] for part in found]).movedim(0, 1) for name in names}
+    whole = found[0] if len(found) == 1 else {name: torch.cat([p[name] for p in found]) for name in names}
+    return {name: whole[name].movedim(0, 1) for name in names}
 
 
 def _one_by_one(
@@ -122,6 +123,11 @@ def _one_by_one(
         stacklevel=levels_to_the_user(),
     )
     return {name: torch.stack(gradients, 1) for name, gradients in found.items()}
+
+
+def _stacked(gradients: list[Tensor]) -> Tensor:
+    """Those of members ``(K, N, *s)`` as ``(K, M, N, *s)``; one is not copied, since it may be large."""
+    return gradients[0].unsqueeze(1) if len(gradients) == 1 else torch.stack(gradients, 1)
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:

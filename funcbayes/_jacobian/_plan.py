@@ -15,7 +15,7 @@ from .._functional import Model
 from .._functorch import quiet_fallbacks
 from .._intercept._rows import row_axis, two_rows
 from .._remember import Remembered
-from .._tree import Params, map_leaves, num_rows, parameters_of, tensors
+from .._tree import Params, map_leaves, named_leaves, num_rows, parameters_of, tensors
 from .._warning import levels_to_the_user
 from ._gradients import RowGradients
 from ._layers import row_gradients
@@ -39,8 +39,9 @@ class Plan:
         others: Leaves whose gradients have to be found by differentiating row by row.
         calls: Kinds and leaves of the calls, to tell whether a model did something else this time.
         event: Shape of the outputs of one row.
-        numel: Numbers that one row has in the outputs of all layers taken.
+        numel: Numbers that one row has in the outputs of the layers that are differentiated.
         windows: Numbers that one row has in the inputs of all layers taken, as their weights see them.
+        formed: Numbers in the other leaves, whose gradients are formed.
     """
 
     layers: tuple[tuple[str, ...], ...]
@@ -50,6 +51,11 @@ class Plan:
     event: torch.Size
     numel: int
     windows: int
+    formed: int
+
+    def numbers(self, columns: int) -> int:
+        """How many numbers one row takes while gradients are found for so many columns."""
+        return 2 * (columns + 1) * self.numel + self.windows + columns * self.formed
 
 
 _plans: Remembered[Plan] = Remembered()
@@ -83,7 +89,7 @@ def plan_for(
         with torch.inference_mode(False):
             return _plans.get(fn, key, lambda: _make(fn, params, names, x, call, tells=tells))
     except _NothingFoundError as error:  # nor will anything that follows from such outputs be finite
-        return Plan((), (), tuple(names), (), error.event, 0, 0)
+        return Plan((), (), tuple(names), (), error.event, 0, 0, _numel(params, names))
     except RuntimeError as error:
         refuse_other_dtype(params, x, call, error)
         raise
@@ -189,24 +195,31 @@ def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str, *,
         for layer, where in zip(together.calls, rows, strict=True)
     )
     shapes = {name: leaf.shape for name, leaf in together.leaves.items()}
-    plan = Plan(layers, rows, (), signature, outputs[0].shape[1:], 0, 0)
+    plan = Plan(layers, rows, (), signature, outputs[0].shape[1:], 0, 0, 0)
     wrong = _leaves_with_other_gradients(plan, together, shapes)
     layers = tuple(tuple(name for name in leaves if name not in wrong) for leaves in layers)
     seen = {name for leaves in layers for name in leaves}
     others = tuple(name for name in names if name not in seen)
     if tells:
         _tell_of_slow_leaves(fn, {name: shapes[name].numel() for name in others}, outputs[0].numel(), call)
-    numel = windows = 0
+    numel = plan.event.numel() if others else 0  # and all layers are differentiated for these
+    windows = 0
     for layer, leaves in zip(together.calls, layers, strict=True):
-        if leaves and layer.output is not None:
+        if layer.output is not None and (leaves or others):
             numel += layer.output.numel() // 2
+        if layer.output is not None and leaves:
             own = (
                 1
                 if layer.weight is None or "convolution" not in layer.kind
                 else layer.weight_shape[2:].numel()
             )
             windows += layer.value.numel() // 2 * own
-    return Plan(layers, rows, others, signature, plan.event, numel, windows)
+    return Plan(layers, rows, others, signature, plan.event, numel, windows, _numel(params, others))
+
+
+def _numel(params: Params, names: Sequence[str]) -> int:
+    leaves = named_leaves(params)
+    return sum(leaves[name].numel() for name in names)
 
 
 def _widened(leaf: Any) -> Any:

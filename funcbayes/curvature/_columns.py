@@ -32,12 +32,18 @@ class Columns:
     noise_power: int = 2
     by_row: bool = False
 
-    def make(self, outputs: Tensor, y: Tensor, first_row: int) -> Iterator[Tensor]:
-        """Columns ``(K, M, N, *event)`` for outputs ``(M, N, *event)``, some at a time, each of one block."""
+    def make(self, outputs: Tensor, y: Tensor, first_row: int, size: int) -> Iterator[Tensor]:
+        """Columns ``(K, M, N, *event)`` for outputs ``(M, N, *event)``, each of one block.
+
+        Args:
+            outputs: Of some rows.
+            y: Their targets.
+            first_row: The number of the first.
+            size: How many columns at a time.
+        """
         roots = torch.stack([self.roots(f, y, first_row) for f in outputs], 1)
-        return at_once(
-            [roots] if self.likelihood is None else positions_apart(roots, self.likelihood, outputs[0])
-        )
+        apart = [roots] if self.likelihood is None else positions_apart(roots, self.likelihood, outputs[0])
+        return at_once(apart, size)
 
     def axes(self, outputs: Tensor) -> tuple[int, ...]:
         """Axes of columns ``(K, N, *event)`` that one block of a row has."""
@@ -137,12 +143,12 @@ def num_positions(likelihood: Likelihood, outputs: Tensor) -> int:
     return max(sizes, 1) if axis is None else max(sizes // max(outputs.shape[axis], 1), 1)
 
 
-def at_once(columns: Iterator[Tensor] | list[Tensor]) -> Iterator[Tensor]:
-    """The same columns, as many at a time as is good."""
+def at_once(columns: Iterator[Tensor] | list[Tensor], size: int) -> Iterator[Tensor]:
+    """The same columns, so many at a time."""
     held: list[Tensor] = []
     for some in columns:
-        for part in some.split(AT_ONCE):
-            if held and sum(map(len, held)) + len(part) > AT_ONCE:
+        for part in some.split(size):
+            if held and sum(map(len, held)) + len(part) > size:
                 yield torch.cat(held)
                 held = []
             held.append(part)

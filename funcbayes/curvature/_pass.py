@@ -12,6 +12,7 @@ from torch import Tensor
 from .._checks import check_model, positive_int
 from .._functional import Model
 from .._jacobian import blocks
+from .._jacobian._gradients import BLOCK_BYTES
 from .._jacobian._plan import plan_for
 from .._tree import (
     Params,
@@ -193,6 +194,8 @@ def go_through(problem: Problem, columns: Columns, sums: Sequence[Sums]) -> Data
     """
     total: DataTerm | None = None
     row = 0
+    for each in sums:
+        each.nbytes = min(BLOCK_BYTES, problem.max_bytes or BLOCK_BYTES)
     for number, x, y in problem.shown_batches():
         for block in blocks(
             problem.fn,
@@ -209,7 +212,7 @@ def go_through(problem: Problem, columns: Columns, sums: Sequence[Sums]) -> Data
             term = data_term(problem.likelihood, outputs, own, columns.noise_power)
             refuse_infinite(outputs, term, number, problem.call)
             total = term if total is None else total + term
-            for i, some in enumerate(columns.make(outputs, own, row)):
+            for i, some in enumerate(columns.make(outputs, own, row, block.num_columns)):
                 gradients = block.gradients(some)
                 for each in sums:
                     each.add(gradients, is_first=i == 0)

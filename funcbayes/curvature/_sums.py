@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._jacobian import RowGradients
-from .._jacobian._gradients import Looked, Outer, positions_are_last
+from .._jacobian._gradients import BLOCK_BYTES, Looked, Outer, positions_are_last
 
 Shapes = Mapping[str, torch.Size]
 WeightSharing = Literal["expand", "reduce"]
@@ -17,7 +17,13 @@ _ROWS_BYTES = 128 << 20  # bytes of the gradients whose products are added to it
 
 
 class Sums(ABC):
-    """What is added up while the data are gone through; every result has members first."""
+    """What is added up while the data are gone through; every result has members first.
+
+    Attributes:
+        nbytes: Bytes of gradients that may be formed at a time.
+    """
+
+    nbytes: int = BLOCK_BYTES
 
     @abstractmethod
     def add(self, gradients: Mapping[str, RowGradients], is_first: bool) -> None:
@@ -38,7 +44,7 @@ class DiagSums(Sums):
         """Take in a block."""
         del is_first
         for name, gradient in gradients.items():
-            self.found[name] += gradient.sum_of_squares()
+            self.found[name] += gradient.sum_of_squares(self.nbytes)
 
     def is_finite(self) -> bool:
         """Whether all sums are finite."""
@@ -119,7 +125,7 @@ class KronSums(Sums):
 
     def _add_formed(self, name: str, gradient: RowGradients, is_first: bool) -> None:
         if len(gradient.shape) < 2:  # the block itself
-            for part in gradient.blocks():
+            for part in gradient.pieces(self.nbytes):
                 values = part.matrices().flatten(1, 2).flatten(2)
                 self.outputs[name] += values.mT @ values
             if is_first:
@@ -127,7 +133,7 @@ class KronSums(Sums):
             return
         # A matrix that is used in some other way than a layer's has no inputs to tell apart. The Kronecker
         # product of its partial traces has the right trace, and is exact for a single outer product.
-        for part in gradient.blocks():
+        for part in gradient.pieces(self.nbytes):
             values = part.matrices().flatten(1, 2)  # (M, N K, d_out, d_in)
             if self.outputs[name].ndim == 2:  # of a table that is looked up in other batches
                 self.outputs[name] += values.square().sum((1, 3))
@@ -160,9 +166,9 @@ class TurnedSums(Sums):
         """Take in a block."""
         del is_first
         for name, gradient in gradients.items():
-            for part in gradient.blocks():
+            for part in gradient.pieces(self.nbytes):
                 turned = part.turned(self.outputs.get(name), self.inputs.get(name))
-                self.found[name] += turned.sum_of_squares()
+                self.found[name] += turned.sum_of_squares(self.nbytes)
 
     def is_finite(self) -> bool:
         """Whether all sums are finite."""

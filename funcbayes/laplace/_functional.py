@@ -216,14 +216,13 @@ def _gathered(problem: Problem) -> tuple[dict[str, list[RowGradients]], DataTerm
             num_columns=columns.count,
             call=_CALL,
             max_bytes=problem.max_bytes,
-            are_held=True,
         ):
             outputs, own = block.outputs, y[block.rows]
             problem.likelihood.check(outputs[0], own, call=f"{_CALL}(data=...)")
             term = data_term(problem.likelihood, outputs, own, columns.noise_power)
             refuse_infinite(outputs, term, number, _CALL)
             total = term if total is None else total + term
-            for some in columns.make(outputs, own, 0):
+            for some in columns.make(outputs, own, 0, block.num_columns):
                 found.append(block.gradients(some))
                 counts.append((1, some.shape[2], some.shape[0]))
     assert total is not None
