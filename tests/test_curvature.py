@@ -20,7 +20,7 @@ from zoo import F64, entry, from_module, randn, randn_like, seeded, shifted, sta
 import funcbayes as fb
 from funcbayes import curvature
 from funcbayes._tree import named_leaves
-from funcbayes.curvature import Diag, EigenKron, Full, Kron, LowRank, _columns, _curvature
+from funcbayes.curvature import Diag, EigenKron, Full, Kron, LowRank, _columns, _curvature, _products
 from funcbayes.likelihoods import Bernoulli, Categorical, HeteroscedasticNormal, Normal, Poisson
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -897,6 +897,40 @@ def test_gradients_have_no_more_bytes_than_they_may(problem, structure):
         bounded = find("ggn", structure, fn, params, data, likelihood, max_bytes=60_000)
     assert 0 < largest.nbytes < 150_000, largest.shape  # a factor of the convolution has 131 kB
     assert_same(bounded, whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "structure"),
+    [("ggn", "low_rank"), ("fisher", "low_rank"), ("hessian", "low_rank"), ("hessian", "diag")],
+)
+def test_products_with_vectors_take_no_more_bytes_than_they_may(kind, structure):
+    net = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 2)).double()
+    fn, params = fb.make_functional(net)
+    params = randn_like(params)
+    data = randn(400, 3), torch.arange(400) % 2  # one hidden layer of all rows has 160 kB
+    options = {"where": "2.*", "rank": 4}
+    whole = find(kind, structure, fn, params, data, Categorical(), max_bytes=1 << 40, **options)
+    with zoo.Largest() as largest:
+        bounded = find(kind, structure, fn, params, data, Categorical(), max_bytes=30_000, **options)
+    assert 0 < largest.nbytes <= 60_000, largest.shape  # 64 unit vectors have 52 kB
+    assert_same(bounded, whole)
+
+
+@pytest.mark.parametrize("product", [curvature.ggn_matvec, curvature.hvp])
+def test_products_without_a_size_of_batches_are_of_some_rows_at_a_time(product, monkeypatch):
+    fn, params, data, likelihood = tagging()
+    vector = randn_like(params)
+    whole = product(fn, params, data, likelihood)(vector)
+    sizes = []
+
+    def counting(params, x):
+        sizes.append(len(x["tokens"]))
+        return fn(params, x)
+
+    monkeypatch.setattr(_products, "_BYTES", 1)
+    by_rows = product(counting, params, data, likelihood)(vector)
+    assert max(sizes[-3:]) == 1  # the first are of finding out about the model
+    assert_close(flat(by_rows), flat(whole))
 
 
 @combinations("hessian")

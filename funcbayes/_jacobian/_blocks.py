@@ -89,7 +89,6 @@ def blocks(
         params, x = map_leaves(_ordinary, params), map_leaves(_ordinary, x)
         single = params if num_members is None else index(params, 0)
     plan = plan_for(fn, single, names, x, call)
-    count = num_rows(x) or 0
     lead = next(iter(named_leaves(params).values()))
     if getattr(lead, "is_cpu", False):
         keep_large_blocks()
@@ -99,10 +98,7 @@ def blocks(
     columns = min(num_columns(plan.event), max(room // max(of_column, 1), 1))
     each = of_number * (without + columns * of_column)
     size = max((DEFAULT_BYTES if max_bytes is None else max_bytes) // max(each, 1), 1)
-    size = -(-count // max(-(-count // size), 1))  # as equal as can be
-    for start in range(0, count, max(size, 1)):
-        part = slice(start, min(start + size, count))
-        own = x if size >= count else _rows(x, part)
+    for part, own in parts_of(x, size):
         taped = tape(fn, params, names, own, num_members=num_members)
         way = signature_of(taped)
         if way != plan.calls:  # it depends on the data
@@ -110,6 +106,15 @@ def blocks(
         if way != plan.calls:  # and even on the row
             plan = replace(plan, layers=(), rows=(), others=tuple(names), calls=way)
         yield Block(fn, params, own, plan, taped, num_members, part, columns)
+
+
+def parts_of(x: Any, size: int) -> Iterator[tuple[slice, Any]]:
+    """Inputs, at most so many rows at a time and as equally many as can be, and which rows these are."""
+    count = num_rows(x) or 0
+    size = max(-(-count // max(-(-count // size), 1)), 1)
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count))
+        yield part, x if size >= count else _rows(x, part)
 
 
 def _ordinary(leaf: Any) -> Any:

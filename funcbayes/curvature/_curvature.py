@@ -77,7 +77,7 @@ def ggn(
         stacked: Whether ``params`` are those of several networks, every leaf with a leading axis ``K``; all
             are gone through in one pass, but for ``"low_rank"``, and the result has a leading axis, too.
         max_bytes: Bytes that the gradients of a block of rows may take; ``None`` for 64 MiB, which suits
-            caches.
+            caches, and 256 MiB for ``"low_rank"``.
         progress: Whether to show a bar over the batches.
 
     Returns:
@@ -288,7 +288,8 @@ def hessian(
         seed: As for :func:`ggn`.
         batch_size: As for :func:`ggn`.
         stacked: As for :func:`ggn`; the networks are gone through one after another.
-        max_bytes: Bytes of the vectors multiplied at a time; ``None`` for 256 MiB.
+        max_bytes: Bytes that the vectors multiplied at a time, and what a block of rows makes of them, may
+            take; ``None`` for 256 MiB.
         progress: As for :func:`ggn`.
 
     Returns:

@@ -1,7 +1,7 @@
 """Products of curvatures with vectors, without the curvature."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch.func import vjp, vmap
 
 from .._functorch import jvp, load_forward_rules
 from .._intercept import Unfused
+from .._jacobian._blocks import parts_of
+from .._jacobian._plan import plan_for
 from .._tree import Params, Where, difference, map_named, named_leaves, select
 from ..likelihoods import Likelihood
 from ..training._batch import ready
@@ -18,7 +20,7 @@ from ._columns import Columns, ggn_columns
 from ._data_term import DataTerm, data_term, with_unit_noise
 from ._pass import Model, Problem, refuse_infinite
 
-_BYTES = 256 << 20  # of the vectors that are multiplied at a time
+_BYTES = 256 << 20  # of the vectors that are multiplied at a time, and of what rows make of them
 _AT_ONCE = 16
 
 Vectors = dict[str, Tensor]  # leaves by path, (k, *s): k vectors
@@ -141,7 +143,7 @@ def columns_product(problem: Problem, columns: Columns, vectors: Vectors) -> tup
 
         return _mapped(one, some)
 
-    return _over_data(problem, vectors, product, columns.noise_power)
+    return _over_data(problem, vectors, product, columns.count, columns.noise_power)
 
 
 def hessian_product(
@@ -165,11 +167,15 @@ def hessian_product(
             pulled: Any = vjp(gradient, at)
             return _mapped(lambda vector: pulled[1](vector)[0], some)
 
-    return _over_data(problem, vectors, product, 2)
+    return _over_data(problem, vectors, product, lambda event: 1, 2)
 
 
 def _over_data(
-    problem: Problem, vectors: Vectors, product: Callable[..., Vectors], noise_power: int
+    problem: Problem,
+    vectors: Vectors,
+    product: Callable[..., Vectors],
+    num_columns: Callable[[torch.Size], int],
+    noise_power: int,
 ) -> tuple[Vectors, DataTerm]:
     load_forward_rules()
     at = {name: leaf.detach() for name, leaf in problem.leaves.items()}
@@ -178,25 +184,41 @@ def _over_data(
     row = 0
     with torch.no_grad():
         for number, x, y in problem.shown_batches():
-            problem.check_rows(x)
-            f = functools.partial(_outputs, problem, x)
-            outputs = f(at)
-            problem.likelihood.check(outputs, y, call=f"{problem.call}(data=...)")
-            term = data_term(problem.likelihood, outputs.unsqueeze(0), y, noise_power)
-            refuse_infinite(outputs, term, number, problem.call)
-            terms = term if terms is None else terms + term
-            for part in _parts(vectors, problem.max_bytes):
-                added = product(f, y, row, at, {name: leaf[part] for name, leaf in vectors.items()})
-                for name, leaf in added.items():
-                    total[name][part] += leaf
-                    if not bool(leaf.isfinite().all()):
-                        raise RuntimeError(
-                            f"A product with the curvature in `{problem.call}` is not finite in batch "
-                            f"{number}, though its loss is. float64, or smaller outputs, may help."
-                        )
-            row += len(y)
+            num_vectors, num_rows = _at_once(problem, x, vectors, num_columns)
+            for rows, own in parts_of(x, num_rows):
+                targets, f = y[rows], functools.partial(_outputs, problem, own)
+                outputs = f(at)
+                problem.likelihood.check(outputs, targets, call=f"{problem.call}(data=...)")
+                term = data_term(problem.likelihood, outputs.unsqueeze(0), targets, noise_power)
+                refuse_infinite(outputs, term, number, problem.call)
+                terms = term if terms is None else terms + term
+                for start in range(0, len(next(iter(vectors.values()))), num_vectors):
+                    part = slice(start, start + num_vectors)
+                    some = {name: leaf[part] for name, leaf in vectors.items()}
+                    for name, leaf in product(f, targets, row, at, some).items():
+                        total[name][part] += leaf
+                row += len(targets)
+            if not all(bool(leaf.isfinite().all()) for leaf in total.values()):
+                raise RuntimeError(
+                    f"A product with the curvature in `{problem.call}` is not finite in batch {number}, "
+                    "though its loss is. float64, or smaller outputs, may help."
+                )
     assert terms is not None
     return total, terms
+
+
+def _at_once(
+    problem: Problem, x: Any, vectors: Vectors, num_columns: Callable[[torch.Size], int]
+) -> tuple[int, int]:
+    """How many vectors, and rows, there is room for at a time."""
+    plan = plan_for(problem.fn, problem.params, problem.names, x, problem.call, tells=False)
+    limit = _BYTES if problem.max_bytes is None else problem.max_bytes
+    itemsize = next(iter(vectors.values())).itemsize
+    of_vector = max(4 * sum(leaf[0].nbytes for leaf in vectors.values()), 1)
+    # What a row keeps of the model, and the tangents and gradients that each vector makes of that.
+    of_row = 2 * itemsize * max(plan.numel + num_columns(plan.event) * plan.event.numel(), 1)
+    num_vectors = max(min(limit // of_vector, limit // (2 * of_row), _AT_ONCE), 1)
+    return num_vectors, max(limit // ((2 * num_vectors + 1) * of_row), 1)
 
 
 def _outputs(problem: Problem, x: Any, leaves: Vectors) -> Tensor:
@@ -210,10 +232,3 @@ def _mapped(product: Callable[[Vectors], Vectors], vectors: Vectors) -> Vectors:
         found = product({name: leaf[0] for name, leaf in vectors.items()})
         return {name: leaf.unsqueeze(0) for name, leaf in found.items()}
     return vmap(product)(vectors)
-
-
-def _parts(vectors: Vectors, max_bytes: int | None) -> Sequence[slice]:
-    count = len(next(iter(vectors.values())))
-    each = 4 * sum(leaf[0].nbytes for leaf in vectors.values())
-    size = min(max((_BYTES if max_bytes is None else max_bytes) // max(each, 1), 1), _AT_ONCE)
-    return [slice(start, start + size) for start in range(0, count, size)]
