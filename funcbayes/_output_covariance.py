@@ -6,8 +6,8 @@ linear layer is an outer product, and so what it adds is a product of small matr
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,29 +33,62 @@ _PUSHED_BYTES = 64 << 20  # of tangents of the outputs, so many columns at a tim
 class Jacobian:
     """The Jacobian of the outputs of some rows in the covered leaves, ``(N F, P)``, as what multiplies it.
 
-    ``F`` is the number of outputs of a row, all axes flattened.
+    ``F`` is the number of outputs of a row, all axes flattened, that are covered.
 
     Attributes:
         fn: Pure model.
         params: Where.
         block: The rows.
-        gradients: Of every output, by leaf: ``K = F`` columns.
+        covered: Which of the outputs of a row.
+        output_basis: Bases in which gradients are, by leaf ``(d_out, d_out)``; one that is not there is the
+            identity.
+        input_basis: Likewise ``(d_in, d_in)``.
     """
 
     fn: Model
     params: Params
     block: Block
-    gradients: Mapping[str, RowGradients]
+    covered: slice
+    output_basis: Mapping[str, Tensor] = field(default_factory=dict)
+    input_basis: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_outputs(self) -> int:
         """``F``."""
-        return self.block.outputs.shape[2:].numel()
+        return self.covered.stop - self.covered.start
+
+    @functools.cached_property
+    def gradients(self) -> Mapping[str, RowGradients]:
+        """Of every output, by leaf: ``K = F`` columns."""
+        outputs = self.block.outputs
+        _, count, *event = outputs.shape
+        units = outputs.new_zeros(self.num_outputs, math.prod(event))
+        units.diagonal(self.covered.start).fill_(1)
+        columns = units.reshape(-1, 1, 1, *event).expand(-1, 1, count, *event)
+        bases = self.output_basis, self.input_basis
+        return {
+            name: gradient.turned(*(_for_one(basis.get(name), self) for basis in bases))
+            if any(bases)
+            else gradient
+            for name, gradient in self.block.gradients(columns).items()
+        }
+
+    def pieces(self) -> Iterator["Jacobian"]:
+        """The same, of as many outputs each as there is room for."""
+        first, last = self.covered.start, self.covered.stop
+        size = self.block.num_columns
+        for start in range(first, last, size):
+            part = slice(start, min(start + size, last))
+            yield self if part == self.covered else replace(self, covered=part)
+
+    def is_short(self, rank: int) -> bool:
+        """Whether the model has so few outputs that a product is found backwards, from the gradients."""
+        return rank > 2 * self.num_outputs
 
     def times(self, factors: Mapping[str, Tensor]) -> Tensor:
         """``J factors`` for leaves ``(*s, R)``: ``(N, F, R)``."""
         rank = next(iter(factors.values())).shape[-1]
-        if rank > 2 * self.num_outputs:  # then backwards is shorter
+        if self.is_short(rank):
             return self.times_formed(factors, self.block.outputs.dtype)
         at = {name: leaf.detach() for name, leaf in named_leaves(self.params).items() if name in factors}
 
@@ -77,7 +110,7 @@ class Jacobian:
         _, count, *_ = self.block.outputs.shape
         if not found:
             return self.block.outputs.new_zeros(count, self.num_outputs, 0)
-        return torch.cat(found).reshape(rank, count, -1).movedim(0, -1)
+        return torch.cat(found).reshape(rank, count, -1)[..., self.covered].movedim(0, -1)
 
     def times_formed(
         self, factors: Mapping[str, Tensor], dtype: torch.dtype, std: Mapping[str, Tensor] | None = None
@@ -149,11 +182,7 @@ def jacobians(
         call=call,
         max_bytes=limit,
     ):
-        _, count, *event = block.outputs.shape
-        size = math.prod(event)
-        units = torch.eye(size, dtype=block.outputs.dtype, device=block.outputs.device)
-        columns = units.reshape(size, 1, 1, *event).expand(size, 1, count, *event)
-        yield Jacobian(fn, params, block, block.gradients(columns))
+        yield Jacobian(fn, params, block, slice(0, block.outputs.shape[2:].numel()))
 
 
 def _detached(leaf: Any) -> Any:
@@ -184,6 +213,27 @@ def contracted(one: Tensor, two: Tensor, form: Form) -> Tensor:
     return one.flatten(0, 1) @ two.flatten(0, 1).mT
 
 
+def by_outputs(terms: Callable[[Jacobian], Terms], jacobian: Jacobian, form: Form) -> Terms:
+    """Terms that need gradients: variances are found for as many outputs at a time as there is room for.
+
+    Args:
+        terms: Given a Jacobian.
+        jacobian: That of all outputs.
+        form: What is wanted of the terms.
+    """
+    if form != "variance":
+        yield from terms(jacobian)
+        return
+    outputs = jacobian.block.outputs
+    yield torch.cat(
+        [
+            functools.reduce(torch.add, terms(piece), outputs.new_zeros(outputs.shape[1], piece.num_outputs))
+            for piece in jacobian.pieces()
+        ],
+        1,
+    )
+
+
 @functools.singledispatch
 def covariance_terms(covariance: Covariance, jacobian: Jacobian, form: Form) -> Terms:
     """Terms that add up to ``J S J^T``.
@@ -207,14 +257,21 @@ def _(covariance: Diagonal, jacobian: Jacobian, form: Form) -> Terms:
 @covariance_terms.register
 def _(covariance: LowRankPlusDiagonal, jacobian: Jacobian, form: Form) -> Terms:
     yield from independent_terms(named_leaves(covariance.variance), jacobian, form)
-    pushed = jacobian.times(named_leaves(covariance.factors))
-    yield contracted(pushed, pushed, form)
+    yield from _terms_of_factors(named_leaves(covariance.factors), jacobian, form)
 
 
 @covariance_terms.register
 def _(covariance: Dense, jacobian: Jacobian, form: Form) -> Terms:
-    pushed = jacobian.times(named_leaves(covariance.factors))
-    yield contracted(pushed, pushed, form)
+    return _terms_of_factors(named_leaves(covariance.factors), jacobian, form)
+
+
+def _terms_of_factors(factors: Mapping[str, Tensor], jacobian: Jacobian, form: Form) -> Terms:
+    def terms(jacobian: Jacobian) -> Terms:
+        pushed = jacobian.times(factors)
+        yield contracted(pushed, pushed, form)
+
+    is_short = jacobian.is_short(next(iter(factors.values())).shape[-1])
+    return by_outputs(terms, jacobian, form) if is_short else terms(jacobian)
 
 
 @covariance_terms.register
@@ -234,12 +291,16 @@ def _(covariance: LowRankPrecision, jacobian: Jacobian, form: Form) -> Terms:
     seen = torch.linalg.solve_triangular(lower, columns.mT, upper=False).mT
     parts = seen.split([leaf.shape[:-1].numel() for leaf in factors.values()])
     basis = {name: part.reshape(factors[name].shape) for name, part in zip(factors, parts, strict=True)}
-    along, found = outside(jacobian, std, basis, form)
-    if found is None:
-        found = functools.reduce(torch.add, residual_terms(jacobian, std, basis, along, form))
-        along = torch.linalg.solve_triangular(lower, along, upper=False, left=False)
-        found = found + contracted(along, along, form)
-    yield found
+
+    def terms(jacobian: Jacobian) -> Terms:
+        along, found = outside(jacobian, std, basis, form)
+        if found is None:
+            found = functools.reduce(torch.add, residual_terms(jacobian, std, basis, along, form))
+            along = torch.linalg.solve_triangular(lower, along, upper=False, left=False)
+            found = found + contracted(along, along, form)
+        yield found
+
+    yield from by_outputs(terms, jacobian, form)
 
 
 def outside(
@@ -259,7 +320,7 @@ def outside(
         ``B Q``, ``(N, F, R)``, and the difference; ``None`` if more than half of its digits are lost.
     """
     outputs = jacobian.block.outputs[0]
-    flat = as_double(outputs.reshape(len(outputs), -1))
+    flat = as_double(outputs.reshape(len(outputs), -1)[:, jacobian.covered])
     along = jacobian.times_formed(basis, flat.dtype, std)
     variance = {name: leaf.square() for name, leaf in std.items()}
     whole = gathered(independent_terms(variance, jacobian, form, dtype=flat.dtype), flat, form)
@@ -295,11 +356,7 @@ def _(covariance: Kronecker, jacobian: Jacobian, form: Form) -> Terms:
 
 def in_bases(jacobian: Jacobian, outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Jacobian:
     """The Jacobian in Kronecker eigenbases of the leaves; a basis that is not there is the identity."""
-    gradients = {
-        name: gradient.turned(*(_for_one(basis.get(name), jacobian) for basis in (outputs, inputs)))
-        for name, gradient in jacobian.gradients.items()
-    }
-    return Jacobian(jacobian.fn, jacobian.params, jacobian.block, gradients)
+    return replace(jacobian, output_basis=outputs, input_basis=inputs)
 
 
 def _for_one(basis: Tensor | None, jacobian: Jacobian) -> Tensor | None:
@@ -317,6 +374,12 @@ def independent_terms(
         form: What is wanted of the terms.
         dtype: What to compute in; ``None`` for that of the outputs.
     """
+    return by_outputs(lambda some: _independent_terms(variance, some, form, dtype), jacobian, form)
+
+
+def _independent_terms(
+    variance: Mapping[str, Tensor], jacobian: Jacobian, form: Form, dtype: torch.dtype | None
+) -> Terms:
     dtype = jacobian.block.outputs.dtype if dtype is None else dtype
     for name, gradient in jacobian.gradients.items():
         if name not in variance:

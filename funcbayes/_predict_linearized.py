@@ -14,13 +14,14 @@ from ._linearized_prediction import Component, LinearizedPrediction, Link, check
 from ._output_covariance import Form, Jacobian, Terms, covariance_terms, gathered, jacobians
 from ._random import Seed
 from ._tree import Params, as_tree, merge, missing_path, named_leaves, num_rows, parameters_of, tensors
-from .likelihoods import Likelihood
+from .likelihoods import Categorical, Likelihood
 from .likelihoods._checks import check_is_likelihood
 from .posteriors import Dropout, Ensemble, Gaussian, Join, Mixture, Point, Posterior
 
 _CALL = "predict_linearized"
 # Covariances of so many outputs, and of so many bytes, are found at once, whether or not they are asked for.
 _FEW, _COVARIANCE_BYTES = 128, 16 << 20
+_MOST_BYTES = 8 << 30  # of covariances, unless the user gives more
 
 
 def predict_linearized(
@@ -59,7 +60,8 @@ def predict_linearized(
         joint: Whether the covariance between rows is wanted, too: for ``joint_covariance`` and ``sample``.
         num_samples: For ``"mc"``: how many draws of the logits.
         seed: For ``"mc"``: draws are a function of it; ``None`` takes one number from torch's global state.
-        max_bytes: As for :func:`funcbayes.curvature.ggn`: rows are seen so many at a time, unless ``joint``.
+        max_bytes: As for :func:`funcbayes.curvature.ggn`: rows, and outputs where variances are enough, are
+            seen so many at a time, unless ``joint``. Covariances may have as much, or 8 GiB.
 
     Returns:
         The prediction, without a graph through the model; it is differentiable in the covariance.
@@ -68,6 +70,7 @@ def predict_linearized(
         TypeError: If an argument is of the wrong kind, or the posterior is no Gaussian, nor made of such.
         ValueError: If ``link`` is none of these, rows of the outputs depend on other rows, or leaves do not
             fit.
+        RuntimeError: If covariances are asked for that have more bytes than they may.
 
     Example:
         >>> import torch, funcbayes as fb
@@ -110,7 +113,7 @@ def predict_linearized(
 
 def wants_covariance(likelihood: Likelihood | None, link: Link) -> bool:
     """Whether the link needs more than the variances of logits."""
-    return likelihood is not None and likelihood.is_discrete and link != "probit"
+    return isinstance(likelihood, Categorical) and link != "probit"
 
 
 def _components(posterior: Posterior) -> Iterator[tuple[Tensor, list[Gaussian], list[Params]]]:
@@ -216,11 +219,14 @@ def pushed_through(
             with torch.no_grad():
                 mean = fn(center, x)
             form = form_of(mean)
+            _check_size(len(mean), mean, form, call, max_bytes)
             return mean, gathered(iter(()), mean.reshape(len(mean), mean.shape[1:].numel()), form), form
         means, found, form = [], [], None
         for jacobian in jacobians(fn, center, names, x, call=call, whole=joint, max_bytes=max_bytes):
             outputs = jacobian.block.outputs[0]
-            form = form_of(outputs) if form is None else form
+            if form is None:
+                form = form_of(outputs)
+                _check_size(num_rows(x) or 0, outputs, form, call, max_bytes)
             means.append(outputs)
             found.append(gathered(terms(jacobian, form), outputs.reshape(len(outputs), -1), form))
         assert form is not None
@@ -261,6 +267,20 @@ def pushed_through(
     return Component(
         *(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance),
         found if form == "joint" else None,
+    )
+
+
+def _check_size(count: int, outputs: Tensor, form: Form, call: str, max_bytes: int | None) -> None:
+    """Refuse covariances that no memory holds, before work is spent on them."""
+    size = outputs.shape[1:].numel()
+    nbytes = outputs.itemsize * size**2 * (count**2 if form == "joint" else count)
+    if form == "variance" or nbytes <= max(_MOST_BYTES, max_bytes or 0):
+        return
+    what = "all outputs" if form == "joint" else "the outputs of each row"
+    raise RuntimeError(
+        f"`{call}` would hold the covariance of {what}, {nbytes / 1e9:,.1f} GB for {count} rows of {size:,} "
+        "outputs. Variances need none of it: leave out `joint`, write `link='probit'`, and ask for "
+        f"`output_variance`. Or give fewer rows, or allow so much by `max_bytes={nbytes}`."
     )
 
 

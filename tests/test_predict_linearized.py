@@ -878,6 +878,52 @@ def test_results_have_the_dtype_of_the_model(make, dtype):
     assert joint.sample(2, seed=0).dtype is dtype
 
 
+def segmenting(side):
+    """Three classes at each pixel: one output has some 20 numbers a pixel in the layers."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+    fn, params = fb.make_functional(net)
+    params = randn_like(params)
+    return fn, params, randn(2, 1, side, side), torch.arange(2 * side * side).reshape(2, side, side) % 3
+
+
+@pytest.mark.parametrize("name", ["diag", "kron", "low_rank", "full"])
+def test_variances_of_many_outputs_are_found_for_some_of_them_at_a_time(name):
+    fn, params, x, y = segmenting(8)
+    classes = Categorical(class_axis=1)
+    q = laplace.fit(fn, params, (x, y), classes, structure=name, seed=0)
+    whole = predict_linearized(fn, None, q, x, likelihood=classes, max_bytes=1 << 40)
+    with zoo.Largest() as largest:
+        found = predict_linearized(fn, None, q, x, likelihood=classes, max_bytes=100_000)
+        probs = found.mean
+    # All gradients of one row, formed or not, have 192 columns of 91 numbers at least.
+    assert 0 < largest.nbytes <= 150_000, largest.shape
+    assert_close(found.output_variance, whole.output_variance)
+    assert_close(probs, whole.mean)
+    assert_close(whole.output_variance.reshape(2, -1), whole.output_covariance.diagonal(0, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["diag", "kron", "low_rank", "full"])
+def test_scores_do_not_depend_on_how_many_outputs_are_seen_at_a_time(name):
+    fn, params, x, y = segmenting(4)
+    classes = Categorical(class_axis=1)
+    c = fb.curvature.ggn(fn, params, (x, y), classes, name)
+    whole, some = (
+        laplace.minimize_validation_nll(fn, params, c, (x, y), classes, max_bytes=n) for n in (1 << 40, 1)
+    )
+    assert_close(some.nll, whole.nll)
+
+
+def test_covariances_that_no_memory_holds_are_refused_before_any_work():
+    fn, params, _, _ = segmenting(4)
+    q = Gaussian(params, Diagonal(positive(params)))
+    x = torch.zeros(1, 1, 200, 200, dtype=F64)
+    for options in ({"joint": True}, {"likelihood": Categorical(class_axis=1), "link": "bridge"}):
+        with pytest.raises(RuntimeError, match=r"115\.2 GB for 1 rows of 120,000 outputs\. .*max_bytes="):
+            predict_linearized(fn, None, q, x, **options)
+    small = torch.zeros(1, 1, 4, 4, dtype=F64)
+    assert predict_linearized(fn, None, q, small, joint=True).joint_covariance.shape == (48, 48)
+
+
 @pytest.mark.parametrize("structure", ["diag", "kron"])
 def test_the_jacobian_of_a_layer_with_many_classes_is_not_formed(structure):
     classes, width, num_rows = 400, 64, 64

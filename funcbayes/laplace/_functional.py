@@ -13,7 +13,7 @@ from .._jacobian import RowGradients, blocks
 from .._jacobian._gradients import Formed
 from .._jacobian._gram import gram
 from .._linearized_prediction import LinearizedPrediction, Link, check_link, seed_of
-from .._output_covariance import Form, Jacobian, Terms, contracted, independent_terms
+from .._output_covariance import Form, Jacobian, Terms, by_outputs, contracted, independent_terms
 from .._predict_linearized import pushed_through, wants_covariance
 from .._random import Seed, fold, permutation, resolve_seed
 from .._tree import Params, Where, as_tree, num_rows
@@ -101,6 +101,9 @@ class FunctionalLaplace:
         )
 
     def _terms(self, jacobian: Jacobian, form: Form) -> Terms:
+        return by_outputs(lambda some: self._terms_of_outputs(some, form), jacobian, form)
+
+    def _terms_of_outputs(self, jacobian: Jacobian, form: Form) -> Terms:
         # J (D + f R^T R)^-1 J^T = J D^-1 J^T - f K^T (I + f R D^-1 R^T)^-1 K with K = R D^-1 J^T.
         # Both in double precision and of the same gradients, since where data are many it is nearly nothing.
         count, dtype = len(jacobian.block.outputs[0]), self._root.dtype

@@ -139,12 +139,15 @@ def minimize_validation_nll(
             for jacobian in jacobians(fn, params, problem.names, x, call=_CALL, max_bytes=problem.max_bytes):
                 outputs, own = jacobian.block.outputs[0], y[jacobian.block.rows]
                 likelihood.check(outputs, own, call=f"{_CALL}(data=...)")
-                terms = spectral(jacobian)
                 flat = outputs.reshape(len(outputs), -1)
-                for g, precision in enumerate(precisions.tolist()):
-                    if not bool(usable[g]):
-                        continue
-                    found = gathered(terms(precision), flat, form)
+                parts: dict[int, list[Tensor]] = {g: [] for g in usable.nonzero().flatten().tolist()}
+                for piece in jacobian.pieces() if form == "variance" else [jacobian]:
+                    terms = spectral(piece)
+                    for g, of_outputs in parts.items():
+                        precision = float(precisions[g])
+                        of_outputs.append(gathered(terms(precision), flat[:, piece.covered], form))
+                for g, of_outputs in parts.items():
+                    found = torch.cat(of_outputs, 1)
                     variance = found if form == "variance" else found.diagonal(dim1=-2, dim2=-1)
                     component = Component(outputs, variance, lambda found=found: found, None)
                     prediction = LinearizedPrediction(
