@@ -28,12 +28,21 @@ class Component:
         variance: ``(N, F)``.
         make_covariance: Gives the covariance of each row, ``(N, F, F)``.
         joint: Covariance of all rows, ``(N F, N F)``, if it was asked for.
+        make_of_positions: Gives those of the outputs along an axis, ``(N, *positions, C, C)``, in less memory
+            than the whole; ``None`` if that is there.
     """
 
     mean: Tensor
     variance: Tensor
     make_covariance: Callable[[], Tensor]
     joint: Tensor | None
+    make_of_positions: Callable[[int], Tensor] | None = None
+
+    def of_positions(self, axis: int) -> Tensor:
+        """Covariances of the outputs along an axis of ``(N, *event)``: ``(N, *positions, C, C)``."""
+        if self.make_of_positions is None or self.mean.ndim == 2:
+            return _blocks_of_positions(self.covariance, self.mean.shape, axis)
+        return self.make_of_positions(axis)
 
     @cached_property
     def covariance(self) -> Tensor:
@@ -324,7 +333,7 @@ class LinearizedPrediction:
         return log_probs.movedim(-1, axis)
 
     def _linked_blocks(self, component: Component, logits: Tensor, axis: int) -> Tensor:
-        blocks = _blocks_of_positions(component.covariance.to(logits.dtype), component.mean.shape, axis)
+        blocks = component.of_positions(axis).to(logits.dtype)
         if self.link == "mc":
             return _links.monte_carlo(
                 logits, blocks, num_samples=self._num_samples, seed=self._seed, log=True

@@ -33,13 +33,13 @@ _PUSHED_BYTES = 64 << 20  # of tangents of the outputs, so many columns at a tim
 class Jacobian:
     """The Jacobian of the outputs of some rows in the covered leaves, ``(N F, P)``, as what multiplies it.
 
-    ``F`` is the number of outputs of a row, all axes flattened, that are covered.
+    ``F`` is the number of outputs of a row that are covered.
 
     Attributes:
         fn: Pure model.
         params: Where.
         block: The rows.
-        covered: Which of the outputs of a row.
+        covered: Which of the outputs of a row, all axes flattened.
         output_basis: Bases in which gradients are, by leaf ``(d_out, d_out)``; one that is not there is the
             identity.
         input_basis: Likewise ``(d_in, d_in)``.
@@ -48,14 +48,14 @@ class Jacobian:
     fn: Model
     params: Params
     block: Block
-    covered: slice
+    covered: Sequence[int]
     output_basis: Mapping[str, Tensor] = field(default_factory=dict)
     input_basis: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_outputs(self) -> int:
         """``F``."""
-        return self.covered.stop - self.covered.start
+        return len(self.covered)
 
     @functools.cached_property
     def gradients(self) -> Mapping[str, RowGradients]:
@@ -63,7 +63,7 @@ class Jacobian:
         outputs = self.block.outputs
         _, count, *event = outputs.shape
         units = outputs.new_zeros(self.num_outputs, math.prod(event))
-        units.diagonal(self.covered.start).fill_(1)
+        units[range(self.num_outputs), self.covered] = 1
         columns = units.reshape(-1, 1, 1, *event).expand(-1, 1, count, *event)
         bases = self.output_basis, self.input_basis
         return {
@@ -75,11 +75,12 @@ class Jacobian:
 
     def pieces(self) -> Iterator["Jacobian"]:
         """The same, of as many outputs each as there is room for."""
-        first, last = self.covered.start, self.covered.stop
         size = self.block.num_columns
-        for start in range(first, last, size):
-            part = slice(start, min(start + size, last))
-            yield self if part == self.covered else replace(self, covered=part)
+        if size >= self.num_outputs:
+            yield self
+            return
+        for start in range(0, self.num_outputs, size):
+            yield replace(self, covered=self.covered[start : start + size])
 
     def is_short(self, rank: int) -> bool:
         """Whether the model has so few outputs that a product is found backwards, from the gradients."""
@@ -182,7 +183,7 @@ def jacobians(
         call=call,
         max_bytes=limit,
     ):
-        yield Jacobian(fn, params, block, slice(0, block.outputs.shape[2:].numel()))
+        yield Jacobian(fn, params, block, range(block.outputs.shape[2:].numel()))
 
 
 def _detached(leaf: Any) -> Any:

@@ -1,7 +1,7 @@
 """``predict_linearized``: the predictive of the linearised model in closed form."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ._linearized_prediction import Component, LinearizedPrediction, Link, check
 from ._output_covariance import Form, Jacobian, Terms, covariance_terms, gathered, jacobians
 from ._random import Seed
 from ._tree import Params, as_tree, merge, missing_path, named_leaves, num_rows, parameters_of, tensors
+from .curvature._columns import num_positions
 from .likelihoods import Categorical, Likelihood
 from .likelihoods._checks import check_is_likelihood
 from .posteriors import Dropout, Ensemble, Gaussian, Join, Mixture, Point, Posterior
@@ -22,6 +23,7 @@ _CALL = "predict_linearized"
 # Covariances of so many outputs, and of so many bytes, are found at once, whether or not they are asked for.
 _FEW, _COVARIANCE_BYTES = 128, 16 << 20
 _MOST_BYTES = 8 << 30  # of covariances, unless the user gives more
+_OUTPUTS = 64  # of whole positions, whose covariance is found at a time
 
 
 def predict_linearized(
@@ -111,9 +113,11 @@ def predict_linearized(
     )
 
 
-def wants_covariance(likelihood: Likelihood | None, link: Link) -> bool:
-    """Whether the link needs more than the variances of logits."""
-    return isinstance(likelihood, Categorical) and link != "probit"
+def wants_covariance(likelihood: Likelihood | None, link: Link) -> Callable[[Tensor], bool]:
+    """Whether the link needs the covariance of all outputs of a row, and not just of those of a position."""
+    return lambda outputs: (
+        isinstance(likelihood, Categorical) and link != "probit" and num_positions(likelihood, outputs) == 1
+    )
 
 
 def _components(posterior: Posterior) -> Iterator[tuple[Tensor, list[Gaussian], list[Params]]]:
@@ -168,7 +172,9 @@ class _Linearized:
             )
         object.__setattr__(self, "center", center)
 
-    def component(self, *, joint: bool, wants_covariance: bool, max_bytes: int | None) -> Component:
+    def component(
+        self, *, joint: bool, wants_covariance: Callable[[Tensor], bool], max_bytes: int | None
+    ) -> Component:
         """Mean and covariance of the outputs."""
         names = [name for gaussian in self.gaussians for name in parameters_of(gaussian.mean)]
         return pushed_through(
@@ -194,7 +200,7 @@ def pushed_through(
     *,
     call: str,
     joint: bool,
-    wants_covariance: bool,
+    wants_covariance: Callable[[Tensor], bool],
     max_bytes: int | None = None,
     covariances: Any = None,
 ) -> Component:
@@ -208,8 +214,8 @@ def pushed_through(
         terms: Of the covariance: see :func:`funcbayes._output_covariance.covariance_terms`.
         call: How the user called us, for messages.
         joint: Whether the covariance between rows is wanted.
-        wants_covariance: Whether that of the outputs of a row is; else, if it is large, it is found when it
-            is asked for.
+        wants_covariance: Whether that of the outputs of a row is, given outputs; else, if it is large, it is
+            found when it is asked for.
         max_bytes: Bytes that the gradients of the rows of one block may have.
         covariances: What else ``terms`` depends on, a tree.
     """
@@ -244,21 +250,32 @@ def pushed_through(
             return "joint"
         size = outputs.shape[1:].numel()
         is_small = size <= _FEW and (num_rows(x) or 0) * size**2 * outputs.itemsize <= _COVARIANCE_BYTES
-        return "covariance" if wants_covariance or is_small else "variance"
+        return "covariance" if is_small or wants_covariance(outputs) else "variance"
 
-    def later() -> Tensor:
+    def check_unchanged() -> None:
         if any(leaf._version != version for leaf, version in versions):
             raise RuntimeError(
                 "The covariance of the outputs is found when it is first asked for, and a tensor that "
                 f"`{call}` was given has been changed in place since. Ask for it before, or give copies."
             )
+
+    def later() -> Tensor:
+        check_unchanged()
         return evaluated(lambda _: "covariance")[1]
+
+    def of_positions(axis: int) -> Tensor:
+        check_unchanged()
+        found = [
+            _of_positions(jacobian, terms, axis)
+            for jacobian in jacobians(fn, center, names, x, call=call, max_bytes=max_bytes)
+        ]
+        return torch.cat(found)
 
     given = (tensors(tree) for tree in (center, x, covariances))
     versions = [(leaf, leaf._version) for leaves in given for leaf in leaves if not leaf.is_inference()]
     mean, found, form = evaluated(form_of)
     if form == "variance":
-        return Component(mean, found, later, None)
+        return Component(mean, found, later, None, of_positions if names and len(mean) else None)
     covariance = found
     if form == "joint":
         count, size = len(mean), mean.shape[1:].numel()
@@ -270,6 +287,23 @@ def pushed_through(
     )
 
 
+def _of_positions(jacobian: Jacobian, terms: Callable[[Jacobian, Form], Terms], axis: int) -> Tensor:
+    """Covariances of the outputs along an axis, by position: ``(N, *positions, C, C)``."""
+    outputs = jacobian.block.outputs[0]
+    flat = outputs.flatten(1)
+    numbers = torch.arange(flat.shape[1]).reshape(outputs.shape[1:]).movedim(axis - 1, -1)
+    size = max(min(jacobian.block.num_columns, _OUTPUTS) // max(numbers.shape[-1], 1), 1)
+    found = []
+    for some in numbers.flatten(0, -2).split(size):
+        covered = some.flatten().tolist()
+        whole = gathered(
+            terms(replace(jacobian, covered=covered), "covariance"), flat[:, covered], "covariance"
+        )
+        apart = whole.unflatten(2, some.shape).unflatten(1, some.shape)  # (N, p, C, p, C)
+        found.append(apart.diagonal(dim1=1, dim2=3).movedim(-1, 1))
+    return torch.cat(found, 1).unflatten(1, numbers.shape[:-1])
+
+
 def _check_size(count: int, outputs: Tensor, form: Form, call: str, max_bytes: int | None) -> None:
     """Refuse covariances that no memory holds, before work is spent on them."""
     size = outputs.shape[1:].numel()
@@ -279,8 +313,8 @@ def _check_size(count: int, outputs: Tensor, form: Form, call: str, max_bytes: i
     what = "all outputs" if form == "joint" else "the outputs of each row"
     raise RuntimeError(
         f"`{call}` would hold the covariance of {what}, {nbytes / 1e9:,.1f} GB for {count} rows of {size:,} "
-        "outputs. Variances need none of it: leave out `joint`, write `link='probit'`, and ask for "
-        f"`output_variance`. Or give fewer rows, or allow so much by `max_bytes={nbytes}`."
+        "outputs. Ask for `output_variance`, of a call without `joint`, which needs none of it; give fewer "
+        f"rows; or allow so much by `max_bytes={nbytes}`."
     )
 
 

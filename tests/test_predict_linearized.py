@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from zoo import F64, LOOPED_MODELS, MODELS, covering, randn, randn_like, seeded, shifted, stacked
 
 import funcbayes as fb
-from funcbayes import Gaussian, Point, _output_covariance, laplace, predict_linearized
+from funcbayes import Gaussian, Point, _output_covariance, _predict_linearized, laplace, predict_linearized
 from funcbayes._jacobian import _blocks
 from funcbayes._tree import map_named, merge, named_leaves, parameters_of, select
 from funcbayes.covariances import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, LowRankPrecision
@@ -913,15 +913,37 @@ def test_scores_do_not_depend_on_how_many_outputs_are_seen_at_a_time(name):
     assert_close(some.nll, whole.nll)
 
 
-def test_covariances_that_no_memory_holds_are_refused_before_any_work():
-    fn, params, _, _ = segmenting(4)
+@pytest.mark.parametrize("axis", [1, 2, -1])
+@pytest.mark.parametrize("link", ["bridge", "bridge_norm", "mc"])
+@pytest.mark.parametrize("name", ["diag", "kron", "low_rank", "full"])
+def test_links_of_positions_take_no_covariance_between_positions(name, link, axis):
+    plain, params, x, y = segmenting(8)
+    classes = Categorical(class_axis=axis)
+
+    def fn(params, x):
+        return plain(params, x).movedim(1, axis)
+
+    q = laplace.fit(fn, params, (x, y), classes, structure=name, seed=0)
+    options = {"likelihood": classes, "link": link, "num_samples": 3, "seed": 0}
+    whole = predict_linearized(fn, None, q, x, joint=True, **options)
+    with zoo.Largest() as largest:
+        probs = predict_linearized(fn, None, q, x, max_bytes=100_000, **options).mean
+    assert 0 < largest.nbytes <= 150_000, largest.shape  # the covariance of a row has 295 kB
+    assert_close(probs, whole.mean)
+
+
+def test_covariances_that_no_memory_holds_are_refused_before_any_work(monkeypatch):
+    fn, params, x, _ = segmenting(8)
     q = Gaussian(params, Diagonal(positive(params)))
-    x = torch.zeros(1, 1, 200, 200, dtype=F64)
-    for options in ({"joint": True}, {"likelihood": Categorical(class_axis=1), "link": "bridge"}):
-        with pytest.raises(RuntimeError, match=r"115\.2 GB for 1 rows of 120,000 outputs\. .*max_bytes="):
-            predict_linearized(fn, None, q, x, **options)
-    small = torch.zeros(1, 1, 4, 4, dtype=F64)
-    assert predict_linearized(fn, None, q, small, joint=True).joint_covariance.shape == (48, 48)
+    large = torch.zeros(1, 1, 200, 200, dtype=F64)
+    with pytest.raises(RuntimeError, match=r"115\.2 GB for 1 rows of 120,000 outputs\. .*max_bytes="):
+        predict_linearized(fn, None, q, large, joint=True)
+    monkeypatch.setattr(_predict_linearized, "_MOST_BYTES", 1000)
+    found = predict_linearized(fn, None, q, x)
+    with pytest.raises(RuntimeError, match=r"of the outputs of each row, .* 2 rows of 192 outputs"):
+        found.output_covariance  # noqa: B018
+    allowed = predict_linearized(fn, None, q, x, max_bytes=1 << 20).output_covariance
+    assert_close(allowed.diagonal(0, 1, 2), found.output_variance.reshape(2, -1))
 
 
 @pytest.mark.parametrize("structure", ["diag", "kron"])
