@@ -188,7 +188,7 @@ def _over_data(
             for rows, own in parts_of(x, num_rows):
                 targets, f = y[rows], functools.partial(_outputs, problem, own)
                 outputs = f(at)
-                problem.likelihood.check(outputs, targets, call=f"{problem.call}(data=...)")
+                problem.likelihood.check(outputs, targets, call=problem.quoted(number))
                 term = data_term(problem.likelihood, outputs.unsqueeze(0), targets, noise_power)
                 refuse_infinite(outputs, term, number, problem.call)
                 terms = term if terms is None else terms + term
