@@ -66,19 +66,42 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.embed(x)).mean(1))
 
 
-MODELS = {"mlp-small": mlp_small, "mlp": mlp, "lenet": lenet, "resnet": resnet, "transformer": Transformer}
+class Recurrent(nn.Module):
+    """Classifier of 20 steps: an LSTM of width 64."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.cell, self.drop = nn.LSTM(32, 64, batch_first=True), nn.Dropout(rate)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.cell(x)[0][:, -1]))
+
+
+MODELS = {
+    "mlp-small": mlp_small,
+    "mlp": mlp,
+    "lenet": lenet,
+    "resnet": resnet,
+    "transformer": Transformer,
+    "lstm": Recurrent,
+}
 ROWS = {
-    "mlp-small": (1, 1024),
-    "mlp": (1, 1024),
-    "lenet": (1, 128),
-    "resnet": (1, 32),
-    "transformer": (1, 64),
+    "mlp-small": (1, 32, 1024),
+    "mlp": (1, 32, 1024),
+    "lenet": (1, 32, 128),
+    "resnet": (1, 8, 32),
+    "transformer": (1, 8, 64),
+    "lstm": (1, 32, 128),
 }
 
 
 def inputs(model: str, rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"mlp-small": (64,), "mlp": (784,), "lenet": (1, 28, 28), "resnet": (3, 32, 32)}
+    shapes = {
+        **{"mlp-small": (64,), "mlp": (784,), "lstm": (20, 32)},
+        **{"lenet": (1, 28, 28), "resnet": (3, 32, 32)},
+    }
     if model == "transformer":
         return torch.randint(0, 100, (rows, 32), generator=generator)
     return torch.randn(rows, *shapes[model], generator=generator)
