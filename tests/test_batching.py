@@ -582,6 +582,7 @@ SETTINGS = {
     "rows_first": {"batch_first": True},
     "no_biases": {"bias": False, "bidirectional": True},
 }
+# They have one rule for all kinds.
 RECURRENT_CASES = [(layer, settings) for layer in LAYERS for settings in SETTINGS.values()]
 RECURRENT_CASES += [("lstm", {"proj_size": 2, "num_layers": 2}), ("lstm", {"proj_size": 2, "bias": False})]
 
@@ -610,35 +611,32 @@ def recurrent(layer, settings, mapped, shape=(5, 2), packed=False):
     return Case(func, function, shapes, letters)
 
 
-@all_kinds
 @pytest.mark.parametrize(("layer", "settings"), RECURRENT_CASES)
 @pytest.mark.parametrize("most_rows", [0, 100], ids=["draw_by_draw", "step_by_step"])
-def test_a_recurrent_layer_equals_a_loop(kind, layer, settings, most_rows, monkeypatch):
+def test_a_recurrent_layer_equals_a_loop(layer, settings, most_rows, monkeypatch):
     case = recurrent(layer, settings, "bsb")
     monkeypatch.setitem(_recurrent._MOST_ROWS, case.func, most_rows)
-    assert check(case, kind).fired
+    assert check(case, "vmap").fired
 
 
-@all_kinds
 @pytest.mark.parametrize("layer", ["lstm", "gru"])
 @pytest.mark.parametrize("mapped", MAPPED)
 @pytest.mark.parametrize("most_rows", [0, 100], ids=["draw_by_draw", "step_by_step"])
 @pytest.mark.parametrize("rows_first", [False, True])
 def test_a_recurrent_layer_equals_a_loop_whichever_arguments_are_mapped(
-    kind, layer, mapped, most_rows, rows_first, monkeypatch
+    layer, mapped, most_rows, rows_first, monkeypatch
 ):
     case = recurrent(layer, {"batch_first": rows_first, "bidirectional": True}, mapped)
     monkeypatch.setitem(_recurrent._MOST_ROWS, case.func, most_rows)
-    assert check(case, kind).fired
+    assert check(case, "vmap").fired
 
 
-@all_kinds
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("mapped", ["bbb", "bss", "ssb"])
-def test_a_recurrent_layer_of_one_sequence_and_of_packed_ones_equals_a_loop(kind, layer, mapped):
-    assert check(recurrent(layer, {}, mapped, shape=(5,)), kind).fired
+def test_a_recurrent_layer_of_one_sequence_and_of_packed_ones_equals_a_loop(layer, mapped):
+    assert check(recurrent(layer, {}, mapped, shape=(5,)), "vmap").fired
     if mapped[0] == "s":  # what draws differ in cannot be packed: torch looks at its lengths
-        assert check(recurrent(layer, {}, mapped, shape=(4, 2), packed=True), kind).fired
+        assert check(recurrent(layer, {}, mapped, shape=(4, 2), packed=True), "vmap").fired
 
 
 @pytest.mark.parametrize("layer", ["lstm", "gru"])

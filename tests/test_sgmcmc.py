@@ -705,13 +705,16 @@ class ConvNet(nn.Module):
         return self.head(torch.cat([features, extra], -1))
 
 
-class Reader(nn.Module):
+class Branching(nn.Module):
+    """``vmap`` cannot look at numbers."""
+
     def __init__(self):
         super().__init__()
-        self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
 
     def forward(self, x):
-        return self.head(self.lstm(x)[0][:, -1])
+        hidden = self.body(x)
+        return self.head(torch.tanh(hidden) if float(hidden.detach().sum()) > -99.0 else hidden)
 
 
 def mlp():
@@ -850,8 +853,8 @@ def test_streams_whose_shapes_differ_are_evaluated_one_by_one(chunk_size):
 def test_a_model_that_cannot_be_mapped_is_evaluated_chain_by_chain():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fn, params = fb.make_functional(Reader().double())
-    data = randn(6, 4, 3), torch.tensor([0, 1, 1, 0, 1, 0])
+        fn, params = fb.make_functional(Branching().double())
+    data = randn(6, 3), torch.tensor([0, 1, 1, 0, 1, 0])
     with pytest.warns(UserWarning, match=r"`sgmcmc.run` evaluates draws one by one, because `vmap` cannot"):
         together = run(fn, params, data, num_chains=2)
     for k, seed in enumerate(member_seeds(3, 2)):

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_predict_linearized import Largest, flat, jacobian
+from test_predict_linearized import flat, jacobian
 from torch import nn
 from torch.testing import assert_close
-from zoo import randn
+from zoo import Largest, randn
 
 import funcbayes as fb
 from funcbayes import Gaussian, laplace, predict_linearized

@@ -329,7 +329,6 @@ MODELS: dict[str, Callable[[], Model]] = {
     "keywords": lambda: from_module(TextNet, words, "head", keywords=True),
     "tied": lambda: from_module(Tied, tokens(3, 5), "norm"),
     "lstm": lambda: from_module(Recurrent, rows(4, 3), "head"),
-    "gru": lambda: from_module(lambda: Recurrent(nn.GRU), rows(4, 3), "head"),
     "mlp_dropout": lambda: from_module(lambda: mlp(0.3), rows(3), "6", drops=True),
     "conv_dropout": lambda: from_module(lambda: conv_net(0.3), rows(2, 9, 8), "7", drops=True),
     "own_attention_dropout": lambda: from_module(lambda: OwnAttention(0.3), rows(5, 4), "head", drops=True),
