@@ -96,7 +96,7 @@ def test_a_process_of_many_data(number, dtype):
     evidence = evidence - 0.5 * (2 * torch.logdet(k) + number * weights.square().sum())
     if dtype is torch.float32:
         assert_close(process.log_marginal_likelihood.double(), evidence, rtol=1e-4, atol=0)
-    assert process.log_marginal_likelihood.dtype is dtype
+    assert process.log_marginal_likelihood.dtype is torch.promote_types(dtype, torch.float32)
 
 
 def test_a_process_without_a_prior_to_speak_of_is_refused():
@@ -166,7 +166,7 @@ def test_convolutions_with_many_outputs_are_formed_part_by_part(joint, monkeypat
             found.joint_covariance, expected.joint_covariance, rtol=1e-4, atol=1e-5
         )
         formed = 3 * outputs * channels * channels // 2 * 9
-        assert largest.numel < formed / 2, largest.shape
+        assert largest.nbytes < 4 * formed / 2, largest.shape
 
 
 def test_the_covariance_between_rows_needs_no_jacobian_of_linear_layers():
@@ -175,7 +175,7 @@ def test_the_covariance_between_rows_needs_no_jacobian_of_linear_layers():
     q, x = Gaussian(params, fb.covariances.Diagonal(variance)), randn(12, 64).float()
     with Largest() as largest:
         found = predict_linearized(fn, None, q, x, joint=True).joint_covariance
-    assert largest.numel < 12 * 4 * 64 * 96 / 2, largest.shape
+    assert largest.nbytes < 4 * (12 * 4 * 64 * 96) / 2, largest.shape
     wide = fb.to(params, dtype=torch.float64)
     j = jacobian(fn, wide, wide, x.double())
     expected = j * flat({name: variance[name] for name in sorted(variance)}).double() @ j.mT
