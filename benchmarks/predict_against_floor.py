@@ -1,9 +1,9 @@
-"""`predict` with fixed draws takes at most 1.3 times as long as one network for as many rows, mostly.
+"""How near `predict` with fixed draws is to its floor: one network for as many rows.
 
 The floor of any way to evaluate 32 draws at N rows is one network at 32 N rows, in whichever pieces are
 fastest: it reads the weights once, and its products are as large as can be. The ratio is the time of that
 floor over ours. It cannot be reached where weights are what is read, with one row of a wide network above
-all, where they are 32 times as many.
+all, where they are 32 times as many; nothing is claimed of it.
 """
 
 import functools
@@ -28,7 +28,7 @@ def run(repeats: int) -> Iterator[Result]:
         for rows in ROWS[name]:
             found.append(_cell(name, rows, repeats))
             yield found[-1]
-    yield median_of("median of all", found, at_least=1 / 1.3)
+    yield median_of("median of all", found)
 
 
 def _cell(name: str, rows: int, repeats: int) -> Result:
