@@ -524,7 +524,7 @@ OTHERS: dict[str, Case] = {
 # ``vmap`` cannot take these: a loop over rows, with a warning.
 LOOPED: dict[str, Case] = {
     "lstm": Case(
-        zoo.MODELS["lstm"],
+        zoo.SLOW_MODELS["lstm"],
         tuple(
             f"cell.{kind}_{side}_l{layer}"
             for kind in ("bias", "weight")
@@ -990,7 +990,7 @@ def test_a_second_use_of_a_weight_is_seen_even_if_no_number_tells_of_it_at_first
 
 
 def test_that_rows_are_found_one_by_one_is_said_once():
-    model = zoo.MODELS["lstm"]()
+    model = zoo.SLOW_MODELS["lstm"]()
     x = model.inputs(4)
     (block,) = some(model, x, None)
     with pytest.warns(UserWarning, match="found one by one"):

@@ -24,6 +24,7 @@ from zoo import (
     LOOPED_MODELS,
     MODELS,
     POSTERIORS,
+    SLOW_MODELS,
     WITH_FIXED,
     expected_samples,
     gaussian,
@@ -472,6 +473,19 @@ def test_one_draw_that_memory_is_not_enough_for_is_an_error():
         fb.predict(Small(0), linear_params(), gaussian(linear_params()), randn(4, 3), num_samples=4, seed=0)
 
 
+@pytest.mark.parametrize("num_rows", [1, 20])
+def test_recurrent_layers_are_evaluated_in_one_pass_without_a_warning(num_rows):
+    model = SLOW_MODELS["lstm"]()
+    for posterior in (gaussian(model.params), POSTERIORS["linearized"](model), POSTERIORS["mixture"](model)):
+        x = model.inputs(num_rows)
+        expected = expected_samples(model, posterior, x, S, 0)
+        for chunk_size in (None, 3, S):
+            got = fb.predict(
+                model.fn, model.params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size
+            )
+            assert_close(got.samples, expected)
+
+
 # Compiled programs.
 
 OVER_PARAMETERS = (
@@ -496,7 +510,7 @@ def traced(monkeypatch):
 @pytest.mark.parametrize("posterior", OVER_PARAMETERS)
 @pytest.mark.parametrize("name", ["linear", "conv", "transformer", "lstm", "keywords"])
 def test_a_traced_program_gives_what_the_engine_gives(traced, name, posterior):
-    model = MODELS[name]()
+    model = {**MODELS, **SLOW_MODELS}[name]()
     q = {**POSTERIORS, **WITH_FIXED}[posterior](model)
     for seed, chunk_size in ((0, 3), (1, 3), (2, None)):
         options = {"num_samples": 7, "seed": seed, "chunk_size": chunk_size}

@@ -328,7 +328,6 @@ MODELS: dict[str, Callable[[], Model]] = {
     "transformer": lambda: from_module(transformer, rows(5, 4), "1"),
     "keywords": lambda: from_module(TextNet, words, "head", keywords=True),
     "tied": lambda: from_module(Tied, tokens(3, 5), "norm"),
-    "lstm": lambda: from_module(Recurrent, rows(4, 3), "head"),
     "mlp_dropout": lambda: from_module(lambda: mlp(0.3), rows(3), "6", drops=True),
     "conv_dropout": lambda: from_module(lambda: conv_net(0.3), rows(2, 9, 8), "7", drops=True),
     "own_attention_dropout": lambda: from_module(lambda: OwnAttention(0.3), rows(5, 4), "head", drops=True),
@@ -339,6 +338,10 @@ MODELS: dict[str, Callable[[], Model]] = {
     "functional_dropout": lambda: from_function(
         dropping, {"w": randn(3, 4), "head": randn(4, 2, seed=1)}, rows(3), "head", drops=True
     ),
+}
+# Slow, and for a few tests only.
+SLOW_MODELS: dict[str, Callable[[], Model]] = {
+    "lstm": lambda: from_module(Recurrent, rows(4, 3), "head"),
 }
 # Rows of the first axis depend on each other, so that a curvature is no sum over them.
 ROWS_TOGETHER = ("attention_weights", "attention_rows_second")
