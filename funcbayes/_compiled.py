@@ -50,5 +50,4 @@ def _compile(evaluate: Evaluate, tree: Any) -> Evaluate:
         warnings.simplefilter("ignore")  # of tracing, to whoever reads the program
         graph = make_fx(of_tensors)(*tensors(tree))
     program = torch.compile(graph, dynamic=False)
-    leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # or they would stay alive
     return lambda tree: program(*tensors(tree))

@@ -238,7 +238,7 @@ class _Run:
                 if size == 1:
                     raise
                 self.tuner.most = most = size // 2
-        _give_back_memory()
+            _give_back_memory()
         return torch.cat([self._attempt(half, mechanism) for half in _parts(part.start, part.stop, most)])
 
     def _by_rules_or_without(self, part: slice, mechanism: Mechanism) -> Tensor:

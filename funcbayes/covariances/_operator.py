@@ -177,11 +177,16 @@ class Inverse(Operator):
         return along, columns - factors @ along
 
 
+def capacitance(whitened: Tensor) -> Tensor:
+    """``I + M^T M``, ``(R, R)``."""
+    identity = torch.eye(whitened.shape[-1], dtype=whitened.dtype, device=whitened.device)
+    return identity + whitened.mT @ whitened
+
+
 def root_of_capacitance(whitened: Tensor) -> Tensor:
     """Lower Cholesky factor of ``I + M^T M``, ``(R, R)``."""
-    identity = torch.eye(whitened.shape[-1], dtype=whitened.dtype, device=whitened.device)
     try:
-        return torch.linalg.cholesky(identity + whitened.mT @ whitened)
+        return torch.linalg.cholesky(capacitance(whitened))
     except torch.linalg.LinAlgError as err:
         raise RuntimeError(
             "The diagonal part is lost in rounding beside the factors of low rank, which are far larger and "

@@ -13,7 +13,7 @@ from .._tree import Params, map_leaves, map_named, named_leaves, pytree_dataclas
 from ..covariances import Covariance, LowRankPlusDiagonal
 from ..covariances._flat import ravel, ravel_columns
 from ..covariances._noise import add_product, leaf_noise, shared_noise
-from ..covariances._operator import Operator, Sum
+from ..covariances._operator import Operator, Sum, capacitance
 from ._scale import Scale
 from ._state import VariationalState, softplus_inverse
 
@@ -103,7 +103,5 @@ class _SumInTraining(Sum):
 
     @functools.cached_property
     def root(self) -> Tensor:
-        whitened = self.factors / self.d.sqrt().unsqueeze(-1)
-        identity = torch.eye(whitened.shape[-1], dtype=whitened.dtype, device=whitened.device)
-        root, failed = torch.linalg.cholesky_ex(identity + whitened.mT @ whitened)
+        root, failed = torch.linalg.cholesky_ex(capacitance(self.factors / self.d.sqrt().unsqueeze(-1)))
         return torch.where(failed > 0, torch.nan, root)
