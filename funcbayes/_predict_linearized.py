@@ -14,7 +14,6 @@ from ._linearized_prediction import Component, LinearizedPrediction, Link, check
 from ._output_covariance import Form, Jacobian, Terms, covariance_terms, gathered, jacobians
 from ._random import Seed
 from ._tree import Params, as_tree, merge, missing_path, named_leaves, num_rows, parameters_of, tensors
-from .curvature._columns import num_positions
 from .likelihoods import Categorical, Likelihood
 from .likelihoods._checks import check_is_likelihood
 from .posteriors import Dropout, Ensemble, Gaussian, Join, Mixture, Point, Posterior
@@ -116,7 +115,7 @@ def predict_linearized(
 def wants_covariance(likelihood: Likelihood | None, link: Link) -> Callable[[Tensor], bool]:
     """Whether the link needs the covariance of all outputs of a row, and not just of those of a position."""
     return lambda outputs: (
-        isinstance(likelihood, Categorical) and link != "probit" and num_positions(likelihood, outputs) == 1
+        isinstance(likelihood, Categorical) and link != "probit" and likelihood.num_positions(outputs) == 1
     )
 
 

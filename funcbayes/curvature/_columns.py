@@ -68,7 +68,7 @@ def ggn_columns(likelihood: Likelihood, *, with_noise: bool = False) -> Columns:
 
     def count(event: torch.Size) -> int:
         probe = torch.zeros(1, *event)
-        return min(max(len(unit.fisher_sqrt(probe)), 1) * num_positions(unit, probe), AT_ONCE)
+        return min(max(len(unit.fisher_sqrt(probe)), 1) * unit.num_positions(probe), AT_ONCE)
 
     return Columns(roots, unit, count)
 
@@ -122,7 +122,7 @@ def positions_apart(roots: Tensor, likelihood: Likelihood, outputs: Tensor) -> I
     The positions of a row are separate blocks of the Fisher. A column that carried all of them would add
     products between positions when its gradient is squared.
     """
-    count = num_positions(likelihood, outputs)
+    count = likelihood.num_positions(outputs)
     if count == 1:
         yield roots
         return
@@ -134,13 +134,6 @@ def positions_apart(roots: Tensor, likelihood: Likelihood, outputs: Tensor) -> I
         only = torch.zeros_like(aside)
         only[..., p] = aside[..., p]
         yield only.unflatten(4, places).movedim(3, axis + 2)
-
-
-def num_positions(likelihood: Likelihood, outputs: Tensor) -> int:
-    """How many blocks of the Fisher a row of the outputs has."""
-    axis = likelihood.output_axis(outputs)
-    sizes = outputs.shape[1:].numel()
-    return max(sizes, 1) if axis is None else max(sizes // max(outputs.shape[axis], 1), 1)
 
 
 def at_once(columns: Iterator[Tensor] | list[Tensor], size: int) -> Iterator[Tensor]:

@@ -134,14 +134,10 @@ class Problem:
     def num_outputs(self) -> int:
         """``C``, of one position of a row."""
         _, x, _ = next(self.batches())
-        outputs = torch.empty(1, *self.check_rows(x))
+        single = self.params if self.num_members is None else index(self.params, 0)
+        outputs = torch.empty(1, *plan_for(self.fn, single, (), x, self.call).event)
         axis = self.likelihood.output_axis(outputs)
         return 1 if axis is None else outputs.shape[axis]
-
-    def check_rows(self, x: Any) -> torch.Size:
-        """Refuse a model whose rows depend on each other; returns the shape of the outputs of one row."""
-        single = self.params if self.num_members is None else index(self.params, 0)
-        return plan_for(self.fn, single, (), x, self.call).event
 
     def quoted(self, number: int) -> str:
         """The call, for what is said of a batch."""

@@ -50,6 +50,12 @@ class Likelihood(abc.ABC):
         """
         return outputs.ndim - 1 if outputs.ndim > 1 else None
 
+    def num_positions(self, outputs: Tensor) -> int:
+        """How many blocks of the Fisher a row of the outputs has."""
+        axis = self.output_axis(outputs)
+        size = outputs.shape[1:].numel()
+        return max(size, 1) if axis is None else max(size // max(outputs.shape[axis], 1), 1)
+
     @abc.abstractmethod
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return ``log p(y | f)``, ``(N,)``: summed over the positions and outputs of a row.
