@@ -1,53 +1,137 @@
-"""A chunk of draws as one compiled program.
+"""Functions of trees of tensors as compiled programs.
 
-The model is traced with its rules and transforms already applied, to the plain operations that they end in;
-so nothing of it can break the graph, and ``torch.compile`` sees arithmetic alone.
+A function is written down with rules and transforms already applied, as the plain operations that it ends
+in; so nothing of it can break the graph, and ``torch.compile`` sees arithmetic alone. Noise stays what it is:
+seeds are inputs, and generators are called by operators that are left as they are.
 """
 
 import warnings
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
+from ._functorch import traced
 from ._remember import Remembered
 from ._tree import tensors
 
-Evaluate = Callable[[Any], Tensor]
-_programs: Remembered[Evaluate] = Remembered()
+Evaluate = Callable[[Any], Any]
+_programs: Remembered["_Program"] = Remembered()
+# Propagating indices would hash what `torch.arange` counts in integers that do not wrap around.
+_OPTIONS: dict[str, Any] = {"constant_and_index_propagation": False}
 
 
-def compiled(owner: Any, key: Hashable, evaluate: Evaluate, tree: Any) -> Tensor:
+def compiled(owner: Any, key: Hashable, evaluate: Evaluate, tree: Any) -> Any:
     """Evaluate by a program that is compiled at the first call with a key.
 
     Args:
-        owner: What programs are remembered for: the model.
-        key: What the operations depend on, beside the tensors of ``tree``.
-        evaluate: A function of ``tree``, to tensors only through its tensors.
-        tree: Tensors, and whatever else stays the same for a key.
+        owner: What programs are remembered for.
+        key: What the operations depend on, beside ``tree``.
+        evaluate: A function of ``tree``, to a tree; through its tensors and what else is in it only. Without
+            gradients.
+        tree: Tensors of other values may come in the place of these; whatever else there is is a part of the
+            program, and there is another one for something else.
 
     Returns:
         What ``evaluate(tree)`` gives, to rounding.
     """
-    return _programs.get(owner, key, lambda: _compile(evaluate, tree))(tree)
-
-
-def _compile(evaluate: Evaluate, tree: Any) -> Evaluate:
-    from torch.fx.experimental.proxy_tensor import make_fx  # as slow to import as all of us
-
     leaves, structure = optree.tree_flatten(tree)
-    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    rest = tuple(leaf if _is_plain(leaf) else id(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
+    shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors(tree))
+    whole = (key, structure, rest, shapes)
+    return _programs.get(owner, whole, lambda: _Program.of(evaluate, tree))(leaves)
 
-    def of_tensors(*given: Tensor) -> Tensor:
-        own = list(leaves)
-        for i, tensor in zip(where, given, strict=True):
-            own[i] = tensor
-        return evaluate(structure.unflatten(own))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing, to whoever reads the program
-        graph = make_fx(of_tensors)(*tensors(tree))
-    program = torch.compile(graph, dynamic=False)
-    return lambda tree: program(*tensors(tree))
+def with_gradient(owner: Any, key: Hashable, evaluate: Callable[[Any], Tensor], tree: Any) -> Tensor:
+    """A number, differentiable once in the tensors of ``tree``: :func:`compiled` together with its gradient.
+
+    Args:
+        owner: As there.
+        key: As there.
+        evaluate: A function of ``tree`` to a scalar, differentiable.
+        tree: As there; gradients are found for tensors that require them.
+    """
+    leaves, structure = optree.tree_flatten(tree)
+    wants = [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled()
+    ]
+
+    def value_and_gradient(tree: Any) -> tuple[Tensor, list[Tensor | None]]:
+        own = optree.tree_leaves(tree)
+        for i in wants:
+            own[i] = own[i].detach().requires_grad_()
+        with torch.enable_grad():
+            value = evaluate(structure.unflatten(own))
+            chosen = [own[i] for i in wants]
+            gradient = torch.autograd.grad(value, chosen, allow_unused=True) if chosen else ()
+        return value.detach(), list(gradient)
+
+    plain = structure.unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+    value, gradient = compiled(owner, (key, tuple(wants)), value_and_gradient, plain)
+    return _Known.apply(value, gradient, *(leaves[i] for i in wants)) if wants else value
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradient was found with it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradient: list[Tensor | None], *leaves: Tensor) -> Tensor:
+        del leaves
+        ctx.save_for_backward(*gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, None, *(None if g is None else grad_outputs[0] * g for g in ctx.saved_tensors)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A program for leaves of one kind.
+
+    Attributes:
+        run: Gives tensors, given tensors.
+        kept: What is not a tensor among the leaves, which is a part of the program.
+        others: What is not a tensor among the results, ``None`` where one is.
+        structure: Of the results.
+    """
+
+    run: Callable[..., list[Tensor]]
+    kept: list[Any]
+    others: list[Any]
+    structure: Any
+
+    @classmethod
+    def of(cls, evaluate: Evaluate, tree: Any) -> "_Program":
+        leaves, structure = optree.tree_flatten(tree)
+        found: list[Any] = []
+
+        def of_tensors(*given: Tensor) -> list[Tensor]:
+            own = iter(given)
+            whole = structure.unflatten([next(own) if isinstance(t, Tensor) else t for t in leaves])
+            found[:] = optree.tree_flatten(evaluate(whole), none_is_leaf=True)
+            return [leaf for leaf in found[0] if isinstance(leaf, Tensor)]
+
+        evaluate(tree)  # what is found out about a model by looking at numbers is known from here on
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tracing, to whoever reads the program
+            graph = traced(of_tensors, tensors(tree))
+        run = torch.compile(graph, dynamic=False, options=_OPTIONS)
+        kept = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        results, shape = found
+        return cls(run, kept, [None if isinstance(t, Tensor) else (t,) for t in results], shape)
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        made = iter(self.run(*(leaf for leaf in leaves if isinstance(leaf, Tensor))))
+        return self.structure.unflatten([next(made) if other is None else other[0] for other in self.others])
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a leaf says all that it is by being equal."""
+    return leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device)

@@ -186,26 +186,22 @@ class _Run:
 
         def evaluate(tree: Any) -> Tensor:
             draws, params, x = tree
-            own = _Run(
-                *(self.fn, params, x, self.make_draws, self.numbers, self.cell[0], self.noise),
-                *(self.first_row, self.dtype),
-            )
+            fixed = self.cell[0], self.noise, 0, self.dtype
+            own = _Run(self.fn, params, x, self.make_draws, self.numbers, *fixed)
             return own._outputs(draws, mechanism, 0)
 
         for part in _parts(0, self.num_draws, size):
             draws, count = self.draws(part), part.stop - part.start
-            if _of_kind(DropoutMasks, draws):
-                raise ValueError(
-                    "`predict(compile=True)` should be given a posterior over parameters, got one with "
-                    "dropout. Its masks are a function of the seed by integers that wrap around, which "
-                    "compiled code does not keep to. Leave `compile` out."
-                )
             if count < size:
                 draws = index(draws, torch.arange(size).clamp_max(count - 1))
-            tree: Any = (draws, self.params, self.x)
-            rest = tuple(repr(leaf) for leaf in optree.tree_leaves(tree) if not isinstance(leaf, Tensor))
-            shapes = tuple((t.shape, t.stride(), t.dtype) for t in tensors(tree))
-            yield part, compiled(self.fn, ("predict", self.cell, size, shapes, rest), evaluate, tree)[:count]
+            # Numbers of rows are hashed into the keys here: they are no part of the program.
+            draws = Draw(draws.leaves, tuple(map(self._at_rows, draws.effects)))
+            outputs = compiled(self.fn, ("predict", self.cell), evaluate, (draws, self.params, self.x))
+            yield part, outputs[:count]
+
+    def _at_rows(self, effect: Any) -> Any:
+        is_masks = isinstance(effect, DropoutMasks) and not effect.shared_mask
+        return effect.at_rows(self.first_row, None) if is_masks else effect
 
     def chosen(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks by the best mechanism known; while that is being learned, by those to be timed."""

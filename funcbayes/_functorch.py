@@ -6,7 +6,7 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -36,6 +36,25 @@ def physical(tensor: Tensor) -> Tensor:
 def is_concrete(tensor: Tensor) -> bool:
     """Whether the numbers of ``tensor`` can be looked at: it is not inside a transform."""
     return not _functorch.is_functorch_wrapped_tensor(tensor) and tensor.device.type != "meta"
+
+
+_writing = threading.local()
+
+
+def is_traced() -> bool:
+    """Whether what runs is being written down as a program: numbers that are read would become part of it."""
+    return getattr(_writing, "is_on", False)
+
+
+def traced(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """The operations of plain tensors that a function ends in, as a program."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # as slow to import as all of us
+
+    _writing.is_on = True
+    try:
+        return make_fx(function)(*inputs)
+    finally:
+        _writing.is_on = False
 
 
 def is_inside_transform() -> bool:

@@ -76,7 +76,7 @@ def predict(
         compile: Evaluate by a program that ``torch.compile`` makes of one chunk of draws, once for each shape
             of ``x`` and number of draws, which takes seconds to a minute: for many batches of one shape, or a
             server. Results change by rounding only. What ``fn`` refers to beside its arguments stays as it
-            was at the first call. Not for dropout, and not where gradients are wanted.
+            was at the first call. Not where gradients are wanted.
 
     Returns:
         The prediction. It is differentiable in ``params``, ``posterior`` and ``x`` where gradients are

@@ -19,7 +19,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._functorch import is_concrete, is_inside_transform, outside_transforms
+from ._functorch import is_concrete, is_inside_transform, is_traced, outside_transforms
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -166,9 +166,9 @@ def _noise(
         out = torch.empty(tuple(shape), dtype=wide)
         _fill_row(out, key, torch.Generator(), gaussian)
         return out.to(dtype)
-    if not is_inside_transform():
+    if not is_inside_transform() and not is_traced():
         return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)
-    if is_concrete(key):  # without the cost of an operator
+    if is_concrete(key) and not is_traced():  # without the cost of an operator
         with outside_transforms():
             return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)
     return _noise_op()(key, list(shape), wide, device, gaussian).to(dtype)

@@ -3,7 +3,6 @@
 import collections
 import copy
 import gc
-import shutil
 import threading
 import warnings
 import weakref
@@ -25,7 +24,6 @@ from zoo import (
     MODELS,
     POSTERIORS,
     SLOW_MODELS,
-    WITH_FIXED,
     expected_samples,
     gaussian,
     linear,
@@ -484,86 +482,6 @@ def test_recurrent_layers_are_evaluated_in_one_pass_without_a_warning(num_rows):
                 model.fn, model.params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size
             )
             assert_close(got.samples, expected)
-
-
-# Compiled programs.
-
-OVER_PARAMETERS = (
-    "gaussian",
-    "ensemble",
-    "gaussian_head_only",
-    "swag",
-    "mixture",
-    "linearized",
-    "gaussian_fixed",
-)
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """Programs as they are traced, without a compiler; how many there are."""
-    made = []
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: made.append(graph) or graph)
-    return made
-
-
-@pytest.mark.parametrize("posterior", OVER_PARAMETERS)
-@pytest.mark.parametrize("name", ["linear", "conv", "transformer", "lstm", "keywords"])
-def test_a_traced_program_gives_what_the_engine_gives(traced, name, posterior):
-    model = {**MODELS, **SLOW_MODELS}[name]()
-    q = {**POSTERIORS, **WITH_FIXED}[posterior](model)
-    for seed, chunk_size in ((0, 3), (1, 3), (2, None)):
-        options = {"num_samples": 7, "seed": seed, "chunk_size": chunk_size}
-        x = model.inputs(6 - seed)  # of another number of rows
-        with torch.no_grad():
-            got = fb.predict(model.fn, model.params, q, x, compile=True, **options)
-        assert_close(got.samples, fb.predict(model.fn, model.params, q, x, **options).samples)
-
-
-def test_there_is_one_program_for_all_chunks_and_calls_of_one_shape(traced):
-    params, x = linear_params(), randn(4, 3)
-    fn = lambda params, x: linear(params, x)  # noqa: E731 - a model of its own
-    for seed in range(3):
-        moved = {name: leaf + seed for name, leaf in params.items()}
-        options = {"num_samples": 8, "seed": seed, "chunk_size": 3}  # 3 + 3 + 2
-        got = fb.predict(fn, moved, gaussian(moved), x + seed, compile=True, **options).samples
-        assert_close(got, fb.predict(linear, moved, gaussian(moved), x + seed, **options).samples)
-    assert len(traced) == 1
-    batches = [(x, torch.zeros(4)), (x + 1, torch.zeros(4))]
-    fb.predict_batches(fn, params, gaussian(params), batches, num_samples=8, chunk_size=3, compile=True)
-    assert len(traced) == 1
-    fb.predict(fn, params, gaussian(params), x[:2], num_samples=8, chunk_size=3, compile=True)
-    assert len(traced) == 2
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler of C++")
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler
-def test_a_compiled_program_gives_what_the_engine_gives():
-    model = MODELS["conv"]()
-    options = {"num_samples": 5, "chunk_size": 2, "seed": 0}
-    x, q = model.inputs(3), gaussian(model.params)
-    got = fb.predict(model.fn, model.params, q, x, compile=True, **options)
-    assert_close(got.samples, fb.predict(model.fn, model.params, q, x, **options).samples)
-
-
-def test_what_cannot_be_compiled_is_refused():
-    model = MODELS["mlp_dropout"]()
-    with pytest.raises(
-        ValueError, match=r"predict\(compile=True\)` should be given a posterior over parameters"
-    ):
-        fb.predict(model.fn, model.params, fb.Dropout(), model.inputs(3), compile=True)
-    params = {name: leaf.requires_grad_() for name, leaf in linear_params().items()}
-    with pytest.raises(ValueError, match=r"without gradients .* torch.no_grad"):
-        fb.predict(linear, params, gaussian(linear_params()), randn(4, 3), compile=True)
-
-
-@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
-def test_a_model_that_vmap_cannot_take_is_not_compiled(traced):
-    model = LOOPED_MODELS["item"][1]()
-    x, q, options = model.inputs(3), gaussian(model.params), {"num_samples": 3, "seed": 0}
-    got = fb.predict(model.fn, model.params, q, x, compile=True, **options)
-    assert_close(got.samples, fb.predict(model.fn, model.params, q, x, **options).samples)
-    assert not traced
 
 
 # Models that vmap cannot take.

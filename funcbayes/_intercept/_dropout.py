@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import is_concrete, unintercepted, unwrap, vmap_level, wrap
+from .._functorch import is_concrete, is_traced, unintercepted, unwrap, vmap_level, wrap
 from .._random import fold, uniform
 from .._tree import Params, Where, matcher, pytree_dataclass, static
 from ._attention import attention_weights, open_attention
@@ -186,7 +186,7 @@ def _uniform(key: Tensor, site: int, shape: Sequence[int], device: torch.device)
     physical, axis = (key, None) if level is None else unwrap(key, level)
     if level is None or axis is None:
         # One key is hashed, and its noise made, with fewer calls as a plain number.
-        is_plain = level is None and is_concrete(key) and not key.ndim
+        is_plain = level is None and is_concrete(key) and not key.ndim and not is_traced()
         return uniform(fold(int(key) if is_plain else key, site), shape, device=device)
     # The keys of all draws at once: hashing them through vmap would cost more than the mask.
     return wrap(uniform(fold(physical.movedim(axis, 0), site), shape, device=device), 0, level)

@@ -37,6 +37,7 @@ def fit(
     adversarial: float | None = None,
     validation: Data | None = None,
     patience: int | None = None,
+    compile: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Ensemble:
@@ -79,6 +80,7 @@ def fit(
             epoch. All members are evaluated in one vectorised pass where that goes.
         patience: After how many epochs in a row that do not improve on ``validation`` a member is done:
             its best epoch so far is kept, as if it were alone. Training ends when all are.
+        compile: As for :func:`funcbayes.training.fit`.
         progress: Whether to show a bar over the epochs.
         callback: ``(epoch, losses, members)`` after every epoch, with the mean loss of each member ``(K,)``;
             training ends when it returns ``True``.
@@ -111,6 +113,7 @@ def fit(
         scheduler=scheduler,
         scheduler_interval=scheduler_interval,
         max_grad_norm=max_grad_norm,
+        compile=compile,
         progress=progress,
         callback=callback,
         patience=patience,

@@ -30,6 +30,7 @@ from ..posteriors import Gaussian
 from ..training._data import Data, open_data
 from ..training._fit import for_one, with_member_axis
 from ..training._loop import minimize
+from ..training._objective import Objective
 from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
 from ._posterior import posterior
 from ._prior import Numbers, Prior, by_leaf, chosen_leaves
@@ -213,7 +214,7 @@ def train(
     )
 
 
-class _NegativeLogJoint:
+class _NegativeLogJoint(Objective):
     """The mean negative log joint under the present prior and noise."""
 
     def __init__(self, fn: Any, likelihood: Likelihood, precision: dict[str, Tensor], num_data: int) -> None:

@@ -58,6 +58,7 @@ def fit(
     scheduler_interval: Interval = "epoch",
     max_grad_norm: float | None = None,
     chunk_size: int | None = None,
+    compile: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Gaussian:
@@ -97,6 +98,7 @@ def fit(
         max_grad_norm: Longer gradients are shortened to this norm, each network's by itself.
         chunk_size: With ``stacked``, how many networks are evaluated at a time, as in
             :func:`funcbayes.ensemble.fit`.
+        compile: As for :func:`funcbayes.training.fit`.
         progress: Whether to show a bar over the epochs.
         callback: As in :func:`funcbayes.training.fit`; with ``stacked`` as in
             :func:`funcbayes.ensemble.fit`. A snapshot of the epoch is taken before.
@@ -141,6 +143,7 @@ def fit(
         scheduler=scheduler,
         scheduler_interval=scheduler_interval,
         max_grad_norm=max_grad_norm,
+        compile=compile,
         progress=progress,
         callback=for_one(callback) if callback is not None and not stacked else callback,
     )

@@ -36,6 +36,7 @@ def fit(
     adversarial: float | None = None,
     validation: Data | None = None,
     patience: int | None = None,
+    compile: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Params:
@@ -83,6 +84,9 @@ def fit(
             same order. After every epoch their mean ``-log p(y|f)`` is found in evaluation mode,
             and the result is the epoch at which it is lowest; one that is not finite never is.
         patience: After how many epochs in a row without a lower one training ends; ``None``: never.
+        compile: Whether the loss and its gradient are found by a program that ``torch.compile`` makes, one
+            for each shape of a batch, which takes up to a minute. Results change by rounding, which training
+            magnifies. What ``fn`` refers to beside its arguments stays as it was at the first step.
         progress: Whether to show a bar over the epochs.
         callback: ``(epoch, loss, params)`` after every epoch, with the mean loss of the epoch as a float and
             a copy of the parameters; training ends when it returns ``True``.
@@ -114,6 +118,7 @@ def fit(
         scheduler=scheduler,
         scheduler_interval=scheduler_interval,
         max_grad_norm=max_grad_norm,
+        compile=compile,
         progress=progress,
         callback=callback and for_one(callback),
         patience=patience,

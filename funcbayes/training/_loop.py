@@ -67,7 +67,7 @@ def minimize(
     """
     # Whatever the caller's mode: gradients are needed here, and tensors that autograd can save.
     with torch.inference_mode(False), torch.enable_grad():
-        networks = Networks(objective, members, seeds, where, options.call)
+        networks = Networks(objective, members, seeds, where, options.call, compile=options.compile)
         movers = make_movers(networks.leaves, options)
 
         def present() -> Params:

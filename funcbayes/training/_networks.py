@@ -1,6 +1,6 @@
 """The networks being trained, and their losses and gradients one by one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,6 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
+from .._compiled import compiled
 from .._random import Seed, fold, forked
 from .._tree import (
     Fixed,
@@ -36,7 +37,14 @@ class Networks:
     """
 
     def __init__(
-        self, objective: Objective, members: Params, seeds: Sequence[int], where: Where | None, call: str
+        self,
+        objective: Objective,
+        members: Params,
+        seeds: Sequence[int],
+        where: Where | None,
+        call: str,
+        *,
+        compile: bool = False,
     ) -> None:
         members = map_leaves(lambda leaf: ready(leaf, None), members)
         chosen = matcher(where)
@@ -50,7 +58,7 @@ class Networks:
             )
         self.num_members = len(seeds)
         self.objective = objective
-        self.call = call
+        self.call, self.compile = call, compile
         self.members = members
         self.leaves, self._spec = optree.tree_flatten(select(members, lambda name, _: name in trained))
         self.held = select(members, lambda name, leaf: name not in trained and not isinstance(leaf, Fixed))
@@ -69,24 +77,61 @@ class Networks:
         return self.leaves[0].device
 
     def loss(
-        self, leaves: Sequence[Tensor], held: Params, fixed: Params, pair: tuple[Any, Tensor], key: Seed
+        self,
+        objective: Objective,
+        leaves: Sequence[Tensor],
+        held: Params,
+        fixed: Params,
+        pair: tuple[Any, Tensor],
+        key: Seed,
     ) -> tuple[Tensor, Params]:
         """Loss of one network and its fixed values afterwards: a pure function."""
         params = merge(merge(held, self._spec.unflatten(leaves)), fixed)
-        loss, changed = self.objective(params, *pair, key, False)
+        loss, changed = objective(params, *pair, key, False)
         return loss, merge(fixed, changed) if changed else fixed
+
+    def run(self, key: Hashable, function: Callable[[Objective, Any], Any], given: Any) -> Any:
+        """A pure function of the objective and a tree, by a compiled program where that is asked for.
+
+        Args:
+            key: What the function depends on beside its arguments and what stays the same in training.
+            function: Gives a tree without gradients.
+            given: A tree of tensors, and what else there is.
+        """
+        if not self.compile or (self.adds_buffers and self.num_steps == 0):
+            return function(self.objective, given)
+
+        def evaluate(tree: Any) -> Any:
+            numbers, given = tree
+            return function(self.objective.at(numbers), given)
+
+        return compiled(self, key, evaluate, (self.objective.numbers(), given))
 
     def gradient(
         self, k: int, leaves: Sequence[Tensor], batch: Batch | RaggedBatch
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """Loss of network ``k`` alone, and its gradient in ``leaves``, ``None`` where it has none."""
-        own = [leaf.detach().requires_grad_() for leaf in leaves]
         key = fold(self.keys[k], self.num_steps)
-        with torch.enable_grad(), self._noise(key):
-            loss, fixed = self.loss(own, self._held[k], self.fixed.of(k), batch.member(k), key)
-            grads = torch.autograd.grad(loss, own, allow_unused=True)
+        own: Any = [leaf.detach() for leaf in leaves]
+        given = (
+            own,
+            self._held[k],
+            self.fixed.of(k),
+            batch.member(k),
+            torch.tensor(key) if self.compile else key,
+        )
+        with self._noise(key):
+            loss, grads, fixed = self.run("one", self._gradient, given)
         self.fixed.put(k, fixed)
-        return loss.detach(), grads
+        return loss, grads
+
+    def _gradient(self, objective: Objective, given: Any) -> tuple[Tensor, Sequence[Tensor | None], Params]:
+        leaves, *rest = given
+        own = [leaf.detach().requires_grad_() for leaf in leaves]
+        with torch.enable_grad():
+            loss, fixed = self.loss(objective, own, *rest)
+            grads = torch.autograd.grad(loss, own, allow_unused=True)
+        return loss.detach(), grads, fixed
 
     def _noise(self, key: int) -> AbstractContextManager[None]:
         """Noise other than dropout's comes from torch's global state: then that is seeded for the step."""
@@ -104,6 +149,11 @@ class Networks:
             after = [g.get_state() for g in global_generators()]
         self.adds_buffers = not named_leaves(changed).keys() <= named_leaves(self.fixed.of(0)).keys()
         self.draws_globally = any(not torch.equal(a, b) for a, b in zip(after, before, strict=False))
+        if self.compile and self.draws_globally:
+            raise ValueError(
+                f"`{self.call}(compile=True)` should be given a model without random numbers of its own, "
+                "which compiled code would draw otherwise. Use `nn.Dropout`, or leave `compile` out."
+            )
 
     def present(self, leaves: Sequence[Tensor]) -> Params:
         """Members with these trained leaves ``(K, *s)`` and the present fixed values."""

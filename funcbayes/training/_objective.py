@@ -1,7 +1,7 @@
 """What is minimised: the mean negative log joint density."""
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,28 @@ from ..likelihoods._checks import check_is_likelihood
 from ._adversarial import Steps, steps_of, summed_losses
 from ._data import Source
 
-# (params, x, y, seed, check) -> (loss, the buffers that changed). `check` asks to look at values.
-Objective = Callable[[Params, Any, Tensor, Seed, bool], tuple[Tensor, Params]]
+
+class Objective(ABC):
+    """The loss of one network."""
+
+    @abstractmethod
+    def __call__(
+        self, params: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
+    ) -> tuple[Tensor, Params]:
+        """Return the loss and the buffers that changed; ``check`` asks to look at values."""
+
+    def numbers(self) -> Params:
+        """What changes from step to step, tensors: a compiled step is given them."""
+        return {}
+
+    def at(self, numbers: Params) -> "Objective":
+        """The objective with these numbers."""
+        del numbers
+        return self
 
 
 @dataclass(frozen=True)
-class MapObjective:
+class MapObjective(Objective):
     """Mean negative log joint of one network: see :mod:`funcbayes.training`.
 
     ``decay`` is ``prior_precision / N``; ``steps`` say how far inputs move in adversarial training.

@@ -36,7 +36,7 @@ class Options:
     ``call`` is the name of the public function and ``member`` the number of a network that is trained
     alone but belongs to an ensemble, for messages. ``callback`` is given losses ``(K,)`` and members.
     ``inspect`` may refuse to go on before a step or after an epoch. ``shown`` says what the bar shows for
-    losses ``(K,)``.
+    losses ``(K,)``. ``compile`` asks for losses and gradients by compiled programs.
     """
 
     call: str
@@ -51,6 +51,7 @@ class Options:
     patience: int | None = None
     has_validation: bool = False
     inspect: Inspect | None = None
+    compile: bool = False
     shown: Callable[[Tensor], dict[str, str]] = lambda losses: {"loss": f"{losses.mean().item():.4g}"}
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from .._tree import Params, index, merge, named_leaves, select
 from .._warning import levels_to_the_user
 from ._batch import Batch, RaggedBatch
 from ._networks import Networks, one_by_one
+from ._objective import Objective
 
 
 class Together:
@@ -99,21 +100,30 @@ def _vmapped(
     if part != slice(0, networks.num_members):
         batch, keys = batch.part(part), keys[part]
         held, varying = index(held, part), index(varying, part)
-    own = [leaf[part].detach().requires_grad_() for leaf in leaves]
-    rules = Batching("vmap" if plain else "channels_last" if batch.rows >= 4 else "rows_first", seen)
-    one = functools.partial(_loss_of_one, networks, rules, batch.spec, frozenset(named_leaves(common)))
-    dims: Any = (0, 0, None)  # torch's annotation leaves None out
-    with torch.enable_grad():
-        mapped = vmap(one, in_dims=(0, 0, 0, None, batch.dims, 0), out_dims=dims)
-        losses, varying, common = mapped(
-            own, held, varying, common, batch.leaves, fold(keys, networks.num_steps)
-        )
-        grads = torch.autograd.grad(losses.sum(), own, allow_unused=True)
-    return losses.detach(), grads, varying, common
+    kind = "vmap" if plain else "channels_last" if batch.rows >= 4 else "rows_first"
+
+    def evaluate(objective: Objective, given: Any) -> tuple[Tensor, Sequence[Any], Params, Params]:
+        leaves, held, varying, common, rows, keys = given
+        own = [leaf.detach().requires_grad_() for leaf in leaves]
+        names = frozenset(named_leaves(common))
+        one = functools.partial(_loss_of_one, networks, objective, Batching(kind, seen), batch.spec, names)
+        dims: Any = (0, 0, None)  # torch's annotation leaves None out
+        with torch.enable_grad():
+            mapped = vmap(one, in_dims=(0, 0, 0, None, batch.dims, 0), out_dims=dims)
+            losses, varying, common = mapped(own, held, varying, common, rows, keys)
+            grads = torch.autograd.grad(losses.sum(), own, allow_unused=True)
+        return losses.detach(), grads, varying, common
+
+    own = [leaf[part].detach() for leaf in leaves]
+    given = own, held, varying, common, batch.leaves, fold(keys, networks.num_steps)
+    if seen is not None:
+        return evaluate(networks.objective, given)
+    return networks.run((kind, batch.spec, tuple(batch.dims)), evaluate, given)
 
 
 def _loss_of_one(
     networks: Networks,
+    objective: Objective,
     rules: Batching,
     spec: Any,
     names: frozenset[str],
@@ -126,7 +136,9 @@ def _loss_of_one(
 ) -> tuple[Tensor, Params, Params]:
     """Loss of one member, and its fixed values with and without an axis of members (those in ``names``)."""
     with rules:
-        loss, fixed = networks.loss(leaves, held, merge(varying, common), spec.unflatten(batch), key)
+        loss, fixed = networks.loss(
+            objective, leaves, held, merge(varying, common), spec.unflatten(batch), key
+        )
     if not names:
         return loss, fixed, common
     return (

@@ -31,7 +31,7 @@ from ..training._options import Interval, MakeOptimizer, MakeScheduler, Options
 from ..training._several import count_members, member_seeds, minimize_several
 from ._elbo import Estimator, check_estimator
 from ._init import Family, init
-from ._objective import Inspector, Objective, Watch, elbo_over, held
+from ._objective import Inspector, NegativeElbo, Watch, elbo_over, held
 from ._schedules import Schedule
 from ._state import VariationalState, check_state, posterior
 
@@ -66,6 +66,7 @@ def fit(
     scheduler_interval: Interval = "epoch",
     max_grad_norm: float | None = None,
     chunk_size: int | None = None,
+    compile: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Gaussian:
@@ -113,6 +114,8 @@ def fit(
         scheduler_interval: Whether the scheduler steps every epoch or every step.
         max_grad_norm: Longer gradients are shortened to this norm, each network's by itself.
         chunk_size: Draws of one pass, and with ``stacked`` networks; ``None`` to choose by sizes.
+        compile: Whether each step's loss and gradient are found by a compiled program: see
+            :func:`funcbayes.training.fit`.
         progress: Whether to show a bar over the epochs, with the ELBO.
         callback: ``(epoch, elbo, state)`` after every epoch, with the mean over its steps of the estimated
             ELBO, a float, in which the KL has the weight of the step, and a copy of the state;
@@ -162,6 +165,7 @@ def fit(
         scheduler_interval=scheduler_interval,
         max_grad_norm=max_grad_norm,
         chunk_size=chunk_size,
+        compile=compile,
         progress=progress,
         callback=callback,
     )
@@ -197,6 +201,7 @@ def fit_networks(
     scheduler_interval: Interval = "epoch",
     max_grad_norm: float | None = None,
     chunk_size: int | None = None,
+    compile: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> list[Params]:
@@ -216,7 +221,7 @@ def fit_networks(
     rows = source.num_data(seeds[0]) if num_data is None else num_data
     if num_data is not None:
         positive_int(num_data, f"{_CALL}(num_data=...)")
-    objective = Objective(
+    objective = NegativeElbo(
         *(fn, likelihood),
         prior=prior,
         num_data=max(rows, 1),
@@ -238,6 +243,7 @@ def fit_networks(
         progress=progress,
         callback=_told(callback, rows, stacked=stacked) if callable(callback) else callback,
         inspect=Inspector(objective),
+        compile=compile,
         shown=lambda losses: {"elbo": f"{-rows * losses.mean().item():.4g}"},
     )
     members = params if stacked else map_leaves(with_member_axis, params)

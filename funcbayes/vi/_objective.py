@@ -1,5 +1,6 @@
 """What :func:`funcbayes.vi.fit` descends on, and what it looks at on the way."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..priors._given import HasLogProb
 from ..training._batch import Batch, RaggedBatch
 from ..training._data import Source
 from ..training._networks import Networks
+from ..training._objective import Objective
 from ._elbo import Estimator, Terms, terms
 from ._layers import leaves_of_layers
 from ._schedules import Schedule, checked_weight
@@ -40,7 +42,7 @@ class DivergedError(RuntimeError):
         return self.args[0]
 
 
-class Objective:
+class NegativeElbo(Objective):
     """The negative ELBO divided by the number of rows, of one network ``{"params": ..., "state": ...}``.
 
     Attributes:
@@ -69,6 +71,7 @@ class Objective:
         self.kl_weight, self.call, self.chunk_size = kl_weight, call, chunk_size
         self.step, self.first = 0, 0
         self._buffers: set[str] = set()  # that training changes
+        self._weight: Tensor | None = None  # of the KL, where it is given
 
     def __call__(
         self, network: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
@@ -77,8 +80,19 @@ class Objective:
         if check:
             return self._checked(network, x, y, seed)
         found = self.terms(network, x, y, seed)
-        loss = found.nll + self.weight() / self.num_data * found.kl
+        weight = self.weight() if self._weight is None else self._weight.to(found.kl.dtype)
+        loss = found.nll + weight / self.num_data * found.kl
         return loss, {"params": found.changed} if found.changed else {}
+
+    def numbers(self) -> Params:
+        """The weight of the KL."""
+        return {"kl_weight": torch.tensor(self.weight(), dtype=torch.float64)}
+
+    def at(self, numbers: Params) -> "NegativeElbo":
+        """The objective with this weight."""
+        given = copy.copy(self)
+        given._weight = numbers["kl_weight"]
+        return given
 
     def weight(self) -> float:
         """Of the KL, at this step."""
@@ -131,7 +145,9 @@ class Watch:
         first: Number of the first of the networks.
     """
 
-    def __init__(self, objective: Objective, elbos: Sequence[Callable[[Params], float]], first: int) -> None:
+    def __init__(
+        self, objective: NegativeElbo, elbos: Sequence[Callable[[Params], float]], first: int
+    ) -> None:
         objective.step, objective.first = 0, first
         self.objective, self.elbos = objective, elbos
         self.best: list[Params | None] = [None] * len(elbos)
@@ -155,7 +171,7 @@ class Watch:
 class Inspector:
     """Stops at the first ELBO or state that is not finite, and says what it was."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: NegativeElbo) -> None:
         self.objective = objective
         self._finite: list[Tensor] | None = None
 
@@ -203,7 +219,7 @@ class Inspector:
         )
 
 
-def elbo_over(objective: Objective, source: Source, seed: int) -> Callable[[Params], float]:
+def elbo_over(objective: NegativeElbo, source: Source, seed: int) -> Callable[[Params], float]:
     """The ELBO of one network over all data, by draws that are the same every time, without dropout."""
 
     def elbo(network: Params) -> float:
