@@ -1,6 +1,7 @@
-"""Measure the claims: `python -m benchmarks [claim ...] [--repeats N] [--json FILE]`.
+"""Measure the claims: `python -m benchmarks [claim ...]`.
 
-The exit status is 1 if a claim does not hold.
+The exit status is 1 if a claim does not hold. A claim is measured on another device than the CPU only if it
+says that it can be.
 """
 
 import argparse
@@ -10,7 +11,9 @@ import json
 import pathlib
 import sys
 
-from . import _measure
+import torch
+
+from . import _measure, _pictures
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,24 +28,33 @@ def main(arguments: list[str] | None = None) -> int:
         default=pathlib.Path("benchmark_results.json"),
         help="file for results and environment (default %(default)s)",
     )
+    parser.add_argument("--quick", action="store_true", help="few cases of the claims that have many")
+    parser.add_argument("--device", default="cpu", help="where: cpu, cuda, ... (default %(default)s)")
+    parser.add_argument("--pictures", type=pathlib.Path, metavar="FOLDER", help="draw them, with matplotlib")
     args = parser.parse_args(arguments)
     unknown = set(args.claims) - set(claims)
     if unknown or args.repeats < 2:
         parser.error(f"no claim {sorted(unknown)[0]!r}" if unknown else "--repeats should be at least 2")
-    report: dict[str, object] = {"environment": _measure.environment()}
+    how = _measure.How(args.repeats, args.quick, args.device)
+    report: dict[str, object] = {"environment": _measure.environment(args.device)}
     broken = 0
     for name in args.claims or claims:
         module = importlib.import_module(f"{__package__}.{name}")
         print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
         results = []
+        if torch.device(args.device).type != "cpu" and not getattr(module, "ON_ANY_DEVICE", False):
+            print("\nNot measured: it is of the CPU.", flush=True)
+            continue
         try:
-            for result in module.run(args.repeats):
+            for result in module.run(how):
                 results.append(result)
                 print(f"  {result.case}: {result.ratio:.2f}", flush=True)
         except _measure.Unavailable as reason:
             print(f"\nNot measured: {reason}", flush=True)
             continue
         print("\n" + _measure.table(results), flush=True)
+        if args.pictures is not None and (path := _pictures.draw(name, results, args.pictures)):
+            print(f"\n{path}", flush=True)
         report[name] = [dataclasses.asdict(result) | {"holds": result.holds} for result in results]
         broken += sum(not result.holds for result in results)
     args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -96,7 +96,12 @@ ROWS = {
 }
 
 
-def inputs(model: str, rows: int) -> Tensor:
+def inputs(model: str, rows: int, device: str = "cpu") -> Tensor:
+    """Inputs of a model, the same on every device."""
+    return _inputs(model, rows).to(device)
+
+
+def _inputs(model: str, rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shapes = {
         **{"mlp-small": (64,), "mlp": (784,), "lstm": (20, 32)},

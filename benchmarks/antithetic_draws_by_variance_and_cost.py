@@ -14,13 +14,13 @@ from torch import Tensor
 
 import funcbayes as fb
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 from ._models import MODELS, inputs
 
 ROWS, DRAWS, SEEDS = 32, 32, 20
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for name in ("mlp-small", "mlp", "lenet"):
         torch.manual_seed(0)
         fn, params = fb.make_functional(MODELS[name]())
@@ -32,7 +32,7 @@ def run(repeats: int) -> Iterator[Result]:
         apart = (of_alone.mean(0) - of_pairs.mean(0)).norm()
         assert apart < 3 * error, (name, float(apart), float(error))
         less = float(of_alone.var(0).sum() / of_pairs.var(0).sum())
-        timed = compare("", lambda f=alone: f(0), lambda f=pairs: f(0), repeats=repeats)
+        timed = compare("", lambda f=alone: f(0), lambda f=pairs: f(0), repeats=how.repeats)
         yield Result(
             f"{name}, variance {less:.1f} times less",
             *(less * value for value in (timed.ratio, timed.low, timed.high)),

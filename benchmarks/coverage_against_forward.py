@@ -10,14 +10,14 @@ import torch
 
 import funcbayes as fb
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 from ._models import inputs, resnet
 
 NUM_SAMPLES = 32
 AT_LEAST = 1.0
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for rows in (1, 32):
         torch.manual_seed(0)
         module, x = resnet(head_rate=0.2).eval(), inputs("resnet", rows)  # its own passes are predictions
@@ -26,7 +26,7 @@ def run(repeats: int) -> Iterator[Result]:
         variance = {k: torch.full_like(v, 1e-2) for k, v in head.items()}
         last_layer = fb.Gaussian(head, fb.covariances.Diagonal(variance))
         for name, posterior in {"last layer": last_layer, "dropout before it": fb.Dropout()}.items():
-            yield _against_three_passes(f"{name}, {rows} rows", fn, params, posterior, module, x, repeats)
+            yield _against_three_passes(f"{name}, {rows} rows", fn, params, posterior, module, x, how.repeats)
 
 
 def _against_three_passes(case, fn, params, posterior, module, x, repeats):  # noqa: ANN001, ANN202

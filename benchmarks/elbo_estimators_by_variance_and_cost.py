@@ -18,13 +18,13 @@ from torch import Tensor
 
 import funcbayes as fb
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 from .elbo_step_against_loop_and_peers import DRAWS, NETWORKS, NUM_DATA, data, network
 
 ROWS, SEEDS = 128, 60
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for name in NETWORKS:
         steps = _steps(name)
         gradients = {estimator: _gradients(step) for estimator, step in steps.items()}
@@ -35,7 +35,7 @@ def run(repeats: int) -> Iterator[Result]:
             less = variances["reparam"] / variances[estimator]
             timed = compare(
                 *("", functools.partial(steps["reparam"], 0), functools.partial(steps[estimator], 0)),
-                repeats=repeats,
+                repeats=how.repeats,
                 warm_up=3,
                 seconds=0.05,
             )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import funcbayes as fb
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 from ._models import MODELS, inputs
 
 NUM_MEMBERS = 10
@@ -27,10 +27,10 @@ STEPS = {"mlp-small": 30, "mlp": 20}  # an epoch
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for name in MODELS:
         for rows in ROWS.get(name, (32, 128)):
-            yield _training(name, rows, repeats)
+            yield _training(name, rows, how.repeats)
 
 
 def _training(name: str, rows: int, repeats: int) -> Result:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import funcbayes as fb
 
-from ._measure import Result, Unavailable
+from ._measure import How, Result, Unavailable
 from ._models import lenet
 
 NUM_SAMPLES, PRECISIONS = 256, torch.logspace(-2, 2, 7).tolist()
@@ -26,8 +26,8 @@ FOLDER = pathlib.Path(__file__).parent / "results"
 Split = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def run(repeats: int) -> Iterator[Result]:
-    del repeats
+def run(how: How) -> Iterator[Result]:
+    del how
     curves = {}
     for name, (make, split, prior, epochs) in _cases().items():
         fn, params = _trained(make, split[0], prior, epochs)

@@ -15,7 +15,7 @@ from torch import nn
 
 import funcbayes as fb
 
-from ._measure import Result, peak_mb
+from ._measure import How, Result, peak_mb
 
 WIDTHS = (1000, 1700, 2700, 4200)  # of an MLP 784-h-h-10: 1.8 to 21 million parameters
 ROWS, RANK = 128, 10
@@ -23,13 +23,13 @@ AT_LEAST = {"low rank": 0.6, "last layer": None}
 CLAIM = __name__.rpartition(".")[2]
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for what in ("low rank", "last layer"):
         first: tuple[int, float] | None = None
         for width in WIDTHS:
             call, size = prepared(what, str(width)), _num_params(width)
             times = []
-            for _ in range(max(1, min(repeats, 3))):
+            for _ in range(max(1, min(how.repeats, 3))):
                 began = time.perf_counter()
                 call()
                 times.append(1e3 * (time.perf_counter() - began))

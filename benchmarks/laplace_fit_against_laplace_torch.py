@@ -19,18 +19,18 @@ from torch import Tensor
 import funcbayes as fb
 
 from . import _laplace_torch
-from ._measure import Result, compare, median_of, peak_mb
+from ._measure import How, Result, compare, median_of, peak_mb
 
 ROWS = {"mlp-small": 1024, "lenet": 256, "resnet": 16}
 AT_LEAST = {"kron": 2.0, "diag": 1.5, "full": 1.3}
 CLAIM = __name__.rpartition(".")[2]
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for structure, at_least in AT_LEAST.items():
         results = []
         for name in ROWS:
-            results.append(_one(structure, name, repeats))
+            results.append(_one(structure, name, how.repeats))
             yield results[-1]
         yield median_of(f"{structure}, median over networks", results, at_least)
 

@@ -13,7 +13,7 @@ from torch.func import jvp
 import funcbayes as fb
 from funcbayes._functorch import load_forward_rules
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 from ._models import MODELS, inputs
 
 NUM_SAMPLES = 32
@@ -21,10 +21,10 @@ ROWS = {"mlp": (1, 128), "lenet": (1, 128), "resnet": (1, 32)}
 AT_LEAST = 0.95  # "no slower" leaves room for what a median of a few repeats is off
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for name, several in ROWS.items():
         for rows in several:
-            yield _one(name, rows, repeats)
+            yield _one(name, rows, how.repeats)
 
 
 def _one(name: str, rows: int, repeats: int) -> Result:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import funcbayes as fb
 
 from . import _laplace_torch
-from ._measure import Result, compare, median_of, peak_mb
+from ._measure import How, Result, compare, median_of, peak_mb
 from ._models import Block
 
 ROWS = {"mlp-small": 128, "lenet": 16, "resnet": 4}
@@ -26,17 +26,17 @@ LAST_LAYER_ROWS, MANY_ROWS, FEATURES, CLASSES = 2, 256, 64, 1000
 CLAIM = __name__.rpartition(".")[2]
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for structure, at_least in AT_LEAST.items():
         results = []
         for name in ROWS:
             results.append(
-                _measured(f"{structure}, {name}, {ROWS[name]} rows", structure, name, None, repeats)
+                _measured(f"{structure}, {name}, {ROWS[name]} rows", structure, name, None, how.repeats)
             )
             yield results[-1]
         yield median_of(f"{structure}, median over networks", results, at_least)
     case = f"last layer, {CLASSES} classes, {LAST_LAYER_ROWS} rows"
-    yield _measured(case, "kron", "last", 10.0, repeats)
+    yield _measured(case, "kron", "last", 10.0, how.repeats)
     ours = prepared("ours", "kron", "many")
     alone = compare(
         f"last layer, {MANY_ROWS} rows, ours twice", ours, ours, repeats=2, warm_up=1, seconds=0.0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import funcbayes as fb
 from funcbayes import swag
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 from ._models import MODELS, inputs
 
 NUM_NETWORKS, NUM_EPOCHS, RANK = 10, 3, 20
@@ -31,10 +31,10 @@ MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 SGD = functools.partial(torch.optim.SGD, lr=0.01)
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for name in STEPS:
         for rows in (32, 128):
-            yield from _fitting(name, rows, repeats)
+            yield from _fitting(name, rows, how.repeats)
 
 
 def _fitting(name: str, rows: int, repeats: int) -> Iterator[Result]:

@@ -1,9 +1,10 @@
-"""How near `predict` with fixed draws is to its floor: one network for as many rows.
+"""How near `predict` is to its floor: one network for as many rows, and the random numbers it needs.
 
 The floor of any way to evaluate 32 draws at N rows is one network at 32 N rows, in whichever pieces are
-fastest: it reads the weights once, and its products are as large as can be. The ratio is the time of that
-floor over ours. It cannot be reached where weights are what is read, with one row of a wide network above
-all, where they are 32 times as many; nothing is claimed of it.
+fastest: it reads the weights once, and its products are as large as can be. To that come the normals of the
+weights, or the uniform numbers of the masks, as fast as torch's generator makes as many. The ratio is the
+time of that floor over ours. It cannot be reached where weights are what is read, with one row of a wide
+network above all, where they are 32 times as many; nothing is claimed of it.
 """
 
 import functools
@@ -15,41 +16,73 @@ from torch.utils.benchmark import Timer
 
 import funcbayes as fb
 
-from ._measure import Result, compare, median_of
+from ._measure import How, Result, compare, median_of
 from ._models import MODELS, ROWS, inputs
 
+ON_ANY_DEVICE = True
 NUM_SAMPLES = 32
 PIECES = (1, 2, 4, 8, 16, 32)
 
 
-def run(repeats: int) -> Iterator[Result]:
-    found = []
-    for name in MODELS:
-        for rows in ROWS[name]:
-            found.append(_cell(name, rows, repeats))
-            yield found[-1]
-    yield median_of("median of all", found)
+def run(how: How) -> Iterator[Result]:
+    for kind in ("ensemble", "gaussian", "dropout"):
+        found = []
+        for name in MODELS:
+            for rows in ROWS[name][: 2 if how.is_quick else None]:
+                found.append(_cell(kind, name, rows, how))
+                yield found[-1]
+        yield median_of(f"{kind}, median of all", found)
 
 
-def _cell(name: str, rows: int, repeats: int) -> Result:
+def _cell(kind: str, name: str, rows: int, how: How) -> Result:
     torch.manual_seed(0)
-    module = MODELS[name]().eval()  # as at prediction
+    rate = {"rate": 0.1} if kind == "dropout" else {}
+    module = MODELS[name](**rate).eval().to(how.device)  # as at prediction
     fn, params = fb.make_functional(module)
-    variance = {k: torch.full_like(v, 1e-4) for k, v in params.items()}
-    q = fb.Gaussian(params, fb.covariances.Diagonal(variance))
-    draws, x = fb.to_ensemble(q, NUM_SAMPLES, seed=0), inputs(name, rows)
+    x = inputs(name, rows, how.device)
+    gaussian = fb.Gaussian(
+        params, fb.covariances.Diagonal({k: torch.full_like(v, 1e-4) for k, v in params.items()})
+    )
+    posterior = {
+        "ensemble": fb.to_ensemble(gaussian, NUM_SAMPLES, seed=0),
+        "gaussian": gaussian,
+        "dropout": fb.Dropout(),
+    }[kind]
 
     def ours() -> Tensor:
-        return fb.predict(fn, None, draws, x).samples
+        return fb.predict(fn, params, posterior, x, num_samples=NUM_SAMPLES, seed=0).samples
 
     wide = x.repeat(NUM_SAMPLES, *(1 for _ in x.shape[1:]))
-    ways = [functools.partial(_floor, module, wide, pieces) for pieces in PIECES]
+    numbers = _numbers(kind, module, x, sum(v.numel() for v in params.values()))
+    ways = [functools.partial(_floor, module, wide, pieces, kind, numbers) for pieces in PIECES]
     same = fb.predict(fn, None, fb.Point(params), x).samples[0]
     torch.testing.assert_close(ways[0]()[:rows], same, rtol=1e-3, atol=1e-4)
     floor: Callable[[], Tensor] = min(ways, key=lambda f: Timer("f()", globals={"f": f}).timeit(3).mean)
-    return compare(f"{name}, {rows} rows", floor, ours, repeats=repeats)
+    return compare(f"{kind}, {name}, {rows} rows", floor, ours, repeats=how.repeats)
 
 
-def _floor(module: nn.Module, x: Tensor, pieces: int) -> Tensor:
+def _numbers(kind: str, module: nn.Module, x: Tensor, num_params: int) -> int:
+    """How many random numbers all draws need."""
+    if kind != "dropout":
+        return NUM_SAMPLES * num_params if kind == "gaussian" else 0
+    sizes: list[int] = []
+
+    def note(part: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        del given
+        by_channel = isinstance(part, nn.Dropout2d)
+        sizes.append(output.shape[:2].numel() if by_channel else output.numel())
+
+    layers = [part for part in module.modules() if isinstance(part, nn.Dropout | nn.Dropout2d)]
+    hooks = [part.register_forward_hook(note) for part in layers]
     with torch.no_grad():
+        module(x)
+    for hook in hooks:
+        hook.remove()
+    return NUM_SAMPLES * sum(sizes)
+
+
+def _floor(module: nn.Module, x: Tensor, pieces: int, kind: str, numbers: int) -> Tensor:
+    with torch.no_grad():
+        if numbers:
+            (torch.rand if kind == "dropout" else torch.randn)(numbers, device=x.device)
         return torch.cat([module(part) for part in x.chunk(pieces)])

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 import funcbayes as fb
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 from ._models import inputs, mlp_small
 
 CHAINS, ROWS, STEPS, NUM_DATA = 16, 32, 30, 960
@@ -23,7 +23,7 @@ STEP_SIZE, FRICTION = 1e-6, 0.1
 Params = dict[str, Tensor]
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     x = inputs("mlp-small", NUM_DATA)
     y = torch.randint(0, 10, (NUM_DATA,), generator=torch.Generator().manual_seed(1))
     fn, members = fb.ensemble.init(mlp_small, CHAINS, seed=0)
@@ -48,7 +48,7 @@ def run(repeats: int) -> Iterator[Result]:
         yield compare(
             f"{CHAINS} chains, {ROWS} rows, against {case}",
             *(theirs, ours),
-            repeats=repeats,
+            repeats=how.repeats,
             at_least=at_least,
             warm_up=1,
             seconds=0.0,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from funcbayes import swag
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 from ._models import resnet
 
 RANK = 20
@@ -25,10 +25,10 @@ SNAPSHOTS = 40  # a multiple of the sizes of blocks
 AT_LEAST = 1.0  # two passes take at least as long
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     for name, params in _models().items():
         for rank in (RANK, 0):
-            yield _collecting(f"{name}, rank {rank}", params, rank, repeats)
+            yield _collecting(f"{name}, rank {rank}", params, rank, how.repeats)
 
 
 def _models() -> dict[str, dict[str, Tensor]]:

@@ -12,16 +12,16 @@ from torch import Tensor
 from funcbayes import swag
 from funcbayes._random import fold, normal
 
-from ._measure import Result, compare
+from ._measure import How, Result, compare
 
 NUM_SAMPLES, RANK, NUM_PARAMS = 32, 20, 1_000_000
 AT_LEAST = 1 / 1.5
 
 
-def run(repeats: int) -> Iterator[Result]:
+def run(how: How) -> Iterator[Result]:
     shapes = {"one leaf": {"w": (1000, 1000)}, "ten leaves": {f"w{i}": (100, 1000) for i in range(10)}}
     for name, leaves in shapes.items():
-        yield _drawing(name, leaves, repeats)
+        yield _drawing(name, leaves, how.repeats)
 
 
 def _drawing(case: str, shapes: dict[str, tuple[int, int]], repeats: int) -> Result:

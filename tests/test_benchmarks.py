@@ -1,5 +1,6 @@
 """The benchmarks run, and say whether what they claim holds. How fast anything is, is not tested here."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -7,7 +8,7 @@ import pathlib
 import pytest
 import torch
 
-from benchmarks import __main__ as command, _measure, _models, predict_against_loop
+from benchmarks import __main__ as command, _measure, _models, _pictures, predict_against_loop
 
 CLAIMS = sorted(p.stem for p in pathlib.Path(_measure.__file__).parent.glob("[!_]*.py"))
 
@@ -54,10 +55,12 @@ def test_a_claim_holds_if_the_median_is_at_least_what_is_claimed(ratio, at_least
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_a_small_claim_is_measured(monkeypatch):
     monkeypatch.setattr(predict_against_loop, "MODELS", {"mlp-small": _models.mlp_small})
-    monkeypatch.setattr(predict_against_loop, "ROWS", {"mlp-small": (1, 2)})
-    found = {one.case: one for one in predict_against_loop.run(repeats=2)}
-    claimed = {"weights, mlp-small, 1 rows": 1.0, "weights, mlp-small, 2 rows": 0.9}
-    claimed |= {case.replace("weights", "dropout"): at_least for case, at_least in claimed.items()}
+    monkeypatch.setattr(predict_against_loop, "cells", lambda how: [("mlp-small", n, 3) for n in (1, 2)])
+    monkeypatch.setattr(predict_against_loop, "_ends", lambda device: {})
+    found = {one.case: one for one in predict_against_loop.run(_measure.How(repeats=2))}
+    of_draws = {"weights, mlp-small, 1 rows, 3 draws": 3.0, "weights, mlp-small, 2 rows, 3 draws": 0.95}
+    of_masks = {case.replace("weights", "dropout"): 0.95 for case in of_draws}
+    claimed = of_draws | of_masks | {"geometric mean of all": 1.5}
     assert {case: one.at_least for case, one in found.items()} == claimed
     assert all(one.ours_ms > 0 and one.theirs_ms > 0 for one in found.values())
 
@@ -67,13 +70,52 @@ def test_the_exit_status_and_the_written_results_tell_whether_claims_hold(
     ratio, status, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(predict_against_loop, "run", lambda repeats: iter([result(3.0), result(ratio, 1.0)]))
+    monkeypatch.setattr(predict_against_loop, "run", lambda how: iter([result(3.0), result(ratio, 1.0)]))
     assert command.main(["predict_against_loop", "--repeats", "2"]) == status
     written = json.loads((tmp_path / "benchmark_results.json").read_text())
     assert [one["holds"] for one in written["predict_against_loop"]] == [True, not status]
     assert written["predict_against_loop"][1]["at_least"] == 1.0
     assert written["environment"]["torch"] == torch.__version__
     assert ("NO" in capsys.readouterr().out) == bool(status)
+
+
+def test_a_claim_about_intervals_holds_unless_the_whole_interval_lies_below():
+    cases = (0.9, True), (0.84, False)
+    for ratio, holds in cases:  # the upper quartile is 0.1 above
+        assert dataclasses.replace(result(ratio, 0.95), of_interval=True).holds == holds
+
+
+def test_a_quick_run_has_few_of_the_cells():
+    every, few = (
+        predict_against_loop.cells(_measure.How(repeats=2, is_quick=is_quick)) for is_quick in (False, True)
+    )
+    assert set(few) < set(every)
+    assert {name for name, _, _ in few} == set(_models.MODELS)
+
+
+def test_a_claim_about_the_cpu_is_not_measured_elsewhere(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["predict_memory_over_draws", "--device", "meta", "--repeats", "2"]) == 0
+    assert "Not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("claim", "cases"),
+    [
+        ("predict_against_loop", [f"weights, lenet, {n} rows, {s} draws" for n in (1, 32) for s in (8, 32)]),
+        (
+            "predict_cost_over_sizes",
+            [f"{n} {kind}" for n in (1, 8) for kind in ("draws", "rows", "parameters")],
+        ),
+        ("predict_memory_over_draws", [f"lenet, 128 rows, {s} draws" for s in (32, 64)]),
+    ],
+)
+def test_pictures_are_drawn_of_what_was_measured(claim, cases, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = [dataclasses.replace(result(2.0), case=case, ours_mb=3.0) for case in cases]
+    path = _pictures.draw(claim, results, tmp_path / "pictures")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert _pictures.draw("another_claim", results, tmp_path) is None
 
 
 def test_a_claim_that_does_not_exist_is_refused_by_name(capsys):
