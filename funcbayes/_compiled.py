@@ -14,7 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
-from ._functorch import traced
+from ._functorch import is_inside_transform, traced
 from ._remember import Remembered
 from ._tree import tensors
 
@@ -43,6 +43,20 @@ def compiled(owner: Any, key: Hashable, evaluate: Evaluate, tree: Any) -> Any:
     shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors(tree))
     whole = (key, structure, rest, shapes)
     return _programs.get(owner, whole, lambda: _Program.of(evaluate, tree))(leaves)
+
+
+def refuse_gradients(trees: Any, call: str) -> None:
+    """Refuse gradients in some tensors, and transforms: a program is of plain tensors.
+
+    Args:
+        trees: What is given.
+        call: The public function.
+    """
+    if is_inside_transform() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors(trees))):
+        raise ValueError(
+            f"`{call}(compile=True)` evaluates without gradients and outside of transforms, which are wanted "
+            "here. Write `with torch.no_grad():` around the call, or leave `compile` out."
+        )
 
 
 def with_gradient(owner: Any, key: Hashable, evaluate: Callable[[Any], Tensor], tree: Any) -> Tensor:

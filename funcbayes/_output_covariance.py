@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from ._functional import Model
-from ._functorch import jvp, load_forward_rules
+from ._functorch import is_traced, jvp, load_forward_rules
 from ._intercept import Unfused
 from ._jacobian import Block, RowGradients, blocks
 from ._jacobian._gram import gram, is_plain, sides
@@ -327,7 +327,7 @@ def outside(
     whole = gathered(independent_terms(variance, jacobian, form, dtype=flat.dtype), flat, form)
     found = whole - contracted(along, along, form)
     one, two = (t if form == "variance" else t.diagonal(dim1=-2, dim2=-1) for t in (whole, found))
-    is_lost = bool((two < torch.finfo(flat.dtype).eps ** 0.5 * one).any())
+    is_lost = is_traced() or bool((two < torch.finfo(flat.dtype).eps ** 0.5 * one).any())
     return along, None if is_lost else found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_model, positive_int
+from ._compiled import refuse_gradients
 from ._engine import evaluate, signature
 from ._functional import Model
 from ._functorch import is_inside_transform
@@ -254,11 +255,8 @@ def _predict(
     weights, groups = _plan(posterior, atoms, num_samples, seed)
     collect = _Collector(weights, likelihood, targets, keep_samples)
     wants_grad = _wants_grad((params, posterior, x, likelihood))
-    if compile and (wants_grad or is_inside_transform()):
-        raise ValueError(
-            "`predict(compile=True)` evaluates without gradients and outside of transforms, which are wanted "
-            "here. Write `with torch.no_grad():` around the call, or leave `compile` out."
-        )
+    if compile:
+        refuse_gradients((params, posterior, x, likelihood), "predict")
     with nullcontext() if wants_grad else torch.no_grad():
         for number, (positions, make_draws) in enumerate(groups):
             checked = _fitting(make_draws, params, dtype)

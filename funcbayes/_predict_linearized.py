@@ -1,6 +1,7 @@
 """``predict_linearized``: the predictive of the linearised model in closed form."""
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_model, positive_int
+from ._compiled import compiled, refuse_gradients
 from ._functional import Model
 from ._functorch import is_concrete
 from ._linearized_prediction import Component, LinearizedPrediction, Link, check_link, seed_of
@@ -37,6 +39,7 @@ def predict_linearized(
     num_samples: int = 1000,
     seed: Seed | None = None,
     max_bytes: int | None = None,
+    compile: bool = False,
 ) -> LinearizedPrediction:
     """Predict with the linearised model, in closed form: no draws.
 
@@ -63,14 +66,16 @@ def predict_linearized(
         seed: For ``"mc"``: draws are a function of it; ``None`` takes one number from torch's global state.
         max_bytes: As for :func:`funcbayes.curvature.ggn`: rows, and outputs where variances are enough, are
             seen so many at a time, unless ``joint``. Covariances may have as much, or 8 GiB.
+        compile: As for :func:`predict`: one program for all calls with ``x`` of one shape, whose result is
+            not differentiable in the covariance.
 
     Returns:
         The prediction, without a graph through the model; it is differentiable in the covariance.
 
     Raises:
         TypeError: If an argument is of the wrong kind, or the posterior is no Gaussian, nor made of such.
-        ValueError: If ``link`` is none of these, rows of the outputs depend on other rows, or leaves do not
-            fit.
+        ValueError: If ``link`` is none of these, rows of the outputs depend on other rows, leaves do not fit,
+            or a compiled prediction is wanted with gradients.
         RuntimeError: If covariances are asked for that have more bytes than they may.
 
     Example:
@@ -94,12 +99,18 @@ def predict_linearized(
     if max_bytes is not None:
         max_bytes = positive_int(max_bytes, f"{_CALL}(max_bytes=...)")
     params, x = as_tree(params), as_tree(x)
+    program = None
+    if compile:
+        refuse_gradients((params, posterior, x), _CALL)
+        program = type(likelihood), link
     weights, components = [], []
     for weight, gaussians, points in _components(posterior):
         run = _Linearized(fn, params, gaussians, points, x)
         weights.append(weight)
         wanted = wants_covariance(likelihood, link)
-        components.append(run.component(joint=joint, wants_covariance=wanted, max_bytes=max_bytes))
+        components.append(
+            run.component(joint=joint, wants_covariance=wanted, max_bytes=max_bytes, compile_as=program)
+        )
     if likelihood is not None:
         likelihood.check(components[0].mean, None, call=f"{_CALL}(..., likelihood=...)")
     return LinearizedPrediction(
@@ -172,18 +183,45 @@ class _Linearized:
         object.__setattr__(self, "center", center)
 
     def component(
-        self, *, joint: bool, wants_covariance: Callable[[Tensor], bool], max_bytes: int | None
+        self,
+        *,
+        joint: bool,
+        wants_covariance: Callable[[Tensor], bool],
+        max_bytes: int | None,
+        compile_as: Hashable = None,
     ) -> Component:
-        """Mean and covariance of the outputs."""
-        names = [name for gaussian in self.gaussians for name in parameters_of(gaussian.mean)]
+        """Mean and covariance of the outputs; ``compile_as`` tells programs for other forms of them apart."""
+        settings: dict[str, Any] = {
+            "call": _CALL,
+            "joint": joint,
+            "wants_covariance": wants_covariance,
+            "max_bytes": max_bytes,
+        }
+        covariances = [gaussian.covariance for gaussian in self.gaussians]
+        program = None
+        if compile_as is not None:
+            key = "linearized", joint, max_bytes, compile_as
+            given = self.params, self.gaussians, self.points, self.x
+            program = functools.partial(compiled, self.fn, key, self._moments(settings), given)
         return pushed_through(
-            *(self.fn, self.center, names, self.x, self._terms),
-            call=_CALL,
-            joint=joint,
-            wants_covariance=wants_covariance,
-            max_bytes=max_bytes,
-            covariances=[gaussian.covariance for gaussian in self.gaussians],
+            *(self.fn, self.center, self._names, self.x, self._terms),
+            **settings,
+            covariances=covariances,
+            program=program,
         )
+
+    def _moments(self, settings: dict[str, Any]) -> Callable[[Any], tuple[Tensor, Tensor, Form]]:
+        """What a program is made of: a function of the tensors."""
+
+        def moments(given: Any) -> tuple[Tensor, Tensor, Form]:
+            own = _Linearized(self.fn, *given)
+            return moments_of(self.fn, own.center, own._names, own.x, own._terms, **settings)
+
+        return moments
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for gaussian in self.gaussians for name in parameters_of(gaussian.mean)]
 
     def _terms(self, jacobian: Jacobian, form: Form) -> Terms:
         for gaussian in self.gaussians:
@@ -202,6 +240,7 @@ def pushed_through(
     wants_covariance: Callable[[Tensor], bool],
     max_bytes: int | None = None,
     covariances: Any = None,
+    program: Callable[[], tuple[Tensor, Tensor, Form]] | None = None,
 ) -> Component:
     """Mean and covariance of the outputs of a model linearised in some leaves.
 
@@ -217,39 +256,15 @@ def pushed_through(
             found when it is asked for.
         max_bytes: Bytes that the gradients of the rows of one block may have.
         covariances: What else ``terms`` depends on, a tree.
+        program: Gives what :func:`moments_of` does.
     """
-
-    def evaluated(form_of: Callable[[Tensor], Form]) -> tuple[Tensor, Tensor, Form]:
-        if not names or num_rows(x) == 0:  # nothing is uncertain
-            with torch.no_grad():
-                mean = fn(center, x)
-            form = form_of(mean)
-            _check_size(len(mean), mean, form, call, max_bytes)
-            return mean, gathered(iter(()), mean.reshape(len(mean), mean.shape[1:].numel()), form), form
-        means, found, form = [], [], None
-        for jacobian in jacobians(fn, center, names, x, call=call, whole=joint, max_bytes=max_bytes):
-            outputs = jacobian.block.outputs[0]
-            if form is None:
-                form = form_of(outputs)
-                _check_size(num_rows(x) or 0, outputs, form, call, max_bytes)
-            means.append(outputs)
-            found.append(gathered(terms(jacobian, form), outputs.reshape(len(outputs), -1), form))
-        assert form is not None
-        mean, covariance = torch.cat(means), found[0] if len(found) == 1 else torch.cat(found)
-        if is_concrete(covariance) and bool(mean.isfinite().all()) and not bool(covariance.isfinite().all()):
-            raise RuntimeError(
-                f"The covariance of the outputs in `{call}` is not finite, though the outputs are: the model "
-                "has a derivative that is not, or variances are too large. Look for roots and quotients at "
-                "0; float64 may help."
-            )
-        return mean, covariance, form
-
-    def form_of(outputs: Tensor) -> Form:
-        if joint:
-            return "joint"
-        size = outputs.shape[1:].numel()
-        is_small = size <= _FEW and (num_rows(x) or 0) * size**2 * outputs.itemsize <= _COVARIANCE_BYTES
-        return "covariance" if is_small or wants_covariance(outputs) else "variance"
+    wanted = functools.partial(
+        *(moments_of, fn, center, names, x, terms),
+        call=call,
+        joint=joint,
+        wants_covariance=wants_covariance,
+        max_bytes=max_bytes,
+    )
 
     def check_unchanged() -> None:
         if any(leaf._version != version for leaf, version in versions):
@@ -260,7 +275,7 @@ def pushed_through(
 
     def later() -> Tensor:
         check_unchanged()
-        return evaluated(lambda _: "covariance")[1]
+        return wanted(wants_covariance=lambda _: True)[1]
 
     def of_positions(axis: int) -> Tensor:
         check_unchanged()
@@ -272,7 +287,13 @@ def pushed_through(
 
     given = (tensors(tree) for tree in (center, x, covariances))
     versions = [(leaf, leaf._version) for leaves in given for leaf in leaves if not leaf.is_inference()]
-    mean, found, form = evaluated(form_of)
+    mean, found, form = wanted() if program is None else program()
+    if is_concrete(found) and bool(mean.isfinite().all()) and not bool(found.isfinite().all()):
+        raise RuntimeError(
+            f"The covariance of the outputs in `{call}` is not finite, though the outputs are: the model "
+            "has a derivative that is not, or variances are too large. Look for roots and quotients at "
+            "0; float64 may help."
+        )
     if form == "variance":
         return Component(mean, found, later, None, of_positions if names and len(mean) else None)
     covariance = found
@@ -284,6 +305,45 @@ def pushed_through(
         *(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance),
         found if form == "joint" else None,
     )
+
+
+def moments_of(
+    fn: Model,
+    center: Params,
+    names: Sequence[str],
+    x: Any,
+    terms: Callable[[Jacobian, Form], Terms],
+    *,
+    call: str,
+    joint: bool,
+    wants_covariance: Callable[[Tensor], bool],
+    max_bytes: int | None,
+) -> tuple[Tensor, Tensor, Form]:
+    """Mean of the outputs, and their covariance in the form that is wanted: see :func:`pushed_through`."""
+
+    def form_of(outputs: Tensor) -> Form:
+        if joint:
+            return "joint"
+        size = outputs.shape[1:].numel()
+        is_small = size <= _FEW and (num_rows(x) or 0) * size**2 * outputs.itemsize <= _COVARIANCE_BYTES
+        return "covariance" if is_small or wants_covariance(outputs) else "variance"
+
+    if not names or num_rows(x) == 0:  # nothing is uncertain
+        with torch.no_grad():
+            mean = fn(center, x)
+        form = form_of(mean)
+        _check_size(len(mean), mean, form, call, max_bytes)
+        return mean, gathered(iter(()), mean.reshape(len(mean), mean.shape[1:].numel()), form), form
+    means, found, form = [], [], None
+    for jacobian in jacobians(fn, center, names, x, call=call, whole=joint, max_bytes=max_bytes):
+        outputs = jacobian.block.outputs[0]
+        if form is None:
+            form = form_of(outputs)
+            _check_size(num_rows(x) or 0, outputs, form, call, max_bytes)
+        means.append(outputs)
+        found.append(gathered(terms(jacobian, form), outputs.reshape(len(outputs), -1), form))
+    assert form is not None
+    return torch.cat(means), found[0] if len(found) == 1 else torch.cat(found), form
 
 
 def _of_positions(jacobian: Jacobian, terms: Callable[[Jacobian, Form], Terms], axis: int) -> Tensor:

@@ -110,10 +110,57 @@ def test_there_is_one_program_for_all_chunks_and_calls_of_one_shape(traced):
     assert len(traced) == 2
 
 
-def test_gradients_of_predictions_are_refused():
+@pytest.mark.parametrize("predict", [fb.predict, fb.predict_linearized])
+def test_gradients_of_predictions_are_refused(predict):
     params = {name: leaf.requires_grad_() for name, leaf in linear_params().items()}
     with pytest.raises(ValueError, match=r"without gradients .* torch.no_grad"):
-        fb.predict(linear, params, gaussian(linear_params()), randn(4, 3), compile=True)
+        predict(linear, params, gaussian(linear_params()), randn(4, 3), compile=True)
+
+
+LINEARIZED = [
+    *(
+        ("linear", posterior)
+        for posterior in (
+            "gaussian",
+            "gaussian_low_rank",
+            "gaussian_low_rank_precision",
+            "gaussian_kronecker",
+            "gaussian_dense",
+            "gaussian_head_only",
+            "mixture_weighted",
+        )
+    ),
+    *(("conv", posterior) for posterior in ("gaussian", "gaussian_kronecker")),
+    ("transformer", "laplace"),
+]
+
+
+@pytest.mark.parametrize(("name", "posterior"), LINEARIZED)
+def test_a_program_of_the_linearized_model_gives_what_is_given_without(traced, name, posterior):
+    model = {**MODELS, **SLOW_MODELS}[name]()
+    fn = lambda params, x: model.fn(params, x)  # noqa: E731 - a model of its own
+    q, options = POSTERIORS[posterior](model), {"likelihood": Categorical(), "joint": True}
+    for seed in (0, 1):  # other values, the same program
+        moved = optree.tree_map(lambda leaf, seed=seed: leaf * (1 + seed), q)
+        x = model.inputs(4)
+        got, expected = (
+            fb.predict_linearized(fn, model.params, moved, x, compile=c, **options) for c in (True, False)
+        )
+        assert_close(got.mean, expected.mean)
+        assert_close(got.joint_covariance, expected.joint_covariance)
+    assert len(traced) == 1  # of all components, too
+
+
+def test_links_that_need_covariances_have_programs_of_their_own(traced):
+    model = MODELS["linear"]()
+    fn = lambda params, x: model.fn(params, x)  # noqa: E731 - a model of its own
+    for link in ("probit", "bridge"):
+        q, options = gaussian(model.params), {"likelihood": Categorical(), "link": link}
+        got, expected = (
+            fb.predict_linearized(fn, model.params, q, model.inputs(4), compile=c, **options)
+            for c in (True, False)
+        )
+        assert_close(got.mean, expected.mean)
 
 
 @pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
