@@ -55,15 +55,31 @@ def saying(text):
 # Vectorised equals looped.
 
 
+# What differs in the draws themselves; other posteriors have draws like these, found in other ways.
+KINDS_OF_DRAWS = (
+    *("point", "gaussian", "gaussian_head_only", "gaussian_all_but_head"),
+    *("linearized", "linearized_head_only", "join_linearized"),
+    *(*WITH_FIXED, *zoo.RAGGED, *zoo.DROPOUTS),
+)
+
+
 @pytest.mark.parametrize("num_rows", [1, 5])
-@pairs()
+@pairs(KINDS_OF_DRAWS)
 def test_one_pass_equals_a_loop_over_draws_for_every_chunk_size(make_model, make_posterior, num_rows):
     model = make_model()
     posterior, x = make_posterior(model), model.inputs(num_rows)
     expected = expected_samples(model, posterior, x, S, 3)
-    for chunk_size in CHUNK_SIZES if num_rows > 1 else (None, 3):  # one row has another layout, no more
+    for chunk_size in (None, 1, 3, S + 1) if num_rows > 1 else (None, 3):  # one row has another layout
         got = fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=3, chunk_size=chunk_size)
         assert_close(got.samples, expected, msg=saying(f"chunk_size={chunk_size}"))
+
+
+@pairs(set(POSTERIORS) - set(KINDS_OF_DRAWS))
+def test_one_pass_equals_a_loop_over_draws_for_every_posterior(make_model, make_posterior):
+    model = make_model()
+    posterior, x = make_posterior(model), model.inputs(5)
+    got = fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=3, chunk_size=3)
+    assert_close(got.samples, expected_samples(model, posterior, x, S, 3))
 
 
 @pytest.mark.parametrize("num_rows", [1, 6])
@@ -102,15 +118,15 @@ def test_results_stay_right_while_the_engine_learns_for_every_posterior(name):
         assert_close(got.samples, expected, msg=saying(f"call {call}"))
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 3, 20])
+@pytest.mark.parametrize(("num_samples", "chunk_sizes"), [(None, (None, 20)), (S, (1, 3))])
 @pytest.mark.parametrize("name", [*POSTERIORS, *zoo.RAGGED, *zoo.DROPOUTS])
-def test_streaming_gives_the_statistics_of_kept_samples(name, chunk_size):
+def test_streaming_gives_the_statistics_of_kept_samples(name, num_samples, chunk_sizes):
     model = MODELS["mlp_dropout"]()
     posterior, x = (POSTERIORS | zoo.RAGGED | zoo.DROPOUTS)[name](model), model.inputs(5)
     y = torch.tensor([0, 1, 1, 0, 1])
-    for num_samples in (None, S):
-        options = {"num_samples": num_samples, "seed": 0, "likelihood": Categorical(), "targets": y}
-        kept = fb.predict(model.fn, model.params, posterior, x, **options)
+    options = {"num_samples": num_samples, "seed": 0, "likelihood": Categorical(), "targets": y}
+    kept = fb.predict(model.fn, model.params, posterior, x, **options)
+    for chunk_size in chunk_sizes:
         streamed = fb.predict(
             model.fn, model.params, posterior, x, **options, keep_samples=False, chunk_size=chunk_size
         )
@@ -199,15 +215,14 @@ def test_exactly_the_number_of_draws_asked_for_is_used(name):
     atoms = {"point": 1, "ensemble": 5, "ensemble_weighted": 5, "ensemble_head_only": 5}
     fixed = {"fixed_draws": 6, "linearized_fixed_draws": 6, "dropout_fixed": 4}
     default = (atoms | fixed).get(name, 32)
-    for num_samples in (1, 2, 31, 33, None):
-        for chunk_size in (None, 4):
-            got = fb.predict(
-                model.fn, model.params, posterior, x, num_samples=num_samples, seed=0, chunk_size=chunk_size
-            )
-            count = default if num_samples is None else num_samples
-            assert got.samples.shape == (count, 2, 2)
-            assert got.num_samples == count
-            assert_close(got.weights.sum(), torch.ones((), dtype=got.weights.dtype))
+    for num_samples, chunk_size in ((1, None), (2, 4), (31, 4), (33, None), (None, None), (None, 4)):
+        got = fb.predict(
+            model.fn, model.params, posterior, x, num_samples=num_samples, seed=0, chunk_size=chunk_size
+        )
+        count = default if num_samples is None else num_samples
+        assert got.samples.shape == (count, 2, 2)
+        assert got.num_samples == count
+        assert_close(got.weights.sum(), torch.ones((), dtype=got.weights.dtype))
 
 
 def test_calls_with_a_chunk_size_agree_bit_for_bit():

@@ -575,20 +575,18 @@ DROPOUTS: dict[str, Callable[[Model], fb.Posterior]] = {
 }
 
 
-def pairs(kinds=("weights", "fixed", "ragged", "dropout"), models=MODELS):
-    """Every posterior with every model it is for, as parameters ``make_model, make_posterior``."""
+def pairs(names=None):
+    """Every posterior, or those named, with every model it is for: ``make_model, make_posterior``."""
     found = []
-    for model_name, make in models.items():
+    for model_name, make in MODELS.items():
         model = make()
-        tables = {"weights": POSTERIORS, "ragged": RAGGED}
-        if model.buffers:
-            tables["fixed"] = WITH_FIXED
-        if model.drops:
-            tables["dropout"] = DROPOUTS
-        for kind in kinds:
-            for name, of_model in tables.get(kind, {}).items():
-                if name == "laplace" and model_name in ROWS_TOGETHER:
-                    continue
+        table = POSTERIORS | RAGGED
+        table |= WITH_FIXED if model.buffers else {}
+        table |= DROPOUTS if model.drops else {}
+        for name, of_model in table.items():
+            if name == "laplace" and model_name in ROWS_TOGETHER:
+                continue
+            if names is None or name in names:
                 found.append(pytest.param(make, of_model, id=f"{name}-{model_name}"))
     return pytest.mark.parametrize(("make_model", "make_posterior"), found)
 
