@@ -584,11 +584,9 @@ def test_a_call_changes_neither_its_arguments_nor_any_global_state(name, tmp_pat
 def test_a_call_does_the_same_where_gradients_are_off_or_arguments_ask_for_them(name, tmp_path):
     world = make_world(tmp_path)
     first = CALLS[name](world, 5)
-    for mode in (torch.no_grad(), torch.set_grad_enabled(True)):
-        with mode:
-            enabled = torch.is_grad_enabled()
-            assert_close_trees(CALLS[name](world, 5), first)
-            assert torch.is_grad_enabled() == enabled
+    with torch.no_grad():
+        assert_close_trees(CALLS[name](world, 5), first)
+        assert not torch.is_grad_enabled()
     wanting = world._replace(params={k: v.clone().requires_grad_() for k, v in world.params.items()})
     snapshot = Snapshot(*wanting)
     got = CALLS[name](wanting, 5)
@@ -925,10 +923,19 @@ THREADED = {
 }
 
 
-@pytest.mark.parametrize("call", THREADED.values(), ids=THREADED.keys())
-@pytest.mark.parametrize("name", ["mlp_dropout", "conv_dropout", "transformer_dropout"])
+def threaded():
+    """Every call with every model, but those that take long with the one that takes longest."""
+    for name in ("mlp_dropout", "conv_dropout", "transformer_dropout"):
+        for call in THREADED:
+            takes_long = call in ("training_fit", "ensemble_fit") and name == "transformer_dropout"
+            has_own_model = call == "ensemble_init" and name != "mlp_dropout"
+            if not takes_long and not has_own_model:
+                yield name, call
+
+
+@pytest.mark.parametrize(("name", "call"), threaded())
 def test_eight_threads_on_one_function_find_what_one_finds(name, call):
-    model = MODELS[name]()
+    model, call = MODELS[name](), THREADED[call]
     expected = [call(MODELS[name](), i) for i in range(8)]
     for found, value in zip(at_once(functools.partial(call, model)), expected, strict=True):
         assert not isinstance(found, Exception), found
