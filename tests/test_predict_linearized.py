@@ -908,14 +908,21 @@ def test_scores_do_not_depend_on_how_many_outputs_are_seen_at_a_time(name):
     classes = Categorical(class_axis=1)
     c = fb.curvature.ggn(fn, params, (x, y), classes, name)
     whole, some = (
-        laplace.minimize_validation_nll(fn, params, c, (x, y), classes, max_bytes=n) for n in (1 << 40, 1)
+        laplace.minimize_validation_nll(fn, params, c, (x, y), classes, grid=[0.1, 1.0, 10.0], max_bytes=n)
+        for n in (1 << 40, 1)
     )
     assert_close(some.nll, whole.nll)
 
 
-@pytest.mark.parametrize("axis", [1, 2, -1])
-@pytest.mark.parametrize("link", ["bridge", "bridge_norm", "mc"])
-@pytest.mark.parametrize("name", ["diag", "kron", "low_rank", "full"])
+# Every pair of a structure, a link and an axis, in a Latin square.
+@pytest.mark.parametrize(
+    ("name", "link", "axis"),
+    [
+        (name, link, (1, 2, -1)[(i + j) % 3])
+        for i, name in enumerate(("diag", "kron", "low_rank", "full"))
+        for j, link in enumerate(("bridge", "bridge_norm", "mc"))
+    ],
+)
 def test_links_of_positions_take_no_covariance_between_positions(name, link, axis):
     plain, params, x, y = segmenting(8)
     classes = Categorical(class_axis=axis)
