@@ -16,16 +16,16 @@ pytest.importorskip("sklearn")
 
 SMALL = functools.partial(
     demo.Settings,
-    num_members=3,
+    num_members=2,
     digits_epochs=4,
-    digits_draws=8,
-    digits_snapshots=3,
-    digits_steps=9,
-    iris_epochs=20,
-    iris_draws=8,
-    iris_snapshots=3,
-    iris_steps=9,
-    repeats=2,
+    digits_draws=4,
+    digits_snapshots=2,
+    digits_steps=6,
+    iris_epochs=5,
+    iris_draws=4,
+    iris_snapshots=2,
+    iris_steps=6,
+    repeats=1,
 )
 all_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
