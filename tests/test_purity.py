@@ -933,7 +933,7 @@ def threaded():
                 yield name, call
 
 
-@pytest.mark.parametrize(("name", "call"), threaded())
+@pytest.mark.parametrize(("name", "call"), list(threaded()))
 def test_eight_threads_on_one_function_find_what_one_finds(name, call):
     model, call = MODELS[name](), THREADED[call]
     expected = [call(MODELS[name](), i) for i in range(8)]
