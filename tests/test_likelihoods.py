@@ -145,7 +145,7 @@ def quadrature(likelihood, f, axis=-1):
             yield p.mean + node * p.stddev, torch.full_like(p.mean, weight)
         return
     num_classes = f.shape[axis] if isinstance(likelihood, Categorical) else 2
-    for value in range(150 if isinstance(likelihood, Poisson) else num_classes):
+    for value in range(60 if isinstance(likelihood, Poisson) else num_classes):  # far beyond rates of exp(f)
         y = torch.full(p.batch_shape, value, dtype=torch.int64)
         yield y, p.log_prob(y.to(F64)).exp()
 
