@@ -347,7 +347,7 @@ def assert_moments(draws, mean, matrix, slack=0.0):
 def test_draws_have_the_covariance_between_all_entries_of_all_leaves(make, tree):
     covariance = make(tree)
     posterior = Gaussian(vector_for(covariance), covariance)
-    sample = posterior.sample(20_000, seed=1)
+    sample = posterior.sample(5000, seed=1)
     assert optree.tree_structure(sample) == optree.tree_structure(posterior.mean)
     assert_moments(joined_draws(sample), joined(posterior.mean), naive(covariance), slack=1e-12)
 
@@ -359,7 +359,7 @@ def test_draws_and_results_have_the_dtype_of_the_leaves(make, dtype):
     covariance = fb.to(wide, dtype=dtype)
     posterior = Gaussian(fb.to(vector_for(wide), dtype=dtype), covariance)
     vector = vector_for(covariance, 5)
-    sample = posterior.sample(20_000, seed=0)
+    sample = posterior.sample(5000, seed=0)
     trees = (sample, covariance.diagonal(), covariance.matvec(vector), covariance.solve(vector))
     scalars = (covariance.logdet(), posterior.log_prob(vector), posterior.entropy(), covariance.to_dense())
     assert {leaf.dtype for tree in trees for leaf in leaves_of(tree).values()} == {dtype}
