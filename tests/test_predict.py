@@ -24,6 +24,7 @@ from zoo import (
     MODELS,
     POSTERIORS,
     SLOW_MODELS,
+    WITH_FIXED,
     expected_samples,
     gaussian,
     linear,

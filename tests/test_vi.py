@@ -15,9 +15,9 @@ from torch.func import vmap
 
 import funcbayes as fb
 from funcbayes import vi
+from funcbayes._layer_noise import leaves_of_layers
 from funcbayes.covariances import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, LowRankPrecision
 from funcbayes.ensemble import member_seeds
-from funcbayes.vi._layers import leaves_of_layers
 
 F64 = torch.float64
 SHAPES = {"b": (2,), "gain": (), "w": (2, 3)}  # ranks 1, 0, 2

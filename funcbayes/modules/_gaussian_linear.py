@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from .. import vi
 from .._checks import positive_int, positive_number
+from .._layer_noise import moments, noise
 from .._random import Seed, resolve_seed
 from ..posteriors import Gaussian
 from ..priors import Normal
-from ..vi._layers import moments, noise
 from ..vi._prior import expected_log_prior
 
 

@@ -14,6 +14,7 @@ from .._compiled import with_gradient
 from .._engine import signature
 from .._functional import Model
 from .._functorch import is_inside_transform
+from .._layer_noise import FlippedNoise, LayerNoise, LocalNoise, leaves_of_layers, names_by_identity
 from .._mapping import map_draws
 from .._random import Seed, fold, keys_by_name, resolve_seed
 from .._tree import (
@@ -31,7 +32,6 @@ from ..likelihoods._checks import check_is_likelihood
 from ..likelihoods._layout import wide
 from ..priors._given import HasLogProb, checked_prior
 from ..training._buffers import averaged, varying
-from ._layers import FlippedNoise, LayerNoise, LocalNoise, leaves_of_layers, names_by_identity
 from ._mean_field import Independent, MeanFieldState
 from ._prior import expected_log_prior, log_prior
 from ._scale import Scale

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import check_num_data
 from .._functional import Model, training_call
+from .._layer_noise import leaves_of_layers
 from .._random import Seed, fold
 from .._tree import Params, index, map_leaves, merge, named_leaves
 from ..likelihoods import Likelihood
@@ -18,7 +19,6 @@ from ..training._data import Source
 from ..training._networks import Networks
 from ..training._objective import Objective
 from ._elbo import Estimator, Terms, terms
-from ._layers import leaves_of_layers
 from ._schedules import Schedule, checked_weight
 from ._state import VariationalState
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functional import Model
-from .._functorch import is_concrete, outside_transforms, unintercepted, unwrap, vmap_level, wrap
-from .._intercept import Unfused
-from .._intercept._call import Interception
-from .._jacobian._plan import plan_for
-from .._jacobian._tape import LAYERS, flat
-from .._random import fold, normal, uniform
-from .._tree import Params, map_leaves, named_leaves
+from ._functional import Model
+from ._functorch import is_concrete, outside_transforms, unintercepted, unwrap, vmap_level, wrap
+from ._intercept import Unfused
+from ._intercept._call import Interception
+from ._jacobian._plan import plan_for
+from ._jacobian._tape import LAYERS, flat
+from ._random import fold, normal, uniform
+from ._tree import Params, map_leaves, named_leaves
 
 _KINDS = ("linear", "convolution", "transposed convolution")
 _LAYERS = {func: layer for func, layer in LAYERS.items() if layer[0] in _KINDS}
@@ -95,6 +95,10 @@ class LayerNoise(Interception):
         self._others.update(self.names[id(value)] for value in others if id(value) in self.names)
         return weight, bias
 
+    def refuse(self, *names: str | None) -> None:
+        """Take note of leaves of a call that noise of this kind is not for."""
+        self._others.update(name for name in names if name is not None)
+
     def misused(self) -> set[str]:
         """Leaves that were not used just once, by a layer: their noise was not that of one draw."""
         return self._others | {name for name in self.names.values() if self._calls[name] != 1}
@@ -165,8 +169,12 @@ def moments(
     else:
         assert bias_spread is not None
         variance = bias_spread.reshape(-1, *(1,) * ndim).expand(mean.shape)
-    # Below, the square root has no gradient worth the name.
-    return mean, variance.clamp_min(max(1e-30, torch.finfo(variance.dtype).tiny)).sqrt()
+    return mean, standard_deviation(variance)
+
+
+def standard_deviation(variance: Tensor) -> Tensor:
+    """The square root, whose gradient is finite at zero."""
+    return variance.clamp_min(max(1e-30, torch.finfo(variance.dtype).tiny)).sqrt()
 
 
 def _is_mapped(value: Tensor | None, level: int) -> bool:
