@@ -1,5 +1,6 @@
 """Every batching rule, under every kind, against a Python loop over the draws."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -1012,6 +1013,31 @@ def test_predict_equals_the_modules_one_by_one(make, inputs, funcs, chunk_size):
     for rows in (slice(None), slice(0, 1)):
         got = fb.predict(fn, None, fb.Ensemble(members), x[rows], chunk_size=chunk_size).samples
         torch.testing.assert_close(got, expected[:, rows])
+
+
+@pytest.mark.parametrize("kind", ["rows_first", "channels_last"])
+def test_layers_under_autocast_give_what_they_give_one_by_one(kind):
+    layers = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 4)
+    modules = [nn.Sequential(*copy.deepcopy(layers)).eval() for _ in range(3)]
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.normal_()
+    fn, _ = fb.make_functional(modules[0])
+    members = {
+        k: torch.stack([m.get_parameter(k).detach() for m in modules])
+        for k, _ in modules[0].named_parameters()
+    }
+    x = randn(5, 2, 6, 6).float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = torch.stack([module(x) for module in modules])
+        for func in (F.conv2d, F.batch_norm, F.linear):
+            rules = Watch(kind, func)
+            got = vmap(rules(lambda p: fn(p, x)))(members)
+            assert rules.fired
+            assert got.dtype == torch.bfloat16
+            torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("make", "inputs", "funcs"), MODELS.values(), ids=MODELS.keys())

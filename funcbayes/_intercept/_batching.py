@@ -142,7 +142,11 @@ def _named(args: Args, kwargs: dict[str, Any], *names: str) -> list[Any]:
 
 
 def _one_dtype(*tensors: Tensor | None) -> bool:
-    return len({t.dtype for t in tensors if t is not None}) == 1
+    """Whether dtypes agree, or autocast will make them agree."""
+    given = [t for t in tensors if t is not None]
+    if len({t.dtype for t in given}) == 1:
+        return True
+    return all(t.is_floating_point() for t in given) and torch.is_autocast_enabled(given[0].device.type)
 
 
 def _linear(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
