@@ -11,6 +11,7 @@ from .._random import Seed, fold
 _NUM_QUOTIENTS = 40  # of a continued fraction: more would not change a double
 _BLOCK = 8  # draws that are shuffled among themselves
 _DIRECT_NUMEL = 1 << 14  # up to so many random keys are sorted at once, whatever blocks they belong to
+_TABLE_NUMEL = 1 << 22  # beyond, so many keys of different blocks are
 
 
 def allocate(indices: Tensor, weights: Tensor | None, num_choices: int, site: Seed) -> Tensor:
@@ -54,10 +55,17 @@ def _shuffled(indices: Tensor, size: int, site: Seed) -> Tensor:
     within = indices % size
     if isinstance(site, Tensor) or not is_concrete(indices) or indices.numel() * size <= _DIRECT_NUMEL:
         return blocks * size + _orders(site, blocks, size).gather(1, within[:, None])[:, 0]
-    shuffled = torch.empty_like(indices)
-    for block in blocks.unique().tolist():  # most often one or two
-        chosen = blocks == block
-        shuffled[chosen] = block * size + _order(site, block, size)[within[chosen]]
+    present, which = blocks.unique(return_inverse=True)
+    shuffled, step = torch.empty_like(indices), max(_TABLE_NUMEL // size, 1)
+    for start in range(0, len(present), step):
+        some = present[start : start + step]
+        if len(some) == 1:
+            orders = _order(site, int(some), size)[None]
+        else:
+            orders = _orders(site, some, size)
+        chosen = (which >= start) & (which < start + step)
+        order = orders[which[chosen] - start, within[chosen]]
+        shuffled[chosen] = blocks[chosen] * size + order
     return shuffled
 
 
