@@ -1552,8 +1552,16 @@ def test_hessians_of_activations_are_those_of_autograd_whether_or_not_they_have_
         assert (values[c.rank :] < 1e-9).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", ["diag", "full", "low_rank"])
+# Without draws, which are others for each batch, and the low-rank Hessian, which leaves out what is negative.
+ADDED = [
+    (kind, structure)
+    for kind in KINDS
+    for structure in ("diag", "full", "low_rank")
+    if kind != "fisher" and (kind, structure) != ("hessian", "low_rank")
+]
+
+
+@pytest.mark.parametrize(("kind", "structure"), ADDED)
 def test_a_layer_that_some_batches_skip_is_part_of_the_sums_of_the_others(kind, structure):
     """Where a batch takes another way than the first, nothing that was learned of that holds."""
 
@@ -1569,10 +1577,6 @@ def test_a_layer_that_some_batches_skip_is_part_of_the_sums_of_the_others(kind, 
     ]
     whole = find(kind, structure, fn, params, batches, Normal(1.0))
     parts = [find(kind, structure, lambda p, x: fn(p, x), params, [b], Normal(1.0)) for b in batches]
-    if kind == "fisher":
-        return  # draws are others
-    if (kind, structure) == ("hessian", "low_rank"):
-        return  # which leaves out what is negative in each
     assert_close(dense(whole, params), sum(dense(part, params) for part in parts))
 
 
