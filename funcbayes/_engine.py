@@ -404,7 +404,8 @@ def signature(tree: Any) -> tuple[Hashable, ...]:
         return type(tree), *(
             _of_field(field, getattr(tree, field.name)) for field in dataclasses.fields(tree)
         )
-    return optree.tree_structure(tree), tuple((t.shape, t.dtype, t.device) for t in tensors(tree))
+    leaves, structure = optree.tree_flatten(tree)
+    return structure, tuple((t.shape, t.dtype, t.device) for t in leaves if isinstance(t, Tensor))
 
 
 def _of_field(field: dataclasses.Field[Any], value: Any) -> Hashable:
