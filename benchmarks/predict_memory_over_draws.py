@@ -3,7 +3,7 @@
 Peak memory of one prediction with `keep_samples=False`, of draws of a Gaussian, in a process of its own, 16
 at a time. (How many at a time are fastest is found out by time, and differs: that peak is bounded, but not
 the same at every run.) The ratio is that of the peak with 32 draws and with as many as the case says, and
-the claim that 512 need no more than 1.5 times as much: what grows is what the allocator holds on to.
+the claim that 512 need no more than 1.5 times as much.
 """
 
 from collections.abc import Callable, Iterator
