@@ -25,6 +25,9 @@ from ._tree import Params, map_leaves, named_leaves
 
 _KINDS = ("linear", "convolution", "transposed convolution")
 _LAYERS = {func: layer for func, layer in LAYERS.items() if layer[0] in _KINDS}
+# Gives what a layer gives with noise: (mode, func, arguments by name, names of the leaves that are its weight
+# and its bias, of which there is at least one)
+NoisyLayer = Callable[[Any, Callable[..., Any], dict[str, Any], tuple[str | None, str | None]], Any]
 
 
 def leaves_of_layers(fn: Model, params: Params, names: list[str], x: Any, *, rows_first: bool) -> set[str]:
@@ -67,9 +70,14 @@ class LayerNoise(Interception):
         keys: Of the noise of each leaf's layer, int64 scalars, of one draw.
     """
 
-    def __init__(
-        self, names: Mapping[int, str], keys: Mapping[str, Tensor], handler: Callable[..., Any]
-    ) -> None:
+    def __init__(self, names: Mapping[int, str], keys: Mapping[str, Tensor], layer: NoisyLayer) -> None:
+        def handler(
+            mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            given = dict(zip(_LAYERS[func][1], args, strict=False)) | kwargs
+            leaves = mode.leaves(given)
+            return layer(mode, func, given, leaves) if any(leaves) else func(*args, **kwargs)
+
         attention = Unfused().handlers[F.multi_head_attention_forward]  # so that what is inside is seen
         super().__init__({F.multi_head_attention_forward: attention, **dict.fromkeys(_LAYERS, handler)})
         self.names, self.keys = names, keys
@@ -124,17 +132,16 @@ class LocalNoise(LayerNoise):
 
 
 def _locally(
-    mode: LocalNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    mode: LocalNoise,
+    func: Callable[..., Any],
+    given: dict[str, Any],
+    leaves: tuple[str | None, str | None],
 ) -> Any:
-    kind, names, ndim = _LAYERS[func]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    leaves = mode.leaves(given)
-    if not any(leaves):
-        return func(*args, **kwargs)
+    kind, _, ndim = _LAYERS[func]
     value, weights = given.pop("input"), (given.pop("weight"), given.pop("bias", None))
     spread, bias_spread = (mode.variance[name] if name else None for name in leaves)
     spreads = spread, bias_spread
-    key = mode.keys[next(name for name in leaves if name)]
+    key = mode.keys[first(leaves)]
     of = functools.partial(moments, functools.partial(func, **given), weights, spreads, ndim)
     level = vmap_level()
     keys, axis = (key, None) if level is None else unwrap(key, level)
@@ -163,18 +170,30 @@ def moments(
     value: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of what a layer gives, for weights with these means and variances."""
-    mean, (spread, bias_spread) = layer(value, *weights), spreads
+    mean = layer(value, *weights)
+    return mean, deviation_of(layer, spreads, ndim, value, mean)
+
+
+def deviation_of(
+    layer: Callable[..., Tensor],
+    spreads: tuple[Tensor | None, Tensor | None],
+    ndim: int,
+    value: Tensor,
+    mean: Tensor,
+) -> Tensor:
+    """Standard deviation of what a layer gives, in the shape of its mean; its gradient is finite at zero."""
+    spread, bias_spread = spreads
     if spread is not None:
         variance = layer(value.square(), spread, bias_spread)
     else:
         assert bias_spread is not None
         variance = bias_spread.reshape(-1, *(1,) * ndim).expand(mean.shape)
-    return mean, standard_deviation(variance)
-
-
-def standard_deviation(variance: Tensor) -> Tensor:
-    """The square root, whose gradient is finite at zero."""
     return variance.clamp_min(max(1e-30, torch.finfo(variance.dtype).tiny)).sqrt()
+
+
+def first(leaves: tuple[str | None, str | None]) -> str:
+    """The leaf whose key and signs a layer uses."""
+    return next(name for name in leaves if name is not None)
 
 
 def _is_mapped(value: Tensor | None, level: int) -> bool:
@@ -212,17 +231,16 @@ class FlippedNoise(LayerNoise):
 
 
 def _flipped(
-    mode: FlippedNoise, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    mode: FlippedNoise,
+    func: Callable[..., Any],
+    given: dict[str, Any],
+    leaves: tuple[str | None, str | None],
 ) -> Any:
-    kind, names, ndim = _LAYERS[func]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    leaves = mode.leaves(given)
-    if not any(leaves):
-        return func(*args, **kwargs)
+    kind, _, ndim = _LAYERS[func]
     value, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
     deviation, bias_deviation = (mode.deviations[name] if name else None for name in leaves)
     mean = func(value, weight, bias, **given)
-    name = next(name for name in leaves if name)
+    name = first(leaves)
 
     def shape(of: Tensor) -> tuple[int, ...]:
         if kind == "linear":

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._functional import Model
-from ._layer_noise import LayerNoise, leaves_of_layers, names_by_identity, noise, standard_deviation
+from ._jacobian._gradients import product
+from ._layer_noise import LayerNoise, deviation_of, first, leaves_of_layers, names_by_identity, noise
 from ._random import Seed, fold, keys_by_name
 from ._tree import Params, is_parameter, map_named, merge, named_leaves, parameters_of, select
 from .covariances import Diagonal, Kronecker
@@ -140,21 +141,19 @@ class MarginalNoise(LayerNoise):
         self.variance, self.outputs, self.inputs = variance, outputs, inputs
 
 
-def _drawn(mode: MarginalNoise, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    weight, bias = mode.leaves(given)
-    mean, value = func(*args, **kwargs), given["input"]
+def _drawn(
+    mode: MarginalNoise, func: Any, given: dict[str, Any], leaves: tuple[str | None, str | None]
+) -> Tensor:
+    mean, value, name = func(**given), given["input"], first(leaves)
     if func is not F.linear or value.ndim != 2:
-        mode.refuse(weight, bias)
+        mode.refuse(*leaves)
         return mean
-    if weight is not None:
-        turned = value @ mode.inputs[weight] if weight in mode.inputs else value
-        of_bias = None if bias is None else mode.variance[bias]
-        variance = F.linear(turned.square(), mode.variance[weight], of_bias)
-    elif bias is not None:
-        variance = mode.variance[bias].expand(mean.shape)
-    else:
-        return mean
-    name = weight or bias or ""
-    deviation = standard_deviation(variance) * noise(mode.keys[name], mean.shape, mean)
-    return mean + (deviation @ mode.outputs[name].mT if name in mode.outputs else deviation)
+    # Bases may be in a wider dtype than the layer.
+    if name in mode.inputs:
+        value = product(value, mode.inputs[name]).to(value.dtype)
+    weight, bias = (mode.variance[leaf] if leaf else None for leaf in leaves)
+    std = deviation_of(F.linear, (weight, bias), 0, value, mean)
+    deviation = std * noise(mode.keys[name], mean.shape, mean)
+    if name in mode.outputs:
+        deviation = product(deviation, mode.outputs[name].mT).to(deviation.dtype)
+    return mean + deviation
