@@ -45,6 +45,13 @@ def compiled(owner: Any, key: Hashable, evaluate: Evaluate, tree: Any) -> Any:
     return _programs.get(owner, whole, lambda: _Program.of(evaluate, tree))(leaves)
 
 
+def wants_grad(trees: Any) -> bool:
+    """Whether gradients in some tensors are wanted, as far as these tell."""
+    if is_inside_transform():  # where they do not tell whether a transform further out follows them
+        return torch.is_grad_enabled()
+    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors(trees))
+
+
 def refuse_gradients(trees: Any, call: str) -> None:
     """Refuse gradients in some tensors, and transforms: a program is of plain tensors.
 
@@ -52,7 +59,7 @@ def refuse_gradients(trees: Any, call: str) -> None:
         trees: What is given.
         call: The public function.
     """
-    if is_inside_transform() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors(trees))):
+    if is_inside_transform() or wants_grad(trees):
         raise ValueError(
             f"`{call}(compile=True)` evaluates without gradients and outside of transforms, which are wanted "
             "here. Write `with torch.no_grad():` around the call, or leave `compile` out."
@@ -101,7 +108,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # of a decorator without annotations
         return None, None, *(None if g is None else grad_outputs[0] * g for g in ctx.saved_tensors)
 
 
@@ -111,7 +118,8 @@ class _Program:
 
     Attributes:
         run: Gives tensors, given tensors.
-        kept: What is not a tensor among the leaves, which is a part of the program.
+        kept: What is not a tensor among the leaves, which is a part of the program. It is kept alive, for its
+            identity is in the key of the program.
         others: What is not a tensor among the results, ``None`` where one is.
         structure: Of the results.
     """

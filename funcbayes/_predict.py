@@ -1,6 +1,7 @@
 """``predict``: a model, a posterior and inputs in, a prediction out."""
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -10,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ._checks import check_model, positive_int
-from ._compiled import refuse_gradients
+from ._compiled import refuse_gradients, wants_grad
 from ._engine import evaluate, signature
 from ._functional import Model
-from ._functorch import is_inside_transform
 from ._linearize import Linearization
 from ._marginal import check_marginal, marginal_model
 from ._prediction import Prediction, concatenate
@@ -30,7 +30,6 @@ from ._tree import (
     missing_path,
     named_leaves,
     parameters_of,
-    tensors,
 )
 from .likelihoods import Likelihood
 from .likelihoods._checks import check_is_likelihood
@@ -139,8 +138,7 @@ def predictor(
     Raises:
         TypeError: If an option is not one of :func:`predict`'s.
     """
-    known = {"num_samples", "seed", "chunk_size", "dtype", "keep_samples", "targets"}
-    known |= {"compile", "marginal"}
+    known = set(inspect.signature(predict).parameters) - {"fn", "params", "posterior", "x", "likelihood"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(f"`predictor(...)` has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
@@ -267,12 +265,12 @@ def _predict(
     seed = resolve_seed(seed) if atoms is None else 0
     weights, groups = _plan(posterior, atoms, num_samples, seed)
     collect = _Collector(weights, likelihood, targets, keep_samples)
-    wants_grad = _wants_grad((params, posterior, x, likelihood))
+    gradients = wants_grad((params, posterior, x, likelihood))
     if marginal:
         check_marginal(posterior)
     if compile:
         refuse_gradients((params, posterior, x, likelihood), "predict")
-    with nullcontext() if wants_grad else torch.no_grad():
+    with nullcontext() if gradients else torch.no_grad():
         for number, (positions, make_draws) in enumerate(groups):
             model, given, draws = fn, params, _fitting(make_draws, params, dtype)
             if marginal:
@@ -404,12 +402,6 @@ def _check_complete(leaves: Params, params: Params) -> None:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-
-
-def _wants_grad(trees: Any) -> bool:
-    if is_inside_transform():  # where tensors do not tell whether a transform further out follows them
-        return torch.is_grad_enabled()
-    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors(trees))
 
 
 class _Collector:

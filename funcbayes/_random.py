@@ -19,7 +19,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._functorch import is_concrete, is_inside_transform, is_traced, outside_transforms
+from ._functorch import is_concrete, is_traced, outside_transforms
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -166,12 +166,10 @@ def _noise(
         out = torch.empty(tuple(shape), dtype=wide)
         _fill_row(out, key, torch.Generator(), gaussian)
         return out.to(dtype)
-    if not is_inside_transform() and not is_traced():
+    if is_traced() or not is_concrete(key):
+        return _noise_op()(key, list(shape), wide, device, gaussian).to(dtype)
+    with outside_transforms():  # without the cost of an operator
         return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)
-    if is_concrete(key) and not is_traced():  # without the cost of an operator
-        with outside_transforms():
-            return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)
-    return _noise_op()(key, list(shape), wide, device, gaussian).to(dtype)
 
 
 def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: bool) -> Tensor:

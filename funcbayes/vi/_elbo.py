@@ -27,6 +27,7 @@ from .._tree import (
     num_rows,
     select,
 )
+from ..covariances._flat import at_least_single, dtype_of
 from ..likelihoods import Likelihood
 from ..likelihoods._checks import check_is_likelihood
 from ..likelihoods._layout import wide
@@ -112,9 +113,8 @@ def negative_elbo(
         kl_weight: Factor of the KL; 1 for the ELBO.
         chunk_size: Draws of one pass; ``None`` to choose by the size of intermediates.
         compile: Whether the value and its gradient are found by one program that ``torch.compile`` makes, for
-            all calls with tensors of these shapes and these settings. That takes half a minute; afterwards
-            small networks take a third of the time. It changes results by rounding only. The result can be
-            differentiated once, and what ``fn`` and a ``prior`` of the user's own refer to stays as it was.
+            all calls with tensors of these shapes and these settings: see :func:`funcbayes.training.fit`.
+            The result can be differentiated once.
 
     Returns:
         A scalar.
@@ -172,9 +172,10 @@ def negative_elbo(
             "`torch.autograd.grad`, or leave `compile` out."
         )
     *others, seed, kl_weight = given
-    numbers = torch.as_tensor(seed), torch.as_tensor(kl_weight)
+    if not isinstance(kl_weight, Tensor):  # a number would be a part of the program
+        kl_weight = torch.tensor(kl_weight, dtype=at_least_single(dtype_of(state.mean)))
     settings = ("elbo", num_data, num_samples, estimator, chunk_size)
-    return with_gradient(fn, settings, evaluate, (*others, *numbers))
+    return with_gradient(fn, settings, evaluate, (*others, torch.as_tensor(seed), kl_weight))
 
 
 def check_estimator(estimator: Any, state: VariationalState, call: str) -> None:
