@@ -191,33 +191,28 @@ class _Linearized:
         compile_as: Hashable = None,
     ) -> Component:
         """Mean and covariance of the outputs; ``compile_as`` tells programs for other forms of them apart."""
-        settings: dict[str, Any] = {
-            "call": _CALL,
-            "joint": joint,
-            "wants_covariance": wants_covariance,
-            "max_bytes": max_bytes,
-        }
-        covariances = [gaussian.covariance for gaussian in self.gaussians]
         program = None
         if compile_as is not None:
             key = "linearized", joint, max_bytes, compile_as
             given = self.params, self.gaussians, self.points, self.x
-            program = functools.partial(compiled, self.fn, key, self._moments(settings), given)
-        return pushed_through(
+
+            def moments(given: Any) -> tuple[Tensor, Tensor, Form]:
+                return _Linearized(self.fn, *given)._pushforward(joint, wants_covariance, max_bytes).moments()
+
+            program = functools.partial(compiled, self.fn, key, moments, given)
+        return self._pushforward(joint, wants_covariance, max_bytes).component(program)
+
+    def _pushforward(
+        self, joint: bool, wants_covariance: Callable[[Tensor], bool], max_bytes: int | None
+    ) -> "Pushforward":
+        return Pushforward(
             *(self.fn, self.center, self._names, self.x, self._terms),
-            **settings,
-            covariances=covariances,
-            program=program,
+            call=_CALL,
+            joint=joint,
+            wants_covariance=wants_covariance,
+            max_bytes=max_bytes,
+            covariances=[gaussian.covariance for gaussian in self.gaussians],
         )
-
-    def _moments(self, settings: dict[str, Any]) -> Callable[[Any], tuple[Tensor, Tensor, Form]]:
-        """What a program is made of: a function of the tensors."""
-
-        def moments(given: Any) -> tuple[Tensor, Tensor, Form]:
-            own = _Linearized(self.fn, *given)
-            return moments_of(self.fn, own.center, own._names, own.x, own._terms, **settings)
-
-        return moments
 
     @property
     def _names(self) -> list[str]:
@@ -228,23 +223,11 @@ class _Linearized:
             yield from covariance_terms(gaussian.covariance, jacobian, form)
 
 
-def pushed_through(
-    fn: Model,
-    center: Params,
-    names: Sequence[str],
-    x: Any,
-    terms: Callable[[Jacobian, Form], Terms],
-    *,
-    call: str,
-    joint: bool,
-    wants_covariance: Callable[[Tensor], bool],
-    max_bytes: int | None = None,
-    covariances: Any = None,
-    program: Callable[[], tuple[Tensor, Tensor, Form]] | None = None,
-) -> Component:
-    """Mean and covariance of the outputs of a model linearised in some leaves.
+@dataclass(frozen=True)
+class Pushforward:
+    """A Gaussian over some leaves, pushed through a model that is linearised in them.
 
-    Args:
+    Attributes:
         fn: Pure model.
         center: Where it is linearised.
         names: The leaves.
@@ -256,94 +239,92 @@ def pushed_through(
             found when it is asked for.
         max_bytes: Bytes that the gradients of the rows of one block may have.
         covariances: What else ``terms`` depends on, a tree.
-        program: Gives what :func:`moments_of` does.
     """
-    wanted = functools.partial(
-        *(moments_of, fn, center, names, x, terms),
-        call=call,
-        joint=joint,
-        wants_covariance=wants_covariance,
-        max_bytes=max_bytes,
-    )
 
-    def check_unchanged() -> None:
-        if any(leaf._version != version for leaf, version in versions):
+    fn: Model
+    center: Params
+    names: Sequence[str]
+    x: Any
+    terms: Callable[[Jacobian, Form], Terms]
+    call: str
+    joint: bool
+    wants_covariance: Callable[[Tensor], bool]
+    max_bytes: int | None = None
+    covariances: Any = None
+
+    def component(self, program: Callable[[], tuple[Tensor, Tensor, Form]] | None = None) -> Component:
+        """Mean and covariance of the outputs; ``program`` gives what :meth:`moments` does."""
+        given = (tensors(tree) for tree in (self.center, self.x, self.covariances))
+        versions = [(leaf, leaf._version) for leaves in given for leaf in leaves if not leaf.is_inference()]
+
+        def check_unchanged() -> None:
+            if any(leaf._version != version for leaf, version in versions):
+                raise RuntimeError(
+                    "The covariance of the outputs is found when it is first asked for, and a tensor that "
+                    f"`{self.call}` was given has been changed in place since. Ask for it before, or give "
+                    "copies."
+                )
+
+        def later() -> Tensor:
+            check_unchanged()
+            return replace(self, wants_covariance=lambda _: True).moments()[1]
+
+        def of_positions(axis: int) -> Tensor:
+            check_unchanged()
+            return torch.cat([_of_positions(jacobian, self.terms, axis) for jacobian in self._jacobians()])
+
+        mean, found, form = self.moments() if program is None else program()
+        if is_concrete(found) and bool(mean.isfinite().all()) and not bool(found.isfinite().all()):
             raise RuntimeError(
-                "The covariance of the outputs is found when it is first asked for, and a tensor that "
-                f"`{call}` was given has been changed in place since. Ask for it before, or give copies."
+                f"The covariance of the outputs in `{self.call}` is not finite, though the outputs are: the "
+                "model has a derivative that is not, or variances are too large. Look for roots and "
+                "quotients at 0; float64 may help."
             )
-
-    def later() -> Tensor:
-        check_unchanged()
-        return wanted(wants_covariance=lambda _: True)[1]
-
-    def of_positions(axis: int) -> Tensor:
-        check_unchanged()
-        found = [
-            _of_positions(jacobian, terms, axis)
-            for jacobian in jacobians(fn, center, names, x, call=call, max_bytes=max_bytes)
-        ]
-        return torch.cat(found)
-
-    given = (tensors(tree) for tree in (center, x, covariances))
-    versions = [(leaf, leaf._version) for leaves in given for leaf in leaves if not leaf.is_inference()]
-    mean, found, form = wanted() if program is None else program()
-    if is_concrete(found) and bool(mean.isfinite().all()) and not bool(found.isfinite().all()):
-        raise RuntimeError(
-            f"The covariance of the outputs in `{call}` is not finite, though the outputs are: the model "
-            "has a derivative that is not, or variances are too large. Look for roots and quotients at "
-            "0; float64 may help."
+        if form == "variance":
+            return Component(mean, found, later, None, of_positions if self.names and len(mean) else None)
+        covariance = found
+        if form == "joint":
+            count, size = len(mean), mean.shape[1:].numel()
+            blocks = found.unflatten(0, (count, size)).unflatten(-1, (count, size))
+            covariance = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        return Component(
+            *(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance),
+            found if form == "joint" else None,
         )
-    if form == "variance":
-        return Component(mean, found, later, None, of_positions if names and len(mean) else None)
-    covariance = found
-    if form == "joint":
-        count, size = len(mean), mean.shape[1:].numel()
-        blocks = found.unflatten(0, (count, size)).unflatten(-1, (count, size))
-        covariance = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    return Component(
-        *(mean, covariance.diagonal(dim1=-2, dim2=-1), lambda: covariance),
-        found if form == "joint" else None,
-    )
 
+    def moments(self) -> tuple[Tensor, Tensor, Form]:
+        """Mean of the outputs, and their covariance in the form that is wanted."""
+        if not self.names or num_rows(self.x) == 0:  # nothing is uncertain
+            with torch.no_grad():
+                mean = self.fn(self.center, self.x)
+            form = self._form_of(mean)
+            _check_size(len(mean), mean, form, self.call, self.max_bytes)
+            return mean, gathered(iter(()), mean.reshape(len(mean), mean.shape[1:].numel()), form), form
+        means, found, form = [], [], None
+        for jacobian in self._jacobians():
+            outputs = jacobian.block.outputs[0]
+            if form is None:
+                form = self._form_of(outputs)
+                _check_size(num_rows(self.x) or 0, outputs, form, self.call, self.max_bytes)
+            means.append(outputs)
+            found.append(gathered(self.terms(jacobian, form), outputs.reshape(len(outputs), -1), form))
+        assert form is not None
+        return torch.cat(means), found[0] if len(found) == 1 else torch.cat(found), form
 
-def moments_of(
-    fn: Model,
-    center: Params,
-    names: Sequence[str],
-    x: Any,
-    terms: Callable[[Jacobian, Form], Terms],
-    *,
-    call: str,
-    joint: bool,
-    wants_covariance: Callable[[Tensor], bool],
-    max_bytes: int | None,
-) -> tuple[Tensor, Tensor, Form]:
-    """Mean of the outputs, and their covariance in the form that is wanted: see :func:`pushed_through`."""
+    def _jacobians(self) -> Iterator[Jacobian]:
+        return jacobians(
+            *(self.fn, self.center, self.names, self.x),
+            call=self.call,
+            whole=self.joint,
+            max_bytes=self.max_bytes,
+        )
 
-    def form_of(outputs: Tensor) -> Form:
-        if joint:
+    def _form_of(self, outputs: Tensor) -> Form:
+        if self.joint:
             return "joint"
         size = outputs.shape[1:].numel()
-        is_small = size <= _FEW and (num_rows(x) or 0) * size**2 * outputs.itemsize <= _COVARIANCE_BYTES
-        return "covariance" if is_small or wants_covariance(outputs) else "variance"
-
-    if not names or num_rows(x) == 0:  # nothing is uncertain
-        with torch.no_grad():
-            mean = fn(center, x)
-        form = form_of(mean)
-        _check_size(len(mean), mean, form, call, max_bytes)
-        return mean, gathered(iter(()), mean.reshape(len(mean), mean.shape[1:].numel()), form), form
-    means, found, form = [], [], None
-    for jacobian in jacobians(fn, center, names, x, call=call, whole=joint, max_bytes=max_bytes):
-        outputs = jacobian.block.outputs[0]
-        if form is None:
-            form = form_of(outputs)
-            _check_size(num_rows(x) or 0, outputs, form, call, max_bytes)
-        means.append(outputs)
-        found.append(gathered(terms(jacobian, form), outputs.reshape(len(outputs), -1), form))
-    assert form is not None
-    return torch.cat(means), found[0] if len(found) == 1 else torch.cat(found), form
+        is_small = size <= _FEW and (num_rows(self.x) or 0) * size**2 * outputs.itemsize <= _COVARIANCE_BYTES
+        return "covariance" if is_small or self.wants_covariance(outputs) else "variance"
 
 
 def _of_positions(jacobian: Jacobian, terms: Callable[[Jacobian, Form], Terms], axis: int) -> Tensor:

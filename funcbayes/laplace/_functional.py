@@ -14,7 +14,7 @@ from .._jacobian._gradients import Formed
 from .._jacobian._gram import gram
 from .._linearized_prediction import LinearizedPrediction, Link, check_link, seed_of
 from .._output_covariance import Form, Jacobian, Terms, by_outputs, contracted, independent_terms
-from .._predict_linearized import pushed_through, wants_covariance
+from .._predict_linearized import Pushforward, wants_covariance
 from .._random import Seed, fold, permutation, resolve_seed
 from .._tree import Params, Where, as_tree, num_rows
 from ..covariances._flat import as_double, at_least_single
@@ -82,13 +82,13 @@ class FunctionalLaplace:
         num_samples = positive_int(num_samples, "predict(num_samples=...)")
         if max_bytes is not None:
             max_bytes = positive_int(max_bytes, "predict(max_bytes=...)")
-        component = pushed_through(
+        component = Pushforward(
             *(self.fn, self.params, self._names, as_tree(x), self._terms),
             call="FunctionalLaplace.predict",
             joint=joint,
             wants_covariance=wants_covariance(likelihood, link),
             max_bytes=max_bytes,
-        )
+        ).component()
         if likelihood is not None:
             likelihood.check(component.mean, None, call="predict(likelihood=...)")
         return LinearizedPrediction(
