@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+import funcbayes as fb
+
 
 def mlp_small(rate: float = 0.0) -> nn.Module:
     return nn.Sequential(
@@ -94,6 +96,12 @@ ROWS = {
     "transformer": (1, 8, 64),
     "lstm": (1, 32, 128),
 }
+
+
+def around(params: dict[str, Tensor], variance: float = 1e-4) -> fb.Gaussian:
+    """A narrow Gaussian over parameters."""
+    variances = {name: torch.full_like(leaf, variance) for name, leaf in params.items()}
+    return fb.Gaussian(params, fb.covariances.Diagonal(variances))
 
 
 def inputs(model: str, rows: int, device: str = "cpu") -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import funcbayes as fb
 
 from ._measure import How, Result, compare
-from ._models import MODELS, inputs
+from ._models import MODELS, around, inputs
 
 ROWS, DRAWS, SEEDS = 32, 32, 20
 
@@ -24,8 +24,7 @@ def run(how: How) -> Iterator[Result]:
     for name in ("mlp-small", "mlp", "lenet"):
         torch.manual_seed(0)
         fn, params = fb.make_functional(MODELS[name]())
-        variance = {k: torch.full_like(v, 0.02**2) for k, v in params.items()}
-        q = fb.Gaussian(params, fb.covariances.Diagonal(variance))
+        q = around(params, 0.02**2)
         alone, pairs = (_mean(fn, posterior, inputs(name, ROWS)) for posterior in (q, fb.antithetic(q)))
         of_alone, of_pairs = (torch.stack([f(seed) for seed in range(SEEDS)]) for f in (alone, pairs))
         error = ((of_alone.var(0) + of_pairs.var(0)).sum() / SEEDS).sqrt()

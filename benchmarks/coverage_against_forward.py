@@ -11,7 +11,7 @@ import torch
 import funcbayes as fb
 
 from ._measure import How, Result, compare
-from ._models import inputs, resnet
+from ._models import around, inputs, resnet
 
 NUM_SAMPLES = 32
 AT_LEAST = 1.0
@@ -23,9 +23,7 @@ def run(how: How) -> Iterator[Result]:
         module, x = resnet(head_rate=0.2).eval(), inputs("resnet", rows)  # its own passes are predictions
         fn, params = fb.make_functional(module)
         head = {k: v for k, v in params.items() if k.startswith("7.3.")}
-        variance = {k: torch.full_like(v, 1e-2) for k, v in head.items()}
-        last_layer = fb.Gaussian(head, fb.covariances.Diagonal(variance))
-        for name, posterior in {"last layer": last_layer, "dropout before it": fb.Dropout()}.items():
+        for name, posterior in {"last layer": around(head, 1e-2), "dropout before it": fb.Dropout()}.items():
             yield _against_three_passes(f"{name}, {rows} rows", fn, params, posterior, module, x, how.repeats)
 
 

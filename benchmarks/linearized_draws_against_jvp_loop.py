@@ -5,6 +5,7 @@ evaluation is timed. The loop evaluates the model at the center once a draw, a p
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ import funcbayes as fb
 from funcbayes._functorch import load_forward_rules
 
 from ._measure import How, Result, compare
-from ._models import MODELS, inputs
+from ._models import MODELS, around, inputs
 
 NUM_SAMPLES = 32
 ROWS = {"mlp": (1, 128), "lenet": (1, 128), "resnet": (1, 32)}
@@ -30,8 +31,7 @@ def run(how: How) -> Iterator[Result]:
 def _one(name: str, rows: int, repeats: int) -> Result:
     torch.manual_seed(0)
     fn, params = fb.make_functional(MODELS[name]())
-    variance = {k: torch.full_like(v, 1e-4) for k, v in params.items()}
-    posterior = fb.Gaussian(params, fb.covariances.Diagonal(variance), linearized=True)
+    posterior = replace(around(params), linearized=True)
     draws = fb.to_ensemble(posterior, NUM_SAMPLES, seed=0)
     deviations = {k: posterior.sample(NUM_SAMPLES, seed=0)[k] - params[k] for k in params}
     x = inputs(name, rows)

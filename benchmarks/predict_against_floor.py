@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 import funcbayes as fb
 
 from ._measure import How, Result, compare, median_of
-from ._models import MODELS, ROWS, inputs
+from ._models import MODELS, ROWS, around, inputs
 
 ON_ANY_DEVICE = True
 NUM_SAMPLES = 32
@@ -40,12 +40,9 @@ def _cell(kind: str, name: str, rows: int, how: How) -> Result:
     module = MODELS[name](**rate).eval().to(how.device)  # as at prediction
     fn, params = fb.make_functional(module)
     x = inputs(name, rows, how.device)
-    gaussian = fb.Gaussian(
-        params, fb.covariances.Diagonal({k: torch.full_like(v, 1e-4) for k, v in params.items()})
-    )
     posterior = {
-        "ensemble": fb.to_ensemble(gaussian, NUM_SAMPLES, seed=0),
-        "gaussian": gaussian,
+        "ensemble": fb.to_ensemble(around(params), NUM_SAMPLES, seed=0),
+        "gaussian": around(params),
         "dropout": fb.Dropout(),
     }[kind]
 

@@ -23,7 +23,7 @@ from torch.utils.benchmark import Timer
 import funcbayes as fb
 
 from ._measure import How, Result, compare, geometric_mean_of
-from ._models import MODELS, inputs, resnet
+from ._models import MODELS, around, inputs, resnet
 
 ON_ANY_DEVICE = True
 ROWS, DRAWS = (1, 32, 128, 1024), (8, 32, 128)
@@ -59,7 +59,7 @@ def _claim(kind: str, name: str, rows: int, draws: int, device: str) -> dict[str
 def cells(how: How) -> list[tuple[str, int, int]]:
     """Models, rows and draws."""
     rows, draws = ((1, 32), (32,)) if how.is_quick else (ROWS, DRAWS)
-    times = 1 if how.device == "cpu" else 64
+    times = 1 if how.device == "cpu" else 64  # on an accelerator larger loops end as soon
     return [(name, n, s) for name in MODELS for n in rows for s in draws if n * s <= times * LARGEST[name]]
 
 
@@ -68,9 +68,9 @@ Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 def _weights(name: str, rows: int, draws: int, device: str) -> Pair:
     torch.manual_seed(0)
-    module, x = MODELS[name]().eval().to(device), inputs(name, rows, device)
+    module, x = MODELS[name]().eval().to(device), inputs(name, rows, device)  # for the loops
     fn, params = fb.make_functional(module)
-    members = fb.Ensemble(_around(params).sample(draws, seed=0))
+    members = fb.Ensemble(around(params).sample(draws, seed=0))
 
     def ours() -> Tensor:
         return fb.predict(fn, None, members, x).samples
@@ -108,11 +108,9 @@ def _ends(device: str) -> dict[str, Pair]:
     found = {}
     for rows in (32, 128):
         torch.manual_seed(0)
-        module, x = resnet().eval().to(device), inputs("resnet", rows, device)
+        module, x = resnet().eval().to(device), inputs("resnet", rows, device)  # for the loop
         fn, params = fb.make_functional(module)
-        head = fb.Ensemble(
-            _around({k: v for k, v in params.items() if k.startswith("7.")}).sample(32, seed=0)
-        )
+        head = fb.Ensemble(around({k: v for k, v in params.items() if k.startswith("7.")}).sample(32, seed=0))
 
         def ours(fn=fn, params=params, head=head, x=x) -> Tensor:  # noqa: ANN001
             return fb.predict(fn, params, head, x).samples
@@ -120,12 +118,6 @@ def _ends(device: str) -> dict[str, Pair]:
         found[f"last layer, {rows} rows"] = _faster_loop(module, head.members, x, ours()), ours
         found[f"late dropout, {rows} rows"] = _dropping(resnet(head_rate=0.2).to(device), x, 32)
     return found
-
-
-def _around(params: dict[str, Tensor]) -> fb.Gaussian:
-    return fb.Gaussian(
-        params, fb.covariances.Diagonal({k: torch.full_like(v, 1e-4) for k, v in params.items()})
-    )
 
 
 def _faster_loop(

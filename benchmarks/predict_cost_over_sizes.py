@@ -1,7 +1,7 @@
 """The cost of `predict` grows no faster than draws, rows and parameters do.
 
-An MLP with two hidden layers of one width, and draws that are fixed beforehand. One of the three numbers is
-doubled at a time; the ratio is how much cheaper a draw, a row or a parameter is than in the smallest case of
+An MLP with two hidden layers of one width, and draws that are fixed beforehand. One of the three numbers
+grows at a time; the ratio is how much cheaper a draw, a row or a parameter is than in the smallest case of
 its kind, and the claim that at the largest it is no more than a fifth dearer.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import funcbayes as fb
 
 from ._measure import How, Result, compare
+from ._models import around
 
 ON_ANY_DEVICE = True
 DRAWS = (8, 16, 32, 64, 128, 256, 512)
@@ -39,8 +40,7 @@ def _prediction(kind: str, size: int, device: str) -> tuple[Callable[[], Tensor]
     torch.manual_seed(0)
     layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     fn, params = fb.make_functional(nn.Sequential(*layers).to(device))
-    variance = {k: torch.full_like(v, 1e-4) for k, v in params.items()}
-    members = fb.to_ensemble(fb.Gaussian(params, fb.covariances.Diagonal(variance)), draws, seed=0)
+    members = fb.to_ensemble(around(params), draws, seed=0)
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(device)
     amount = sum(v.numel() for v in params.values()) if kind == "parameters" else size
     return lambda: fb.predict(fn, None, members, x).samples, amount

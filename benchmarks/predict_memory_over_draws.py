@@ -14,7 +14,7 @@ from torch import Tensor
 import funcbayes as fb
 
 from ._measure import How, Result, Unavailable, peak_mb
-from ._models import MODELS, inputs
+from ._models import MODELS, around, inputs
 
 ROWS = {"mlp": 1024, "lenet": 128, "resnet": 32}
 DRAWS, AT_LEAST = (32, 64, 128, 256, 512), 1 / 1.5
@@ -37,15 +37,12 @@ def run(how: How) -> Iterator[Result]:
 def prepared(name: str, rows: str, draws: str) -> Callable[[], Tensor]:
     """One prediction, after a first with fewer draws."""
     torch.manual_seed(0)
-    fn, params = fb.make_functional(MODELS[name]().eval())
-    variance = {k: torch.full_like(v, 1e-4) for k, v in params.items()}
-    posterior = fb.Gaussian(params, fb.covariances.Diagonal(variance))
-    x, likelihood = inputs(name, int(rows)), fb.likelihoods.Categorical()
+    fn, params = fb.make_functional(MODELS[name]())
+    posterior, x = around(params), inputs(name, int(rows))
+    options = {"likelihood": fb.likelihoods.Categorical(), "keep_samples": False, "chunk_size": 16, "seed": 0}
 
     def predicted(draws: int) -> Tensor:
-        options = {"num_samples": draws, "seed": 0, "keep_samples": False, "likelihood": likelihood}
-        options |= {"chunk_size": 16}
-        return fb.predict(fn, None, posterior, x, **options).mean
+        return fb.predict(fn, None, posterior, x, num_samples=draws, **options).mean
 
     predicted(1)
     return lambda: predicted(int(draws))

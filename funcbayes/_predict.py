@@ -76,7 +76,7 @@ def predict(
         targets: Targets ``y``, for ``prediction.log_prob()``; needed beforehand only where samples are
             not kept.
         compile: Evaluate by a program that ``torch.compile`` makes of one chunk of draws, once for each shape
-            of ``x`` and number of draws, which takes seconds to a minute: for many batches of one shape, or a
+            of ``x`` and number of draws, at the first call with it: for many batches of one shape, or a
             server. Results change by rounding only. What ``fn`` refers to beside its arguments stays as it
             was at the first call. Not where gradients are wanted.
         marginal: Draw what linear layers give, a number a unit, in the place of their weights, where a row

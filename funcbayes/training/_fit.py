@@ -85,7 +85,7 @@ def fit(
             and the result is the epoch at which it is lowest; one that is not finite never is.
         patience: After how many epochs in a row without a lower one training ends; ``None``: never.
         compile: Whether the loss and its gradient are found by a program that ``torch.compile`` makes, one
-            for each shape of a batch, which takes up to a minute. Results change by rounding, which training
+            for each shape of a batch, at the first step with it. Results change by rounding, which training
             magnifies. What ``fn`` refers to beside its arguments stays as it was at the first step.
         progress: Whether to show a bar over the epochs.
         callback: ``(epoch, loss, params)`` after every epoch, with the mean loss of the epoch as a float and
