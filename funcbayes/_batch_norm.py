@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from ._checks import check_model, positive_int
 from ._functional import Model, batch_statistics
-from ._intercept import Batching, LargestBatched
+from ._intercept import Batching, Observed
 from ._mapping import equal_parts
 from ._random import forked
 from ._tree import (
@@ -203,13 +203,13 @@ class _Run:
         return batch_statistics(self.fn, params, batch.member(0)[0])
 
     def _chosen_parts(self, batch: Batch) -> list[slice]:
-        num, size, seen = self.num_members, self.chunk_size, LargestBatched()
+        num, size, seen = self.num_members, self.chunk_size, Observed()
         if size is not None:
             return [slice(a, min(a + size, num)) for a in range(0, num, size)]
         self._together(slice(0, 1), batch, "vmap", seen)
         return equal_parts(num, seen.nbytes, device_of(self.members) or torch.device("cpu"))
 
-    def _together(self, part: slice, batch: Batch, kind: str, seen: LargestBatched | None = None) -> Params:
+    def _together(self, part: slice, batch: Batch, kind: str, seen: Observed | None = None) -> Params:
         rules = Batching(kind, seen)
 
         def one(member: Params, start: Params) -> Params:

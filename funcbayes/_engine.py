@@ -10,6 +10,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +22,7 @@ from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import Model
 from ._functorch import map_first_axis
-from ._intercept import Batching, DropoutMasks, LargestBatched, with_dropout
+from ._intercept import Batching, DropoutMasks, Observed, with_dropout
 from ._linearize import Linearization, with_linearization
 from ._random import Seed, fold, forked
 from ._remember import Remembered
@@ -45,8 +46,8 @@ class Mechanism:
     """How a chunk of draws is evaluated.
 
     Attributes:
-        kind: ``"loop"`` over the draws, or vectorised: plain ``"vmap"``, or with the batching rules
-            for convolutions ``"rows_first"`` (NCHW) or ``"channels_last"``.
+        kind: ``"loop"`` over the draws, or vectorised: ``"vmap"`` with no batching rules but those that it
+            cannot do without, or with all of them and images ``"rows_first"`` (NCHW) or ``"channels_last"``.
         chunk: Draws at a time.
     """
 
@@ -65,6 +66,7 @@ class _Tuner:
     most: int | None = None  # draws at a time that memory was enough for, after it was not
     row_axes: list[Any] | None = None  # of the effects, where masks are shared
     draws_globally: bool | None = None  # from torch's random state; unknown at first
+    has_rules: bool = True  # for calls that plain ``vmap`` cannot do without; as far as was seen
 
     def next_to_time(self) -> Mechanism | None:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
@@ -101,7 +103,7 @@ def evaluate(
     fn: Model,
     params: Params,
     x: Any,
-    make_draws: Callable[[Tensor], Draw],
+    make_draws: Callable[[slice], Draw],
     numbers: Tensor,
     chunk_size: int | None,
     *,
@@ -117,7 +119,7 @@ def evaluate(
         fn: Pure model.
         params: Values of the leaves that draws do not cover; may be ``None``.
         x: Inputs, any pytree.
-        make_draws: Gives the draws at some of the positions ``0 .. S - 1``.
+        make_draws: Gives the draws at a slice of the positions ``0 .. S - 1``.
         numbers: Numbers of the draws, int64 ``(S,)``, at these positions.
         chunk_size: Draws at a time; ``None`` to choose.
         key: What the structure of the draws depends on; equal keys share what was learned.
@@ -148,7 +150,7 @@ class _Run:
         fn: Model,
         params: Params,
         x: Any,
-        make_draws: Callable[[Tensor], Draw],
+        make_draws: Callable[[slice], Draw],
         numbers: Tensor,
         key: Hashable,
         noise: Seed,
@@ -163,9 +165,6 @@ class _Run:
         self.cell = (key, num_draws, signature(x), torch.get_num_threads(), torch.is_grad_enabled())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
         self.tuner = self._tuner()
-
-    def draws(self, part: slice) -> Draw:
-        return self.make_draws(torch.arange(self.num_draws)[part])
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of a given size, whose results do not depend on what was learned before."""
@@ -191,7 +190,7 @@ class _Run:
             return own._outputs(draws, mechanism, 0)
 
         for part in _parts(0, self.num_draws, size):
-            draws, count = self.draws(part), part.stop - part.start
+            draws, count = self.make_draws(part), part.stop - part.start
             if count < size:
                 draws = index(draws, torch.arange(size).clamp_max(count - 1))
             # Numbers of rows are hashed into the keys here: they are no part of the program.
@@ -242,21 +241,23 @@ class _Run:
         if mechanism.kind in self.tuner.failed:
             mechanism = Mechanism("vmap", mechanism.chunk)
         try:
-            return self._outputs(self.draws(part), mechanism, part.start)
+            return self._outputs(self.make_draws(part), mechanism, part.start)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever the model raises; if it is its own error, it comes again below
-            if mechanism.kind not in ("rows_first", "channels_last"):
+            if mechanism.kind == "loop" or (mechanism.kind == "vmap" and self.tuner.has_rules):
                 raise
-        outputs = self._outputs(self.draws(part), Mechanism("vmap", mechanism.chunk), part.start)
-        self.tuner.failed.add(mechanism.kind)
+        self.tuner.has_rules = True  # another branch of the model may want them
+        outputs = self._outputs(self.make_draws(part), Mechanism("vmap", mechanism.chunk), part.start)
+        if mechanism.kind != "vmap":
+            self.tuner.failed.add(mechanism.kind)
         return outputs
 
     def _tuner(self) -> _Tuner:
         return _tuners.get(self.fn, self.cell, _Tuner)
 
     def _candidates(self) -> list[Mechanism]:
-        draw = self.draws(slice(0, 1))
+        draw = self.make_draws(slice(0, 1))
         found = device_of(self.params, draw, self.x)
         device = "cpu" if found is None or found.type == "cpu" else "other"
         held = _DRAWS_BUDGET[device] // max(1, sum(t.nbytes for t in tensors(draw)))
@@ -282,13 +283,14 @@ class _Run:
 
     def _largest_intermediate(self, draw: Draw) -> int | None:
         """Bytes of the largest intermediate that has a draw axis, for one draw; ``None`` without vmap."""
-        seen = LargestBatched()
+        seen = Observed()
         try:
             with torch.no_grad():
                 self._outputs(draw, Mechanism("vmap", 1), 0, seen)
         except Exception as error:  # whatever the model raises: see `_explain`
             self._explain(error, draw)
             return None
+        self.tuner.has_rules = seen.is_ruled
         return seen.nbytes
 
     def _vmap_can_take_it(self) -> bool:
@@ -319,7 +321,7 @@ class _Run:
         return len(seen) > 1
 
     def _outputs(
-        self, draws: Draw, mechanism: Mechanism, start: int, seen: LargestBatched | None = None
+        self, draws: Draw, mechanism: Mechanism, start: int, seen: Observed | None = None
     ) -> Tensor:
         if self.tuner.row_axes is None:
             masks = _of_kind(DropoutMasks, draws)
@@ -329,7 +331,8 @@ class _Run:
             numbers = self.numbers[start:].tolist()
             outputs = [self._alone(draw, n) for draw, n in zip(unbind(draws), numbers, strict=False)]
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
-        rules = Batching(mechanism.kind, seen)
+        is_plain = mechanism.kind == "vmap" and not self.tuner.has_rules  # a mode would only take time
+        rules = nullcontext() if is_plain else Batching(mechanism.kind, seen)
         mapped, shared = _apart(draws)
 
         def one(draw: Draw) -> Tensor:
@@ -400,6 +403,8 @@ def signature(tree: Any) -> tuple[Hashable, ...]:
 
     A function among the fields of a node counts as any other: it would keep what it refers to alive.
     """
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.dtype, tree.device
     if dataclasses.is_dataclass(tree):
         return type(tree), *(
             _of_field(field, getattr(tree, field.name)) for field in dataclasses.fields(tree)

@@ -128,15 +128,15 @@ class FunctionalModule:
         buffers = {name: Fixed(b.detach()) for name, b in module.named_buffers()}
         return {**{name: p.detach() for name, p in module.named_parameters()}, **buffers}
 
-    def _values(self, params: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _values(self, params: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Parameters and buffers by name, buffers where and as the parameters are."""
         if not isinstance(params, Mapping):
             raise TypeError(
                 f"`fn(params, x)` of `{self.name}` should be given a dict of parameters, "
                 f"got {type(params).__name__}."
             )
-        is_plain = params.keys() == self._names and not any(isinstance(v, Fixed) for v in params.values())
-        given = dict(params) if is_plain else self._checked(params)
+        is_plain = params.keys() == self._names and Fixed not in set(map(type, params.values()))
+        given: Mapping[str, Tensor] = params if is_plain else self._checked(params)
         return {**self._buffers_for(given), **given} if self.buffers else given
 
     def _checked(self, params: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ _writing = threading.local()
 
 def is_traced() -> bool:
     """Whether what runs is being written down as a program: numbers that are read would become part of it."""
-    return getattr(_writing, "is_on", False)
+    return getattr(_writing, "is_on", False) or torch.compiler.is_compiling()
 
 
 def traced(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
@@ -62,17 +62,17 @@ def is_inside_transform() -> bool:
     return _functorch.maybe_current_level() is not None
 
 
-@contextlib.contextmanager
-def outside_transforms() -> Iterator[None]:
+class outside_transforms:  # noqa: N801  # used as a function is; a generator would take twice as long
     """Run functions of plain tensors without the transforms around them, which have nothing to do there."""
-    stack = []
-    try:
+
+    def __enter__(self) -> None:
+        self._stack = []
         while _functorch.peek_interpreter_stack() is not None:
-            stack.append(_functorch.pop_dynamic_layer_stack())
-        yield
-    finally:
-        while stack:
-            _functorch.push_dynamic_layer_stack(stack.pop())
+            self._stack.append(_functorch.pop_dynamic_layer_stack())
+
+    def __exit__(self, *_: Any) -> None:
+        while self._stack:
+            _functorch.push_dynamic_layer_stack(self._stack.pop())
 
 
 def unintercepted() -> AbstractContextManager[None]:

@@ -36,6 +36,8 @@ class Inputs:
 
     def copied(self, x: Any) -> Any:
         """``x`` in containers of its own, with tensors of its own."""
+        if isinstance(x, Tensor):
+            return self._copy(0, x)
         leaves, structure = optree.tree_flatten(as_tree(x))
         return structure.unflatten([self._copy(i, leaf) for i, leaf in enumerate(leaves)])
 

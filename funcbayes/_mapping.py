@@ -17,7 +17,7 @@ import torch
 
 from ._allocator import keep_large_blocks
 from ._functorch import is_inside_transform, map_first_axis
-from ._intercept import Batching, LargestBatched
+from ._intercept import Batching, Observed
 from ._remember import Remembered
 from ._tree import concatenate, device_of, index, stack
 from ._warning import levels_to_the_user
@@ -110,7 +110,7 @@ def equal_parts(count: int, largest: int, device: torch.device) -> list[slice]:
 
 
 def _mapped(
-    one: Callable[[Any], Any], draws: Any, count: int, kind: str, seen: LargestBatched | None = None
+    one: Callable[[Any], Any], draws: Any, count: int, kind: str, seen: Observed | None = None
 ) -> Any:
     if kind == "none":
         return map_first_axis(one, draws, count)
@@ -132,7 +132,7 @@ def _in_a_loop(one: Callable[[Any], Any], draws: Callable[[slice], Any], count: 
 
 def _made_plan(one: Callable[[Any], Any], first: Any, owner: Any, call: str) -> _Plan:
     """Map over a single draw, to see whether that goes and how large it gets."""
-    seen, device = LargestBatched(), device_of(first) or torch.device("cpu")
+    seen, device = Observed(), device_of(first) or torch.device("cpu")
     with torch.no_grad():
         try:
             _mapped(one, first, 1, "vmap", seen)

@@ -16,13 +16,14 @@ from ._engine import evaluate, signature
 from ._functional import Model
 from ._linearize import Linearization
 from ._marginal import check_marginal, marginal_model
-from ._prediction import Prediction, concatenate
+from ._prediction import Prediction, concatenate_rows
 from ._random import Seed, resolve_seed
 from ._statistics import Streamed, Summary
 from ._tree import (
     Fixed,
     Params,
     as_tree,
+    concatenate,
     device_of,
     map_leaves,
     map_named,
@@ -220,7 +221,7 @@ def predict_batches(
         first_row += prediction.num_rows
     if not predictions:
         raise ValueError("`predict_batches(batches=...)` should yield at least one batch, got none.")
-    return concatenate(predictions)
+    return concatenate_rows(predictions)
 
 
 def _only(batch: Any) -> Any:
@@ -264,7 +265,7 @@ def _predict(
     atoms = posterior.atoms() if num_samples is None else None
     seed = resolve_seed(seed) if atoms is None else 0
     weights, groups = _plan(posterior, atoms, num_samples, seed)
-    collect = _Collector(weights, likelihood, targets, keep_samples)
+    collect = _Collector(weights, likelihood, targets, keep_samples, is_in_order=len(groups) == 1)
     gradients = wants_grad((params, posterior, x, likelihood))
     if marginal:
         check_marginal(posterior)
@@ -274,10 +275,11 @@ def _predict(
         for number, (positions, make_draws) in enumerate(groups):
             model, given, draws = fn, params, _fitting(make_draws, params, dtype)
             if marginal:
-                draws(positions[:0])  # for its checks
-                model, given, draws = marginal_model(
+                draws(slice(0, 0))  # for its checks
+                model, given, by_number = marginal_model(
                     fn, params, to(posterior, dtype=dtype), x, seed, first_row
                 )
+                draws = _by_number(by_number, positions)
             key = (number, marginal, *signature(posterior), dtype)
             for part, outputs in evaluate(
                 model,
@@ -314,44 +316,48 @@ def _check_arguments(
         positive_int(chunk_size, "predict(chunk_size=...)")
 
 
-Group = tuple[Tensor, Callable[[Tensor], Draw]]
+Group = tuple[Tensor, Callable[[slice], Draw]]
 
 
 def _plan(
     posterior: Posterior, atoms: list[tuple[Draw, Tensor]] | None, num_samples: int | None, seed: Seed
 ) -> tuple[Tensor, list[Group]]:
-    """Weights of the draws, and for each group of one structure its positions and how to make them."""
+    """Weights of the draws, and for each group of one structure its positions and how to make a part of it."""
     if atoms is not None:
-        weights = torch.cat([weights for _, weights in atoms])
-        positions = torch.arange(len(weights)).split([len(weights) for _, weights in atoms])
+        weights = concatenate([weights for _, weights in atoms])
+        positions = torch.arange(len(weights))
+        if len(atoms) == 1:
+            return weights, [(positions, functools.partial(_take, atoms[0][0], len(positions)))]
+        groups = positions.split([len(weights) for _, weights in atoms])
         return weights, [
             (at, functools.partial(_take, draw, len(at)))
-            for at, (draw, _) in zip(positions, atoms, strict=True)
+            for at, (draw, _) in zip(groups, atoms, strict=True)
         ]
     count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
     indices = torch.arange(count)
-
-    def group(positions: Tensor) -> Group:
-        return positions, lambda part: posterior.draws(indices[positions[part]], seed)
-
     weights = torch.full((count,), 1 / count, dtype=torch.float64)
-    return weights, [group(positions) for positions in posterior.structures(indices, seed).values()]
+    make, groups = functools.partial(posterior.draws, seed=seed), posterior.structures(indices, seed)
+    if len(groups) == 1:
+        return weights, [(indices, _by_number(make, indices))]
+    return weights, [(at, _by_number(make, indices[at])) for at in groups.values()]
 
 
-def _take(draw: Draw, count: int, part: Tensor) -> Draw:
-    if len(part) == count:
-        return draw
-    # Parts are consecutive, and a slice is a view where indexing would copy the members.
-    return map_leaves(lambda leaf: leaf[int(part[0]) : int(part[-1]) + 1], draw)
+def _by_number(draws: Callable[[Tensor], Draw], numbers: Tensor) -> Callable[[slice], Draw]:
+    return lambda part: draws(numbers[part])
+
+
+def _take(draw: Draw, count: int, part: slice) -> Draw:
+    # A slice is a view, where indexing would copy the members.
+    return draw if part == slice(0, count) else map_leaves(lambda leaf: leaf[part], draw)
 
 
 def _fitting(
-    make_draws: Callable[[Tensor], Draw], params: Params, dtype: torch.dtype | None
-) -> Callable[[Tensor], Draw]:
+    make_draws: Callable[[slice], Draw], params: Params, dtype: torch.dtype | None
+) -> Callable[[slice], Draw]:
     """``make_draws`` in ``dtype``, its first draws checked against ``params``."""
     is_checked = False
 
-    def make(part: Tensor) -> Draw:
+    def make(part: slice) -> Draw:
         nonlocal is_checked
         draw = make_draws(part)
         if not is_checked:
@@ -408,13 +414,19 @@ class _Collector:
     """Puts the outputs of chunks where they belong, or feeds them to the streamed statistics."""
 
     def __init__(
-        self, weights: Tensor, likelihood: Likelihood | None, targets: Tensor | None, keep_samples: bool
+        self,
+        weights: Tensor,
+        likelihood: Likelihood | None,
+        targets: Tensor | None,
+        keep_samples: bool,
+        *,
+        is_in_order: bool,
     ) -> None:
         self.weights, self.likelihood, self.targets = weights, likelihood, targets
         self.streamed = None if keep_samples else Streamed(Summary(likelihood, targets))
         self.parts: list[tuple[Tensor, Tensor]] = []
         self.dtype = torch.float32
-        self.is_first = True
+        self.is_first, self.is_in_order = True, is_in_order
 
     def add(self, positions: Tensor, outputs: Tensor) -> None:
         if self.is_first:
@@ -431,12 +443,9 @@ class _Collector:
     def prediction(self) -> Prediction:
         samples = None
         if self.streamed is None:
-            samples = (
-                torch.cat([outputs for _, outputs in self.parts]) if len(self.parts) > 1 else self.parts[0][1]
-            )
-            positions = torch.cat([positions for positions, _ in self.parts])
-            if not torch.equal(positions, torch.arange(len(positions))):
-                samples = samples[positions.argsort()]
+            samples = concatenate([outputs for _, outputs in self.parts])
+            if not self.is_in_order:
+                samples = samples[torch.cat([positions for positions, _ in self.parts]).argsort()]
         return Prediction(
             weights=self.weights,
             likelihood=self.likelihood,

@@ -258,7 +258,7 @@ def _is_same(y: Tensor, targets: Tensor | None) -> bool:
     return is_concrete(y) and is_concrete(targets) and y.shape == targets.shape and bool((y == targets).all())
 
 
-def concatenate(predictions: Sequence[Prediction]) -> Prediction:
+def concatenate_rows(predictions: Sequence[Prediction]) -> Prediction:
     """Join predictions at the same draws for consecutive blocks of rows."""
     first = predictions[0]
     samples = streamed = targets = None

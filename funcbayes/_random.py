@@ -13,7 +13,7 @@ import operator
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import overload
 
 import torch
@@ -68,15 +68,20 @@ def _mix(state: int) -> int:
 
 
 def _mix_tensor(state: Tensor) -> Tensor:
-    # int64 arithmetic wraps as the unsigned one does; only the shifts need the sign bits removed.
-    state = state + signed(_GOLDEN)
-    state = (state ^ _shift_right(state, 30)) * signed(_MIX_1)
-    state = (state ^ _shift_right(state, 27)) * signed(_MIX_2)
+    state = _stirred(state + signed(_GOLDEN))
     return state ^ _shift_right(state, 31)
 
 
+def _stirred(state: Tensor) -> Tensor:
+    """All of the finalizer but its last step, which leaves the leading 31 bits as they are."""
+    # int64 arithmetic wraps as the unsigned one does; only the shifts need the sign bits removed. Where there
+    # are few keys the number of operations is what takes time, and those in place take less.
+    state = _shift_right(state, 30).bitwise_xor_(state).mul_(signed(_MIX_1))
+    return _shift_right(state, 27).bitwise_xor_(state).mul_(signed(_MIX_2))
+
+
 def _shift_right(state: Tensor, bits: int) -> Tensor:
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def signed(value: int) -> int:
@@ -151,17 +156,62 @@ def uniform(
     return _noise(key, shape, dtype, torch.device(device), gaussian=False)
 
 
+def dropout_mask(
+    key: Seed,
+    site: int,
+    shape: Sequence[int],
+    rate: float,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw ``0`` with a probability and a constant otherwise, a function of ``key`` and ``site`` alone.
+
+    Args:
+        key: As in :func:`uniform`.
+        site: Number of the place that the mask is for.
+        shape: Shape ``s`` of the mask of one key.
+        rate: Probability of ``0``.
+        scale: What is there otherwise.
+        dtype: Of the result.
+        device: Of the result.
+
+    Returns:
+        Mask of shape ``(*k, *s)``.
+    """
+    device = torch.device(device)
+    if not _is_hashed(shape, device):
+        is_kept = uniform(fold(key, site), shape, device=device) >= rate
+    else:
+        keys = (key if isinstance(key, Tensor) else torch.tensor(key)).to(device)
+        with outside_transforms() if is_concrete(keys) else nullcontext():
+            # The numbers of int64 from the least on, as large a part of all as the rate says.
+            least = min(round(rate * (1 << 64)) - (1 << 63), (1 << 63) - 1)
+            is_kept = _counted(keys, _hash_string("mask") + site, tuple(shape)) >= least
+    return is_kept.to(dtype).mul_(scale)
+
+
+def _is_hashed(shape: Sequence[int], device: torch.device) -> bool:
+    """Whether uniform noise of one key is made by hashing.
+
+    Seeding a generator costs as much as hashing some hundred counters, and on an accelerator it would be a
+    kernel of its own for every key. Which one is used depends on what one key is for, not on how many are
+    asked for.
+    """
+    return device.type != "cpu" or math.prod(shape) <= _HASHED_NUMEL
+
+
 def _noise(
     key: Seed, shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaussian: bool
 ) -> Tensor:
     wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    # Seeding a generator costs as much as hashing some hundred counters, and on an accelerator it would be
-    # a kernel of its own for every key. Which one is used depends on what one key is for, not on how
-    # many are asked for. Normals are left to generators on the CPU, because a vectorised cosine
-    # may round differently at the end of a tensor, and a draw should be the same in any company.
-    if device.type != "cpu" or (math.prod(shape) <= _HASHED_NUMEL and not gaussian):
+    # Normals are left to generators on the CPU, because a vectorised cosine may round differently at the end
+    # of a tensor, and a draw should be the same in any company.
+    if device.type != "cpu" or (_is_hashed(shape, device) and not gaussian):
         keys = key if isinstance(key, Tensor) else torch.tensor(key)
-        return _hashed(keys.to(device), tuple(shape), wide, gaussian).to(dtype)
+        with outside_transforms() if is_concrete(keys) else nullcontext():
+            return _hashed(keys.to(device), tuple(shape), wide, gaussian).to(dtype)
     if isinstance(key, int):
         out = torch.empty(tuple(shape), dtype=wide)
         _fill_row(out, key, torch.Generator(), gaussian)
@@ -174,21 +224,32 @@ def _noise(
 
 def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: bool) -> Tensor:
     """Noise by hashing a counter with the key: SplitMix64 started beside each key."""
-    counter = torch.arange(math.prod(shape), device=key.device).reshape(shape) * signed(_GOLDEN)
-    # Beside it, for from the key itself it would give the keys that are folded out of it.
-    state = (key ^ signed(_MIX_1)).reshape((*key.shape, *(1 for _ in shape)))
-    first = _unit(_mix_tensor(state + counter), dtype)
+    first = _unit(_counted(key, _hash_string("first"), shape), dtype)
     if not gaussian:
         return first
-    second = _unit(_mix_tensor(fold(state, "second") + counter), dtype)
+    second = _unit(_counted(key, _hash_string("second"), shape), dtype)
     # Box & Muller (1958); 1 - u is in (0, 1], where the logarithm is finite.
     return torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * math.pi * second)
 
 
+def _counted(key: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Stirred counters ``(*k, *s)``, from a start that is a function of a key and the number of a stream."""
+    counters = torch.arange(1, math.prod(shape) + 1, device=key.device).mul_(signed(_GOLDEN))
+    # Not from the key itself, which would give the keys that are folded out of it.
+    start = key ^ _start_of(stream)
+    return _stirred(start.reshape((*key.shape, *(1 for _ in shape))) + counters.reshape(shape))
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _start_of(stream: int) -> int:
+    return signed(_mix(stream))
+
+
 def _unit(state: Tensor, dtype: torch.dtype) -> Tensor:
-    """The leading bits as a number in ``[0, 1)``: as many as the dtype holds exactly."""
-    bits = 53 if dtype == torch.float64 else 24
-    return _shift_right(state, 64 - bits).to(dtype) * 2.0**-bits
+    """The leading bits of stirred counters as a number in ``[0, 1)``: as many as the dtype holds exactly."""
+    if dtype == torch.float64:
+        return _shift_right(state ^ _shift_right(state, 31), 11).to(dtype) * 2.0**-53
+    return _shift_right(state, 40).to(dtype) * 2.0**-24
 
 
 def _noise_op() -> torch.library.CustomOpDef:

@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Skeleton:
         self.slots = [(s, key, names[id(v)]) for s in stores for key, v in s.items() if v is not None]
         self.recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
         self.writable = _names_of_writable_buffers(self.module, kind)
-        self.placeholders = [(store, key, store[key]) for store, key, _ in self.slots]
+        self.placeholders = {name: store[key] for store, key, name in self.slots}
         # What a module keeps of a call, it would give to the next: buffers set, attributes, caches.
         own = [part for part in self.module.modules() if not is_of_torch(part)]
         self.stores = [(part._buffers, dict(part._buffers)) for part in own]
@@ -56,7 +56,7 @@ class Skeleton:
         versions = {name: storage_version(used[name]) for name in self.writable}
         outer_path, call.path = call.path, self.path if self.locate else None
         try:
-            self._fill((store, key, used[name]) for store, key, name in self.slots)
+            self._fill(used)
             try:
                 outputs = call_module(self.module, x)
             except RuntimeError as error:
@@ -82,9 +82,9 @@ class Skeleton:
             self.path.clear()
             call.path = outer_path
 
-    def _fill(self, slots: Iterable[tuple[dict[str, Any], str, Tensor]]) -> None:
-        for store, key, value in slots:
-            store[key] = value
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for store, key, name in self.slots:
+            store[key] = values[name]
         for part in self.recurrent:  # these keep their weights in a list of their own too
             part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import grad, jacrev, jvp, vmap
 
 import funcbayes as fb
-from funcbayes._intercept import Batching, LargestBatched, _recurrent
+from funcbayes._intercept import Batching, Observed, _recurrent
 
 F64 = torch.float64
 S = 3  # draws
@@ -868,12 +868,12 @@ def test_a_rule_outside_of_any_vmap_is_not_asked(kind, case):
     assert rules.fired == 0
 
 
-# LargestBatched -----------------------------------------------------------------------------------
+# Observed -----------------------------------------------------------------------------------
 
 
 @all_kinds
 def test_the_largest_result_is_counted_for_one_draw_and_only_if_it_has_a_draw_axis(kind):
-    seen = LargestBatched()
+    seen = Observed()
     rules = Batching(kind, seen)
     shared = randn(50, 4)
 
@@ -890,7 +890,7 @@ def test_the_largest_result_does_not_depend_on_the_number_of_draws():
     images = randn(2, 3, 8, 8)
 
     def largest(draws):
-        seen = LargestBatched()
+        seen = Observed()
         rules = Batching("rows_first", seen)
 
         def function(w):

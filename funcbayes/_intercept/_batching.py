@@ -9,27 +9,35 @@ left to ``vmap``.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import is_concrete, unwrap, unwrap_change, vmap_level, wrap
+from .._functorch import is_concrete, outside_transforms, unwrap, unwrap_change, vmap_level, wrap
 from ._attention import open_attention
 from ._call import Handler, Interception
 from ._recurrent import RECURRENT, recurrent
 
 Args = tuple[Any, ...]
-Rule = Callable[[int, bool, Args, dict[str, Any]], Any]  # (level, channels_last, args, kwargs) -> result
+# Called with the level of the `vmap`, whether images are channels_last, and what the function is called with;
+# gives `None` where it leaves the call to `vmap`.
+Rule = Callable[..., Any]
 
 
-class LargestBatched:
-    """The bytes of the largest result with a mapped axis so far, counted for one entry of that axis."""
+class Observed:
+    """What was seen of an evaluation inside ``vmap``.
+
+    Attributes:
+        nbytes: Bytes of the largest result with a mapped axis, counted for one entry of that axis.
+        is_ruled: Whether a function was called that a rule is for.
+    """
 
     def __init__(self) -> None:
-        self.nbytes = 0
+        self.nbytes, self.is_ruled = 0, False
 
     def see(self, result: Any) -> None:
         """Take note of a result; where a model is linearised, of how it changes."""
@@ -48,7 +56,7 @@ class Batching(Interception):
         seen: Observes results, if given.
     """
 
-    def __init__(self, kind: str, seen: LargestBatched | None = None) -> None:
+    def __init__(self, kind: str, seen: Observed | None = None) -> None:
         super().__init__(_handlers(kind))
         self.copies: list[Tensor] = []
         self.seen = seen
@@ -62,6 +70,7 @@ class Batching(Interception):
             self.note_copy(args[0], result)
         if self.seen is not None:
             self.seen.see(result)
+            self.seen.is_ruled |= func in self.handlers
         return result
 
     def note_copy(self, base: Tensor, result: Tensor) -> None:
@@ -114,15 +123,17 @@ def _storage(tensor: Tensor) -> int:
 @functools.cache
 def _handlers(kind: str) -> dict[Any, Handler]:
     names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
-    rules = {func: _handler(_RULES[func], kind == "channels_last") for func in names}
+    rules = {func: _handler(_RULES[func], kind == "channels_last", func in _INSIDE) for func in names}
     return {F.multi_head_attention_forward: open_attention, **rules}
 
 
-def _handler(rule: Rule, channels_last: bool) -> Handler:
+def _handler(rule: Rule, channels_last: bool, is_inside: bool) -> Handler:
     def handler(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
         level = vmap_level()
         if level is not None:
-            result = rule(level, channels_last, args, kwargs)
+            # A rule works on plain tensors if no other transform is around; there, each operation costs less.
+            with outside_transforms() if level == 1 and not is_inside else nullcontext():
+                result = rule(level, channels_last, *args, **kwargs)
             if result is not None:
                 return result
         return func(*args, **kwargs)
@@ -136,21 +147,19 @@ def _front(tensor: Tensor, level: int) -> Tensor | None:
     return None if axis is None else physical.movedim(axis, 0)
 
 
-def _named(args: Args, kwargs: dict[str, Any], *names: str) -> list[Any]:
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return [given.get(name) for name in names]
-
-
 def _one_dtype(*tensors: Tensor | None) -> bool:
     """Whether dtypes agree, or autocast will make them agree."""
     given = [t for t in tensors if t is not None]
-    if len({t.dtype for t in given}) == 1:
+    dtype = given[0].dtype
+    if all(t.dtype == dtype for t in given):
         return True
     return all(t.is_floating_point() for t in given) and torch.is_autocast_enabled(given[0].device.type)
 
 
-def _linear(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-    value, weight, bias = _named(args, kwargs, "input", "weight", "bias")
+def _linear(
+    level: int, channels_last: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
+    value = input
     weights = _front(weight, level)
     if weights is None or weight.ndim != 2 or not weight.shape[1] or value.ndim == 0:
         return None
@@ -214,13 +223,20 @@ def _rows_apart(flat: Tensor, draws: int, level: int) -> Tensor:
 
 
 def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
-    def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        value, weight, bias, stride, padding, dilation, groups = _named(args, kwargs, *names)
-        weights = _front(weight, level)
+    def rule(
+        level: int,
+        channels_last: bool,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        value, weights = input, _front(weight, level)
         if weights is None or value.ndim != ndim + 2 or not _one_dtype(value, weight, bias):
             return None
-        groups = 1 if groups is None else groups
         draws = weights.shape[0]
         split = _beside_channels(value, level, channels_last)
         if split is None and groups > 1:
@@ -237,8 +253,7 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
         if bias is not None:
             biases = _front(bias, level)
             bias = (biases if biases is not None else bias.expand(draws, -1)).reshape(-1)
-        settings = (1 if stride is None else stride, 0 if padding is None else padding)
-        out = convolve(flat, kernels, bias, *settings, 1 if dilation is None else dilation, all_groups)
+        out = convolve(flat, kernels, bias, stride, padding, dilation, all_groups)
         return _apart(out, draws, level)
 
     return rule
@@ -247,15 +262,15 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
 def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
     """Pooling treats channels alike, so it does not mind the draws among them."""
 
-    def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-        if not args or not isinstance(args[0], Tensor) or args[0].ndim != ndim + 2:
+    def rule(level: int, channels_last: bool, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        if input.ndim != ndim + 2:
             return None
-        rows = _among_rows(args[0], level)
-        split = _beside_channels(args[0], level, channels_last) if rows is None else rows
+        rows = _among_rows(input, level)
+        split = _beside_channels(input, level, channels_last) if rows is None else rows
         if split is None:
             return None
         flat, draws = split
-        out = pool(flat, *args[1:], **kwargs)
+        out = pool(flat, *args, **kwargs)
         if not isinstance(out, Tensor):
             return None
         return _apart(out, draws, level) if rows is None else _rows_apart(out, draws, level)
@@ -263,15 +278,25 @@ def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
     return rule
 
 
-def _batch_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-    value, mean, variance, weight, bias, training, momentum, eps = _named(args, kwargs, *names)
+def _batch_norm(
+    level: int,
+    channels_last: bool,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    value, mean, variance = input, running_mean, running_var
     if (mean is None and not training) or not _one_dtype(value, mean, variance, weight, bias):
         return None
     parameters = (mean, variance, weight, bias)
     rows = _among_rows(value, level)
     if rows is not None and not training and all(p is None or _front(p, level) is None for p in parameters):
-        out = F.batch_norm(rows[0], *parameters, eps=1e-5 if eps is None else eps)
+        out = F.batch_norm(rows[0], *parameters, eps=eps)
         return _rows_apart(out, rows[1], level)
     split = _beside_channels(value, level, channels_last)
     if split is None:
@@ -293,9 +318,9 @@ def _batch_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, A
         per_channel(variance),
         weight=per_channel(weight),
         bias=per_channel(bias),
-        training=bool(training),
-        momentum=0.1 if momentum is None else momentum,
-        eps=1e-5 if eps is None else eps,
+        training=training,
+        momentum=momentum,
+        eps=eps,
     )
     return _apart(out, draws, level)
 
@@ -306,28 +331,41 @@ def _is_viewable(value: Tensor, level: int) -> bool:
     return front is not None and front.is_contiguous()
 
 
-def _layer_norm(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-    value, shape, weight, bias, eps = _named(
-        args, kwargs, "input", "normalized_shape", "weight", "bias", "eps"
-    )
-    values = _front(value, level)
+def _layer_norm(
+    level: int,
+    channels_last: bool,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    value, values = input, _front(input, level)
     if values is None or weight is None or bias is None or not _one_dtype(value, weight, bias):
         return None
     weights, biases = _front(weight, level), _front(bias, level)
     if weights is None or biases is None:
         return None
-    normal = F.layer_norm(values, shape, None, None, 1e-5 if eps is None else eps)
+    normal = F.layer_norm(values, normalized_shape, None, None, eps)
     between = (1,) * (value.ndim - weight.ndim)
     affine = (p.reshape(p.shape[0], *between, *p.shape[1:]) for p in (biases, weights))
     shift, scale = affine
     return wrap(torch.addcmul(shift, normal, scale), 0, level)
 
 
-def _embedding(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    tokens, weight, padding, max_norm, _, by_frequency, sparse = _named(args, kwargs, *names)
-    weights = _front(weight, level)
-    if weights is None or weight.ndim != 2 or max_norm is not None or by_frequency or sparse:
+def _embedding(
+    level: int,
+    channels_last: bool,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    tokens, padding, weights = input, padding_idx, _front(weight, level)
+    if weights is None or weight.ndim != 2 or max_norm is not None or scale_grad_by_freq or sparse:
         return None
     draws = weights.shape[0]
     own = _front(tokens, level)
@@ -343,12 +381,22 @@ def _embedding(level: int, channels_last: bool, args: Args, kwargs: dict[str, An
     return wrap(rows, 0, level)
 
 
-def _attention(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    query, key, value, mask, rate, is_causal, scale, gqa = _named(args, kwargs, *names)
+def _attention(
+    level: int,
+    channels_last: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    mask = attn_mask
     given = [t for t in (query, key, value, mask) if t is not None]
     draws = next((f.shape[0] for f in (_front(t, level) for t in given) if f is not None), None)
-    if rate or draws is None or min(t.ndim for t in (query, key, value)) < 3:
+    if dropout_p or draws is None or min(t.ndim for t in (query, key, value)) < 3:
         return None
     count = draws
 
@@ -358,53 +406,58 @@ def _attention(level: int, channels_last: bool, args: Args, kwargs: dict[str, An
         tensor = tensor.expand(count, *tensor.shape) if front is None else front
         missing = (1,) * (len(rows) + 3 - tensor.ndim)
         tensor = tensor.reshape(count, *missing, *tensor.shape[1:])
+        if enable_gqa and tensor.shape[-3] > 1:  # groups of heads of the query have one key and value
+            tensor = tensor.repeat_interleave(rows[-1] // tensor.shape[-3], -3)
         return tensor.expand(count, *rows, *tensor.shape[-2:]).flatten(0, len(rows) - 1)
 
-    if gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (t.repeat_interleave(groups, -3) for t in (key, value))
-    rows = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
+    leading = [t.shape[:-2] for t in (query, key, value)]
+    if enable_gqa:
+        leading = [(*shape[:-1], query.shape[-3]) for shape in leading]
+    rows = torch.broadcast_shapes(*leading)
     folded = [fold(t, rows) for t in (query, key, value)]
     if mask is not None and (mask.ndim > 2 or unwrap(mask, level)[1] is not None):
         mask = fold(mask, rows)
-    out = F.scaled_dot_product_attention(*folded, attn_mask=mask, is_causal=bool(is_causal), scale=scale)
+    out = F.scaled_dot_product_attention(*folded, attn_mask=mask, is_causal=is_causal, scale=scale)
     return wrap(out.reshape(count, *rows, *out.shape[-2:]), 0, level)
 
 
-def _view(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+def _view(level: int, channels_last: bool, self: Tensor, *shape: Any, **kwargs: Any) -> Tensor | None:
     # The model knows its tensors as contiguous and may view them, while ours lie in another order.
-    if unwrap(args[0], level)[1] is None or kwargs or any(isinstance(a, torch.dtype) for a in args[1:]):
+    if unwrap(self, level)[1] is None or kwargs or any(isinstance(size, torch.dtype) for size in shape):
         return None
-    return args[0].reshape(*args[1:])
+    return self.reshape(*shape)
 
 
 def _contiguous(func: Callable[..., Any]) -> Rule:
     """Composite functions that ask for the layout of their input, which vmap can only say of this one."""
 
-    def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-        if not args:
-            return None
-        physical, axis = unwrap(args[0], level)
+    def rule(level: int, channels_last: bool, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        physical, axis = unwrap(input, level)
         if axis is None or physical.movedim(axis, 0).is_contiguous():
             return None
         with Batching("vmap"):
-            return func(wrap(physical.movedim(axis, 0).contiguous(), 0, level), *args[1:], **kwargs)
+            return func(wrap(physical.movedim(axis, 0).contiguous(), 0, level), *args, **kwargs)
 
     return rule
 
 
-def _strided(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
-    physical, axis = unwrap(args[0], level)
+def _strided(level: int, channels_last: bool, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    physical, axis = unwrap(input, level)
     if axis is None:
         return None
     contiguous = wrap(physical.movedim(axis, 0).contiguous(), 0, level)
-    return torch.as_strided(contiguous, *args[1:], **kwargs)
+    return torch.as_strided(contiguous, *args, **kwargs)
 
 
-_RULES: dict[Any, Rule] = {
+# These hand the call on to `vmap`, with another value.
+_INSIDE: dict[Any, Rule] = {
     torch.Tensor.view: _view,
     **dict.fromkeys((torch.Tensor.as_strided, torch.as_strided), _strided),
     **{func: _contiguous(func) for func in (F.group_norm, F.instance_norm, F.interpolate)},
+    **{func: recurrent(func) for func in RECURRENT},
+}
+_RULES: dict[Any, Rule] = {
+    **_INSIDE,
     F.linear: _linear,
     F.conv1d: _convolution(1, F.conv1d),
     F.conv2d: _convolution(2, F.conv2d),
@@ -413,7 +466,6 @@ _RULES: dict[Any, Rule] = {
     F.layer_norm: _layer_norm,
     F.embedding: _embedding,
     F.scaled_dot_product_attention: _attention,
-    **{func: recurrent(func) for func in RECURRENT},
 }
 for _pool, _ndim in (
     (F.max_pool1d, 1),

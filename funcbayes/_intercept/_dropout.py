@@ -1,6 +1,7 @@
 """Dropout with masks that are functions of a key, in a model that need not be in training mode."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import is_concrete, is_traced, unintercepted, unwrap, vmap_level, wrap
-from .._random import fold, uniform
+from .._functorch import is_concrete, is_traced, outside_transforms, unintercepted, unwrap, vmap_level, wrap
+from .._random import Seed, dropout_mask, fold
 from .._tree import Params, Where, matcher, pytree_dataclass, static
 from ._attention import attention_weights, open_attention
 from ._call import Call, Handler, Interception, calling
@@ -132,10 +133,13 @@ class _DropoutMode(Interception):
         self.values: list[Tensor] = []
         self.num_dropped = 0
 
-    def keep(self, value: Tensor, rate: float, shape: Sequence[int]) -> tuple[Tensor, float] | None:
-        """Mask of ``shape`` that broadcasts to ``value``, 1 where it is kept, and the rate used.
+    def keep(
+        self, value: Tensor, rate: float, shape: Sequence[int], *, is_scaled: bool = True
+    ) -> tuple[Tensor, float] | None:
+        """Mask of ``shape`` that broadcasts to ``value``, 0 where it is dropped, and the rate used.
 
-        ``None`` if this place is not chosen or its rate is 0.
+        ``None`` if this place is not chosen or its rate is 0. Where it is kept the mask is 1, or scaled
+        ``1 / (1 - rate)``, so that the mean stays as it is.
         """
         site = len(self.seen)
         path = self.call.path[-1] if self.call.path else ""
@@ -154,42 +158,46 @@ class _DropoutMode(Interception):
             if used == 0.0:
                 return None
             self.num_dropped += 1
-            return self._draw(masks, site, value, used, tuple(shape)), used
+            scale = 1 / (1 - used) if is_scaled and used < 1 else 1.0
+            return self._draw(masks, site, value, used, tuple(shape), scale), used
         return None
 
     def _draw(
-        self, masks: DropoutMasks, site: int, value: Tensor, rate: float, shape: tuple[int, ...]
+        self,
+        masks: DropoutMasks,
+        site: int,
+        value: Tensor,
+        rate: float,
+        shape: tuple[int, ...],
+        scale: float,
     ) -> Tensor:
         key = masks.key
         axis = masks.row_axes[site] if masks.row_axes is not None else None
         if axis is None:
-            return _kept(key, site, shape, rate, value)
+            return _kept(key, site, shape, rate, value, scale)
         # One row's mask, repeated for the others.
         dim, per_row, is_together = axis
         one_row = (*shape[:dim], per_row, *shape[dim + 1 :])
-        mask = _kept(key, site, one_row, rate, value)
+        mask = _kept(key, site, one_row, rate, value, scale)
         rows = shape[dim] // per_row
         sizes = (rows, per_row) if is_together else (per_row, rows)
         mask = mask.unsqueeze(dim if is_together else dim + 1)
         return mask.expand(*shape[:dim], *sizes, *shape[dim + 1 :]).reshape(shape)
 
 
-def _kept(key: Tensor, site: int, shape: Sequence[int], rate: float, value: Tensor) -> Tensor:
-    """1 where a unit is kept and 0 where it is dropped, at one place of dropout."""
-    with unintercepted():
-        return (_uniform(key, site, shape, value.device) >= rate).to(value.dtype)
-
-
-def _uniform(key: Tensor, site: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Uniforms of one place of dropout."""
+def _kept(
+    key: Tensor, site: int, shape: Sequence[int], rate: float, value: Tensor, scale: float
+) -> Tensor:
+    """``scale`` where a unit is kept and 0 where it is dropped, at one place of dropout."""
     level = vmap_level()
     physical, axis = (key, None) if level is None else unwrap(key, level)
-    if level is None or axis is None:
-        # One key is hashed, and its noise made, with fewer calls as a plain number.
-        is_plain = level is None and is_concrete(key) and not key.ndim and not is_traced()
-        return uniform(fold(int(key) if is_plain else key, site), shape, device=device)
-    # The keys of all draws at once: hashing them through vmap would cost more than the mask.
-    return wrap(uniform(fold(physical.movedim(axis, 0), site), shape, device=device), 0, level)
+    with unintercepted(), outside_transforms() if is_concrete(physical) else nullcontext():
+        # The keys of all draws at once: hashing them through vmap would cost more than the mask.
+        keys: Seed = physical if axis is None else physical.movedim(axis, 0)
+        if not keys.ndim and is_concrete(keys) and not is_traced():
+            keys = int(keys)  # one key is hashed, and its noise made, with fewer calls as a plain number
+        kept = dropout_mask(keys, site, shape, rate, scale=scale, dtype=value.dtype, device=value.device)
+    return kept if level is None or axis is None else wrap(kept, 0, level)
 
 
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, float]:
@@ -215,9 +223,8 @@ def _result(
 def _scaled(value: Tensor, kept: tuple[Tensor, float] | None) -> Tensor:
     if kept is None:
         return value
-    mask, rate = kept
     with unintercepted():
-        return value * (mask / (1 - rate) if rate < 1 else mask)
+        return value * kept[0]
 
 
 def _elementwise(mode, func, args, kwargs):  # noqa: ANN001, ANN202
@@ -251,7 +258,7 @@ def _alpha(by_channel: bool) -> Handler:
     def handler(mode, func, args, kwargs):  # noqa: ANN001, ANN202
         value, rate = _read(args, kwargs)
         shape = _channel_shape(value, None) if by_channel else value.shape
-        kept = mode.keep(value, rate, shape)
+        kept = mode.keep(value, rate, shape, is_scaled=False)
         if kept is None:
             return value
         mask, rate = kept

@@ -35,10 +35,10 @@ class _Settings:
     is_batch_first: bool = False
 
 
-def recurrent(func: Callable[..., Any]) -> Callable[[int, bool, Args, dict[str, Any]], Any]:
+def recurrent(func: Callable[..., Any]) -> Callable[..., Any]:
     """The rule of ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` or ``torch.rnn_relu``."""
 
-    def rule(level: int, channels_last: bool, args: Args, kwargs: dict[str, Any]) -> Any:
+    def rule(level: int, channels_last: bool, *args: Any, **kwargs: Any) -> Any:
         tree: Any = args
         leaves, structure = optree.tree_flatten(tree)
         found = [unwrap(t, level) if isinstance(t, Tensor) else (t, None) for t in leaves]

@@ -68,5 +68,5 @@ class Dropout(Posterior):
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
         """No leaves; as effect, masks keyed by the draw."""
-        key = fold(fold(seed, indices), "dropout masks")
+        key = fold(fold(seed, "dropout masks"), indices)
         return Draw({}, (DropoutMasks(key, self.rate, self.where, self.shared_mask),))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from .._functional import Model
-from .._intercept import Batching, LargestBatched
+from .._intercept import Batching, Observed
 from .._mapping import equal_parts
 from .._random import forked
 from .._tree import Params, device_of, index, map_leaves, tensors
@@ -138,7 +138,7 @@ class Validation:
             kind = self._kind or ("channels_last" if batch.rows >= 4 else "rows_first")
             try:
                 if self._parts is None:
-                    seen = LargestBatched()
+                    seen = Observed()
                     self._together(index(members, slice(0, 1)), pair, kind, seen)
                     self._parts = self._chosen_parts(num, seen.nbytes)
                 return torch.cat([self._together(index(members, part), pair, kind) for part in self._parts])
@@ -151,7 +151,7 @@ class Validation:
             return equal_parts(num, largest, self.device or torch.device("cpu"))
         return [slice(a, min(a + self.chunk_size, num)) for a in range(0, num, self.chunk_size)]
 
-    def _together(self, members: Params, pair: Pair, kind: str, seen: LargestBatched | None = None) -> Tensor:
+    def _together(self, members: Params, pair: Pair, kind: str, seen: Observed | None = None) -> Tensor:
         rules = Batching(kind, seen)
 
         def one(params: Params) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .._intercept import Batching, LargestBatched
+from .._intercept import Batching, Observed
 from .._mapping import equal_parts
 from .._random import fold
 from .._tree import Params, index, merge, named_leaves, select
@@ -65,7 +65,7 @@ class Together:
 
     def _choose(self, networks: Networks, leaves: list[Tensor], batch: Batch) -> None:
         """Map over a single member, to see whether that goes and how large it gets."""
-        seen = LargestBatched()
+        seen = Observed()
         try:
             if networks.draws_globally:
                 raise RuntimeError("it draws from torch's global random state")
@@ -92,7 +92,7 @@ def _vmapped(
     batch: Batch,
     part: slice,
     plain: bool,
-    seen: LargestBatched | None = None,
+    seen: Observed | None = None,
 ) -> tuple[Tensor, Sequence[Any], Params, Params]:
     """Losses and gradients of some members, and their fixed values afterwards."""
     varying, common = networks.fixed.stacked()
