@@ -35,6 +35,7 @@ _BUDGET = {"cpu": 16 << 20, "other": 256 << 20}
 _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters drawn for one chunk
 # A mechanism is tried further only while it is within this factor of the best one.
 _HOPELESS = 1.25
+_LOOP_UNLESS = 0.96  # something else takes less than this part of its time
 _TRIALS = 3  # timings of a mechanism before it is judged; the best of them counts
 
 _T = TypeVar("_T")
@@ -71,19 +72,24 @@ class _Tuner:
     def next_to_time(self) -> Mechanism | None:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
         if self.settled is None:
-            for candidate in self.candidates if len(self.candidates) > 1 else ():
-                if self._wants_timing(candidate):
-                    return candidate
+            wanted = [c for c in self.candidates if self._wants_timing(c)] if len(self.candidates) > 1 else []
+            if wanted:  # in turns, for the speed of a machine changes from time to time
+                return min(wanted, key=lambda c: len(self.seconds.get(c, ())))
             self.settled = self.fastest()
         return None
 
     def fastest(self) -> Mechanism:
         """The best of what was timed."""
-        return self.settled or min(self.candidates, key=lambda c: min(self.seconds.get(c, (float("inf"),))))
+        return self.settled or min(self.candidates, key=self._best_seconds)
 
     def record(self, mechanism: Mechanism, seconds_per_draw: float) -> None:
         """Add a timing."""
         self.seconds.setdefault(mechanism, []).append(seconds_per_draw)
+
+    def _best_seconds(self, candidate: Mechanism) -> float:
+        seconds = min(self.seconds.get(candidate, (float("inf"),)))
+        # Of several timings that are about equal the least is a lucky one. The loop should not lose to luck.
+        return seconds * (_LOOP_UNLESS if candidate.kind == "loop" else 1)
 
     def _wants_timing(self, candidate: Mechanism) -> bool:
         if candidate.kind in self.failed or (self.most is not None and candidate.chunk > self.most):
@@ -320,9 +326,7 @@ class _Run:
         seen.append(True)
         return len(seen) > 1
 
-    def _outputs(
-        self, draws: Draw, mechanism: Mechanism, start: int, seen: Observed | None = None
-    ) -> Tensor:
+    def _outputs(self, draws: Draw, mechanism: Mechanism, start: int, seen: Observed | None = None) -> Tensor:
         if self.tuner.row_axes is None:
             masks = _of_kind(DropoutMasks, draws)
             whole = to(merge(self.params, index(draws.leaves, 0)), dtype=self.dtype) if masks else None

@@ -322,7 +322,7 @@ Group = tuple[Tensor, Callable[[slice], Draw]]
 def _plan(
     posterior: Posterior, atoms: list[tuple[Draw, Tensor]] | None, num_samples: int | None, seed: Seed
 ) -> tuple[Tensor, list[Group]]:
-    """Weights of the draws, and for each group of one structure its positions and how to make a part of it."""
+    """Weights of the draws, and for each group of one structure its positions and how to make a part."""
     if atoms is not None:
         weights = concatenate([weights for _, weights in atoms])
         positions = torch.arange(len(weights))
@@ -330,8 +330,7 @@ def _plan(
             return weights, [(positions, functools.partial(_take, atoms[0][0], len(positions)))]
         groups = positions.split([len(weights) for _, weights in atoms])
         return weights, [
-            (at, functools.partial(_take, draw, len(at)))
-            for at, (draw, _) in zip(groups, atoms, strict=True)
+            (at, functools.partial(_take, draw, len(at))) for at, (draw, _) in zip(groups, atoms, strict=True)
         ]
     count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
     indices = torch.arange(count)

@@ -185,9 +185,7 @@ class _DropoutMode(Interception):
         return mask.expand(*shape[:dim], *sizes, *shape[dim + 1 :]).reshape(shape)
 
 
-def _kept(
-    key: Tensor, site: int, shape: Sequence[int], rate: float, value: Tensor, scale: float
-) -> Tensor:
+def _kept(key: Tensor, site: int, shape: Sequence[int], rate: float, value: Tensor, scale: float) -> Tensor:
     """``scale`` where a unit is kept and 0 where it is dropped, at one place of dropout."""
     level = vmap_level()
     physical, axis = (key, None) if level is None else unwrap(key, level)

@@ -162,23 +162,30 @@ def _through_time(
     )
     # An LSTM with projections has one more matrix, which makes the output of the state.
     projection = weights[-1].mT if len(weights) % 2 else None
+    width = of_states.shape[-1] // 4
+    of_gates = (2 * width, 3 * width)
     steps, rows = value.shape[1:3]
+    if input_bias is not None and func is not torch.gru:  # only there the two are not simply added
+        input_bias = input_bias + state_bias
     entering = _product(input_bias, value.flatten(1, 2), of_inputs).unflatten(1, (steps, rows))
     outputs = []
-    for t in range(steps):
+    for x in entering.unbind(1):
         h = states[0]
-        x, s = entering[:, t], _product(state_bias, h, of_states)
-        if func is torch.lstm:
-            i, f, g, o = (x + s).chunk(4, -1)
-            c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
+        if func is torch.gru:
+            (x_r, x_z, x_n), (s_r, s_z, s_n) = (
+                part.chunk(3, -1) for part in (x, _product(state_bias, h, of_states))
+            )
+            n = torch.tanh(torch.addcmul(x_n, torch.sigmoid(x_r + s_r), s_n))
+            states = [torch.lerp(n, h, torch.sigmoid(x_z + s_z))]
+        elif func is torch.lstm:
+            i_and_f, g, o = torch.baddbmm(x, h, of_states).tensor_split(of_gates, -1)
+            i, f = torch.sigmoid(i_and_f).chunk(2, -1)
+            c = torch.addcmul(f * states[1], i, torch.tanh(g))
             h = torch.sigmoid(o) * torch.tanh(c)
             states = [h if projection is None else torch.bmm(h, projection), c]
-        elif func is torch.gru:
-            (x_r, x_z, x_n), (s_r, s_z, s_n) = x.chunk(3, -1), s.chunk(3, -1)
-            n = torch.tanh(x_n + torch.sigmoid(x_r + s_r) * s_n)
-            states = [torch.lerp(n, h, torch.sigmoid(x_z + s_z))]
         else:
-            states = [torch.tanh(x + s) if func is torch.rnn_tanh else torch.relu(x + s)]
+            sum = torch.baddbmm(x, h, of_states)
+            states = [torch.tanh(sum) if func is torch.rnn_tanh else torch.relu(sum)]
         outputs.append(states[0])
     return torch.stack(outputs, 1), states
 
