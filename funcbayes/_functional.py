@@ -207,8 +207,7 @@ def training_call(
         ['0.num_batches_tracked', '0.running_mean', '0.running_var']
         >>> updated = {**params, **statistics}
     """
-    key = seed if isinstance(seed, Tensor) else torch.tensor(seed)
-    masks = (DropoutMasks(fold(key, "training")),) if dropout else ()
+    masks = (DropoutMasks(torch.as_tensor(fold(seed, "training"))),) if dropout else ()
     with calling(Call("training")) as call:
         outputs, _ = run_with_masks(fn, params, x, masks, call)
     return outputs, _changes(params, call.buffers)

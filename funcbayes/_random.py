@@ -11,7 +11,7 @@ import hashlib
 import math
 import operator
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import overload
@@ -19,7 +19,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._functorch import is_concrete, is_traced, outside_transforms
+from ._functorch import is_concrete, is_traced, outside_transforms, unwrap, vmap_level, wrap
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -56,8 +56,19 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
     if isinstance(key, Tensor) or isinstance(value, Tensor):
         start = key.long() if isinstance(key, Tensor) else signed(key)
         step = value.long() * signed(_GOLDEN) if isinstance(value, Tensor) else signed(value * _GOLDEN)
-        return _mix_tensor(start + step)  # type: ignore[arg-type]  # one of the two is a tensor
+        return _without_axis(_mix_tensor, start + step)  # type: ignore[arg-type]  # one is a tensor
     return signed(_mix(key + value * _GOLDEN))
+
+
+def _without_axis(elementwise: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Apply a function of each entry: inside ``vmap`` to the tensor that is mapped over, which costs less."""
+    level = vmap_level()
+    physical, axis = (values, None) if level is None else unwrap(values, level)
+    if level is None or axis is None or not is_concrete(physical):
+        return elementwise(values)
+    with outside_transforms():
+        found = elementwise(physical)
+    return wrap(found, axis, level)
 
 
 def _mix(state: int) -> int:

@@ -79,8 +79,11 @@ class Movers:
     def __init__(self, leaves: Sequence[Tensor], options: Options, *, stacked: bool) -> None:
         """Make them for copies of ``leaves``, ``(K, *s)`` each."""
         self._leaves = [leaf.detach().clone() for leaf in leaves]
-        slices = [self._leaves] if stacked else [[x[k] for x in self._leaves] for k in range(len(leaves[0]))]
-        self.movers = [Mover.of(own, options) for own in slices]
+        # Of each optimizer, the parts of the leaves that it moves.
+        self._places = (
+            [self._leaves] if stacked else [[x[k] for x in self._leaves] for k in range(len(leaves[0]))]
+        )
+        self.movers = [Mover.of(own, options) for own in self._places]
         self.is_stacked = stacked
         self.max_grad_norm = options.max_grad_norm
         self._inspect = options.inspect or _accept
@@ -93,9 +96,8 @@ class Movers:
 
     def leaves(self) -> list[Tensor]:
         """The present values, ``(K, *s)`` each."""
-        for k, mover in enumerate(self.movers):
-            for whole, own in zip(self._leaves, mover.leaves, strict=True):
-                place = whole if self.is_stacked else whole[k]
+        for mover, places in zip(self.movers, self._places, strict=True):
+            for own, place in zip(mover.leaves, places, strict=True):
                 if own.data_ptr() != place.data_ptr():  # an optimizer may give `.data` another tensor
                     place.copy_(own.detach())
         return self._leaves
@@ -108,11 +110,14 @@ class Movers:
             return losses
         losses, grads = gradients(networks, self.leaves(), batch)
         self._inspect(networks, self.leaves(), batch, losses)
-        grads = self._shortened(grads)
+        self._move(self._shortened(grads))
+        return losses
+
+    def _move(self, grads: Sequence[Tensor | None]) -> None:
+        """Step the optimizers along gradients ``(K, *s)``."""
         for k, mover in enumerate(self.movers):
             mover.set_gradients(grads if self.is_stacked else _of_one(grads, k))
             mover.optimizer.step()
-        return losses
 
     def _move_alone(self, k: int, networks: Networks, batch: Batch | RaggedBatch) -> Tensor:
         """One step of an optimizer that evaluates the loss itself, as often as it likes."""

@@ -1,5 +1,6 @@
 """One optimizer for all members where it is certain to do what one a member would."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,22 +29,75 @@ _ELEMENTWISE: tuple[type[Optimizer], ...] = (
 )
 
 
+# Bytes of all leaves up to which one operation for all of them at once beats one a leaf.
+_SMALL = 4 << 20
+
+
 def shared_movers(leaves: Sequence[Tensor], options: Options) -> Movers:
     """One optimizer for all members if that is certain to be the same, else one a member."""
     alone = Mover.of([leaf[0].clone() for leaf in leaves], options)
     if type(alone.optimizer) in _ELEMENTWISE and not isinstance(alone.scheduler, ReduceLROnPlateau):
-        together = Movers(leaves, options, stacked=True)
         # A factory may look at shapes (no weight decay for vectors, say), which stacking changes.
+        if _are_alike(leaves) and sum(leaf.nbytes for leaf in leaves) <= _SMALL:
+            in_one = FlatMovers(leaves, options)
+            if _same_groups(alone, in_one.movers[0], every=[*range(len(leaves))]):
+                return in_one
+        together = Movers(leaves, options, stacked=True)
         if _same_groups(alone, together.movers[0]):
             return together
     return Movers.separate(leaves, options)
 
 
-def _same_groups(a: Mover, b: Mover) -> bool:
-    """Whether two optimizers treat the same leaves in the same way."""
+class FlatMovers(Movers):
+    """One optimizer of one tensor, in which all leaves of all members lie end to end.
+
+    Its operations are few, where networks of many small leaves are bound by their number. An optimizer
+    passes over a leaf that has no gradient: where there is one, they are taken apart.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], options: Options) -> None:
+        """Make it for copies of ``leaves``, ``(K, *s)`` each."""
+        flat = torch.cat([leaf.detach().reshape(-1) for leaf in leaves])
+        super().__init__([flat], options, stacked=True)
+        self._options, self._flat = options, self._leaves[0]
+        parts = self._flat.split([leaf.numel() for leaf in leaves])
+        self._leaves = [part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+        self._is_flat = True
+
+    def _move(self, grads: Sequence[Tensor | None]) -> None:
+        known = [grad.reshape(-1) for grad in grads if grad is not None]
+        if self._is_flat and len(known) < len(grads):
+            self._take_apart()
+        super()._move([torch.cat(known)] if self._is_flat else grads)
+
+    def _take_apart(self) -> None:
+        """Go on with a leaf of the optimizer for each leaf, in the state in which they are."""
+        leaves, before = self.leaves(), self.movers[0]
+        after = Mover.of(leaves, self._options)
+        whole, sizes = before.leaves[0], [leaf.numel() for leaf in leaves]
+        for name, value in before.optimizer.state.get(whole, {}).items():
+            is_of_entries = isinstance(value, Tensor) and value.shape == whole.shape
+            parts = value.split(sizes) if is_of_entries else [copy.deepcopy(value) for _ in leaves]
+            for own, part in zip(after.leaves, parts, strict=True):
+                after.optimizer.state[own][name] = part.reshape(own.shape) if is_of_entries else part
+        settings = {k: v for k, v in before.optimizer.param_groups[0].items() if k != "params"}
+        after.optimizer.param_groups[0].update(settings)
+        if before.scheduler is not None and after.scheduler is not None:
+            after.scheduler.load_state_dict(before.scheduler.state_dict())
+        self.movers, self._places, self._is_flat = [after], [leaves], False
+
+
+def _are_alike(leaves: Sequence[Tensor]) -> bool:
+    return len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1
+
+
+def _same_groups(a: Mover, b: Mover, every: list[int] | None = None) -> bool:
+    """Whether two optimizers treat the same leaves in the same way; ``every`` are those of the one in ``b``."""
     if type(a.optimizer) is not type(b.optimizer):
         return False
     described = [_groups(a), _groups(b)]
+    if every is not None:
+        described[1] = [{**group, "params": every} for group in described[1]]
     return len(described[0]) == len(described[1]) and all(
         one.keys() == two.keys() and all(_equal(one[k], two[k]) for k in one)
         for one, two in zip(*described, strict=True)

@@ -8,8 +8,8 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.func import vmap
 
+from .._functorch import map_first_axis, unmapped
 from .._intercept import Batching, Observed
 from .._mapping import equal_parts
 from .._random import fold
@@ -107,12 +107,21 @@ def _vmapped(
         own = [leaf.detach().requires_grad_() for leaf in leaves]
         names = frozenset(named_leaves(common))
         one = functools.partial(_loss_of_one, networks, objective, Batching(kind, seen), batch.spec, names)
-        dims: Any = (0, 0, None)  # torch's annotation leaves None out
+        mapped_rows = {i: leaf for i, leaf in enumerate(rows) if batch.dims[i] is not None}
+        changed: list[Params] = []
+
+        def of_one(entry: Any) -> tuple[Tensor, Params]:
+            leaves, held, varying, own_rows, key = entry
+            batch = [own_rows.get(i, leaf) for i, leaf in enumerate(rows)]
+            loss, varying, after = one(leaves, held, varying, common, batch, key)
+            changed.append(optree.tree_map(unmapped, after))
+            return loss, varying
+
         with torch.enable_grad():
-            mapped = vmap(one, in_dims=(0, 0, 0, None, batch.dims, 0), out_dims=dims)
-            losses, varying, common = mapped(own, held, varying, common, rows, keys)
+            tree = own, held, varying, mapped_rows, keys
+            losses, varying = map_first_axis(of_one, tree, len(own[0]))
             grads = torch.autograd.grad(losses.sum(), own, allow_unused=True)
-        return losses.detach(), grads, varying, common
+        return losses.detach(), grads, varying, changed[0]
 
     own = [leaf[part].detach() for leaf in leaves]
     given = own, held, varying, common, batch.leaves, fold(keys, networks.num_steps)
