@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -111,17 +112,20 @@ def geometric_mean_of(case: str, results: list[Result], at_least: float | None =
     return Result(case, mean, min(ratios), max(ratios), *times, at_least)
 
 
-def peak_mb(claim: str, *case: str) -> float | None:
+def peak_mb(claim: str, *case: str, in_use_only: bool = False) -> float | None:
     """Memory at the peak of one call, in MB beyond what there was before it, in a process of its own.
 
     Args:
         claim: A module of this package; ``prepared(*case)`` in it gives the call.
         *case: What to call.
+        in_use_only: Whether the C library gives back at once what is freed, so that the peak is of what is in
+            use and not of what it keeps for later.
     """
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks._peak", claim, *case],
         capture_output=True,
         text=True,
+        env={**os.environ, **({"MALLOC_TRIM_THRESHOLD_": "0"} if in_use_only else {})},
     )
     last = child.stdout.strip().splitlines()[-1:] or [""]
     return float(last[0]) if child.returncode == 0 and last[0] else None

@@ -33,6 +33,8 @@ from .posteriors import Draw, to
 # Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
 _BUDGET = {"cpu": 16 << 20, "other": 256 << 20}
 _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters drawn for one chunk
+# More draws at a time than these only where their parameters are small: memory should not grow with draws.
+_MANY_DRAWS, _SMALL_DRAWS = 32, {"cpu": 8 << 20, "other": 256 << 20}
 # A mechanism is tried further only while it is within this factor of the best one.
 _HOPELESS = 1.25
 _LOOP_UNLESS = 0.96  # something else takes less than this part of its time
@@ -266,7 +268,8 @@ class _Run:
         draw = self.make_draws(slice(0, 1))
         found = device_of(self.params, draw, self.x)
         device = "cpu" if found is None or found.type == "cpu" else "other"
-        held = _DRAWS_BUDGET[device] // max(1, sum(t.nbytes for t in tensors(draw)))
+        nbytes = max(1, sum(t.nbytes for t in tensors(draw)))
+        held = min(_DRAWS_BUDGET[device] // nbytes, max(_MANY_DRAWS, _SMALL_DRAWS[device] // nbytes))
         largest = self._largest_intermediate(draw)
         loop = Mechanism("loop", max(1, min(self.num_draws, held, 8)))
         if largest is None:

@@ -11,7 +11,7 @@ from ._functorch import is_inside_transform
 from ._guard import may_write_inputs
 from ._intercept import Call, DropoutMasks, calling, current_call
 from ._intercept._dropout import run_with_masks
-from ._random import Seed, fold
+from ._random import Seed
 from ._skeleton import Skeleton, without_values
 from ._tree import MISSING, Fixed, Params, is_missing, merge
 
@@ -207,7 +207,7 @@ def training_call(
         ['0.num_batches_tracked', '0.running_mean', '0.running_var']
         >>> updated = {**params, **statistics}
     """
-    masks = (DropoutMasks(torch.as_tensor(fold(seed, "training"))),) if dropout else ()
+    masks = (DropoutMasks(torch.as_tensor(seed)),) if dropout else ()
     with calling(Call("training")) as call:
         outputs, _ = run_with_masks(fn, params, x, masks, call)
     return outputs, _changes(params, call.buffers)

@@ -133,6 +133,9 @@ def _check_losses(table: Tensor, matters: Tensor, options: Options, epoch: int) 
 
 def _check_leaves(leaves: Sequence[Tensor], matters: Tensor, options: Options, epoch: int) -> None:
     """Refuse parameters that the last step has made infinite, which no loss has shown yet."""
+    # A sum is finite only if what is summed is, and takes a third of the time.
+    if bool(torch.stack([leaf.sum() for leaf in leaves]).isfinite().all()):
+        return
     fine = torch.stack([leaf.isfinite().reshape(len(leaf), -1).all(1) for leaf in leaves]).all(0)
     fine = fine.cpu() | ~matters
     if not bool(fine.all()):

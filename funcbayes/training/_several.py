@@ -17,7 +17,7 @@ from ._shared_movers import shared_movers
 from ._together import Together
 
 # Bytes of the parameters of one network from which on networks are better trained one after another.
-_LARGE = 1 << 20
+_LARGE = 4 << 20
 
 
 def member_seeds(seed: int, num_members: int) -> tuple[int, ...]:

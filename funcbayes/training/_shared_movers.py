@@ -31,14 +31,20 @@ _ELEMENTWISE: tuple[type[Optimizer], ...] = (
 
 # Bytes of all leaves up to which one operation for all of them at once beats one a leaf.
 _SMALL = 4 << 20
+# Bytes of the leaves of one member from which on an optimizer should be done with them while a CPU has them,
+# and what it keeps of them, in its cache.
+_LARGE = 1 << 20
 
 
 def shared_movers(leaves: Sequence[Tensor], options: Options) -> Movers:
-    """One optimizer for all members if that is certain to be the same, else one a member."""
+    """One optimizer for all members if that is certain to be the same, and pays, else one a member."""
+    nbytes = sum(leaf.nbytes for leaf in leaves)
+    if nbytes > _LARGE * len(leaves[0]) and leaves[0].device.type == "cpu":
+        return Movers.separate(leaves, options)
     alone = Mover.of([leaf[0].clone() for leaf in leaves], options)
     if type(alone.optimizer) in _ELEMENTWISE and not isinstance(alone.scheduler, ReduceLROnPlateau):
         # A factory may look at shapes (no weight decay for vectors, say), which stacking changes.
-        if _are_alike(leaves) and sum(leaf.nbytes for leaf in leaves) <= _SMALL:
+        if nbytes <= _SMALL and _are_alike(leaves):
             in_one = FlatMovers(leaves, options)
             if _same_groups(alone, in_one.movers[0], every=[*range(len(leaves))]):
                 return in_one

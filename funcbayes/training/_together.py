@@ -96,7 +96,8 @@ def _vmapped(
 ) -> tuple[Tensor, Sequence[Any], Params, Params]:
     """Losses and gradients of some members, and their fixed values afterwards."""
     varying, common = networks.fixed.stacked()
-    held, keys = networks.held, torch.tensor(networks.keys)
+    # One by one, as plain numbers, few keys are hashed faster.
+    held, keys = networks.held, torch.tensor([fold(key, networks.num_steps) for key in networks.keys])
     if part != slice(0, networks.num_members):
         batch, keys = batch.part(part), keys[part]
         held, varying = index(held, part), index(varying, part)
@@ -124,7 +125,7 @@ def _vmapped(
         return losses.detach(), grads, varying, changed[0]
 
     own = [leaf[part].detach() for leaf in leaves]
-    given = own, held, varying, common, batch.leaves, fold(keys, networks.num_steps)
+    given = own, held, varying, common, batch.leaves, keys
     if seen is not None:
         return evaluate(networks.objective, given)
     return networks.run((kind, batch.spec, tuple(batch.dims)), evaluate, given)
