@@ -59,7 +59,7 @@ def _bayesian_torch(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: 
     model = copy.deepcopy(net)
     settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": 0.0}
     dnn_to_bnn(model, {**settings, "type": "Reparameterization", "moped_enable": False, "moped_delta": 0.1})
-    _copy_means(model, net, scale)
+    copy_means(model, net, scale)
 
     def run() -> Tensor:
         nll = torch.stack([F.cross_entropy(model(x), y) for _ in range(draws)]).mean()
@@ -111,7 +111,7 @@ def _blitz(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: int, scal
     return run
 
 
-def _copy_means(model: nn.Module, net: nn.Module, scale: float) -> None:
+def copy_means(model: nn.Module, net: nn.Module, scale: float) -> None:
     start = math.log(math.expm1(scale))
     with torch.no_grad():
         for own, part in zip(model.modules(), net.modules(), strict=True):

@@ -1,7 +1,7 @@
 """The memory of `predict` does not grow with the number of draws where samples are not kept.
 
-Peak memory of one prediction with `keep_samples=False`, of draws of a Gaussian, in a process of its own whose C
-library gives back at once what is freed; as it is by default, it keeps more or less of that for later. The
+Peak memory of one prediction with `keep_samples=False`, of draws of a Gaussian, in a process of its own whose
+C library gives back at once what is freed; as it is by default, it keeps more or less of that for later. The
 ratio is that of the peak with 32 draws and with as many as the case says, and the claim that 512 need no more
 than 1.1 times as much. How many draws are taken at a time is left to `predict`, which has learned it before.
 """

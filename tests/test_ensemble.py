@@ -15,7 +15,7 @@ from funcbayes import _mapping, training
 from funcbayes._intercept import Batching
 from funcbayes._mapping import equal_parts
 from funcbayes.ensemble import member_seeds
-from funcbayes.training import _several
+from funcbayes.training import _several, _shared_movers
 from funcbayes.training._options import Options
 from funcbayes.training._shared_movers import _ELEMENTWISE, shared_movers
 
@@ -631,6 +631,38 @@ def test_elementwise_optimizers_move_stacked_leaves_as_they_would_alone(kind):
     # Members of very different scales would show a number that they share.
     members["gain"] = members["gain"] * torch.tensor([1e-3, 1.0, 1e2], dtype=F64)
     assert_each_is_as_if_alone(fn, members, (x, y), batch_size=4, optimizer=optimizer, num_epochs=3)
+
+
+@pytest.mark.parametrize("first_without", [0, 1, 3])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD], ids=lambda kind: kind.__name__)
+def test_a_leaf_that_is_left_out_in_some_steps_is_passed_over_there(kind, first_without):
+    g = seeded(2)
+    members = {n: torch.randn(K, *s, generator=g, dtype=F64) for n, s in {"w": (4, 2), "b": (2,)}.items()}
+    x, y = classification((4,))
+    batches = [(x[:5], y[:5])] * 5
+    batches[first_without] = (x[5:8], y[5:8])  # 3 rows
+
+    def fn(params, x):
+        return x @ params["w"] + (params["b"] if len(x) == 5 else 0)
+
+    optimizer = functools.partial(kind, lr=0.05, weight_decay=0.1)
+    halving = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    assert_each_is_as_if_alone(
+        fn, members, batches, optimizer=optimizer, scheduler=halving, num_epochs=3, batch_size=None
+    )
+
+
+@pytest.mark.parametrize(("small", "large"), [(0, 1 << 30), (1 << 30, 1 << 30), (0, 0)])
+def test_however_optimizers_are_shared_out_members_are_trained_as_if_alone(small, large, monkeypatch):
+    monkeypatch.setattr(_shared_movers, "_SMALL", small)
+    monkeypatch.setattr(_shared_movers, "_LARGE", large)
+    fn, members = start(mlp)
+    leaves = [leaf for _, leaf in sorted(members.items())]
+    movers = shared_movers(leaves, Options("fit", ADAM, 1))
+    assert [len(mover.leaves) for mover in movers.movers] == (
+        [1] if small else [len(leaves)] if large else [len(leaves)] * K
+    )
+    assert_each_is_as_if_alone(fn, members, classification((4,)), batch_size=5, max_grad_norm=0.3)
 
 
 class Mine(torch.optim.SGD):

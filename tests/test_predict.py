@@ -1037,6 +1037,21 @@ def test_draws_of_one_chunk_are_gone_when_those_of_the_next_are_made(chunk_size)
         assert max(posterior.alive) == max(numbers) < 20
 
 
+@pytest.mark.parametrize(("width", "most"), [(8, 100), (150, 46), (600, 32)])
+def test_more_draws_at_a_time_than_32_only_where_they_are_small(width, most):
+    class Wide(Watching):
+        def draws(self, indices, seed):
+            self.made.append(len(indices))
+            return fb.Draw({"w": torch.zeros(len(indices), width, width, dtype=F64)})
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    posterior = Wide()
+    fb.predict(fn, None, posterior, randn(1, width), num_samples=100, seed=0)
+    assert max(posterior.made) == most  # 8 MB of parameters, or 32 draws
+
+
 # What the engine remembers.
 
 
@@ -1233,3 +1248,25 @@ def test_a_seed_that_is_no_integer_is_refused_by_name(seed):
     params = linear_params()
     with pytest.raises(TypeError, match="seed"):
         fb.predict(linear, params, gaussian(params), randn(5, 3), seed=seed)
+
+
+def test_a_branch_that_vmap_needs_rules_for_may_show_late():
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(3, 4, batch_first=True, dtype=F64)
+    fn, params = fb.make_functional(lstm, call=lambda module, x: module(x)[0][:, -1])
+    params = {**{f"lstm.{k}": v for k, v in params.items()}, "w": randn(3, 4)}
+    calls = []
+
+    def branching(params, x):
+        calls.append(1)
+        if len(calls) < 3:
+            return x[:, -1] @ params["w"]
+        return fn({k.removeprefix("lstm."): v for k, v in params.items() if k != "w"}, x)
+
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(2, 5, 3)
+    for _ in range(20):  # also once every mechanism has been tried
+        got = fb.predict(branching, None, ensemble, x).samples
+    count = len(calls)
+    expected = [branching(ensemble.member(k), x) for k in range(len(got))]
+    assert_close(got, torch.stack(expected))
+    assert count < 20 * (len(got) + 3)  # no loop

@@ -11,12 +11,18 @@ import torch
 from torch.func import vmap
 from zoo import F64
 
-from funcbayes._random import fold, keys_by_name, normal, permutation, resolve_seed, uniform
+from funcbayes._random import dropout_mask, fold, keys_by_name, normal, permutation, resolve_seed, uniform
 from funcbayes.posteriors._allocation import allocate
 
 SHAPES = [(), (1,), (3,), (15,), (16,), (17,), (2, 3), (5, 4, 3), (100,)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-both_kinds = pytest.mark.parametrize("draw", [normal, uniform])
+
+
+def masks(key, shape, *, dtype):
+    return dropout_mask(key, 5, shape, 0.3, scale=1.25, dtype=dtype)
+
+
+each_kind = pytest.mark.parametrize("draw", [normal, uniform, masks])
 MASK = (1 << 64) - 1
 
 
@@ -30,7 +36,7 @@ def split_mix(state):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@both_kinds
+@each_kind
 def test_noise_of_a_key_does_not_depend_on_the_keys_beside_it(draw, shape, dtype):
     keys = fold(torch.arange(12), "x")
     together = draw(keys, shape, dtype=dtype)
@@ -43,7 +49,7 @@ def test_noise_of_a_key_does_not_depend_on_the_keys_beside_it(draw, shape, dtype
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@both_kinds
+@each_kind
 def test_mapped_noise_equals_a_loop_at_any_depth_and_chunk_size(draw, shape):
     keys = fold(torch.arange(12), "x").reshape(4, 3)
     expected = draw(keys, shape, dtype=F64)
@@ -89,6 +95,51 @@ def test_uniforms_are_uniform_on_the_half_open_interval(dtype):
     n = u.numel()
     distance = (u.double().sort().values - torch.arange(1, n + 1, dtype=F64) / n).abs().max()
     assert distance < 1.95 / math.sqrt(n)
+
+
+@pytest.mark.parametrize("width", [40, 400])  # made by hashing, and by a generator
+def test_masks_drop_at_their_rate_and_those_of_other_keys_and_sites_are_independent(width):
+    keys, sites = [fold(0, "x"), fold(0, "y")], [0, 1, 2]
+    found = torch.stack(
+        [
+            dropout_mask(fold(key, torch.arange(500)), site, (width,), 0.3, scale=2.0, dtype=F64)
+            for key in keys
+            for site in sites
+        ]
+    ).reshape(6, -1)
+    n = found.shape[1]
+    assert set(found.flatten().tolist()) == {0.0, 2.0}
+    dropped = (found == 0).double()
+    assert ((dropped.mean(1) - 0.3).abs() < 4 * math.sqrt(0.3 * 0.7 / n)).all()
+    correlations = torch.corrcoef(dropped) - torch.eye(6, dtype=F64)
+    assert correlations.abs().max() < 4.5 / math.sqrt(n)
+    neighbours = torch.corrcoef(torch.stack([dropped[0, :-1], dropped[0, 1:]]))[0, 1]
+    assert abs(float(neighbours)) < 4.5 / math.sqrt(n)
+
+
+def test_masks_at_the_ends_of_the_rates():
+    for width in (40, 400):
+        assert not dropout_mask(3, 0, (width,), 1.0).any()
+        assert (dropout_mask(3, 0, (width,), 0.0) == 1).all()
+
+
+def test_masks_are_the_same_in_every_dtype_and_for_a_plain_key():
+    for width in (40, 400):
+        one = dropout_mask(torch.tensor(7), 2, (width,), 0.4, dtype=F64)
+        assert torch.equal(
+            dropout_mask(torch.tensor(7), 2, (width,), 0.4, dtype=torch.bfloat16).double(), one
+        )
+        assert torch.equal(dropout_mask(7, 2, (width,), 0.4, dtype=F64), one)
+
+
+@pytest.mark.parametrize("data", [3, "head.weight"])
+def test_keys_fold_inside_transforms_as_outside(data):
+    keys = torch.arange(12).reshape(4, 3) - 5
+    expected = fold(keys, data)
+    assert torch.equal(vmap(lambda key: fold(key, data))(keys), expected)
+    assert torch.equal(vmap(vmap(lambda key: fold(key, data)), in_dims=1, out_dims=1)(keys), expected)
+    steps = torch.arange(4)
+    assert torch.equal(vmap(lambda step: fold(9, step))(steps), fold(9, steps))
 
 
 def test_noise_of_different_seeds_draws_and_leaves_is_uncorrelated():

@@ -98,7 +98,7 @@ def _are_alike(leaves: Sequence[Tensor]) -> bool:
 
 
 def _same_groups(a: Mover, b: Mover, every: list[int] | None = None) -> bool:
-    """Whether two optimizers treat the same leaves in the same way; ``every`` are those of the one in ``b``."""
+    """Whether two optimizers treat the same leaves alike; that of ``b`` may have ``every`` leaf in one."""
     if type(a.optimizer) is not type(b.optimizer):
         return False
     described = [_groups(a), _groups(b)]
