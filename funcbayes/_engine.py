@@ -33,11 +33,13 @@ from .posteriors import Draw, to
 # Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
 _BUDGET = {"cpu": 16 << 20, "other": 256 << 20}
 _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters drawn for one chunk
-# More draws at a time than these only where their parameters are small: memory should not grow with draws.
-_MANY_DRAWS, _SMALL_DRAWS = 32, {"cpu": 8 << 20, "other": 256 << 20}
+# More draws at a time than these are taken only if their parameters are so many bytes at most: memory should
+# not grow with the number of draws.
+_MANY_DRAWS = 32
+_SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
 # A mechanism is tried further only while it is within this factor of the best one.
 _HOPELESS = 1.25
-_LOOP_UNLESS = 0.96  # something else takes less than this part of its time
+_LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
 _TRIALS = 3  # timings of a mechanism before it is judged; the best of them counts
 
 _T = TypeVar("_T")
@@ -69,7 +71,7 @@ class _Tuner:
     most: int | None = None  # draws at a time that memory was enough for, after it was not
     row_axes: list[Any] | None = None  # of the effects, where masks are shared
     draws_globally: bool | None = None  # from torch's random state; unknown at first
-    has_rules: bool = True  # for calls that plain ``vmap`` cannot do without; as far as was seen
+    needs_rules: bool = True  # plain ``vmap``, too; as far as was seen
 
     def next_to_time(self) -> Mechanism | None:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
@@ -245,21 +247,33 @@ class _Run:
         return torch.cat([self._attempt(half, mechanism) for half in _parts(part.start, part.stop, most)])
 
     def _by_rules_or_without(self, part: slice, mechanism: Mechanism) -> Tensor:
-        """Evaluate by the mechanism, or by plain ``vmap`` where a batching rule stands in the model's way."""
-        if mechanism.kind in self.tuner.failed:
-            mechanism = Mechanism("vmap", mechanism.chunk)
-        try:
-            return self._outputs(self.make_draws(part), mechanism, part.start)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever the model raises; if it is its own error, it comes again below
-            if mechanism.kind == "loop" or (mechanism.kind == "vmap" and self.tuner.has_rules):
+        """Evaluate by the mechanism, or by another where ``vmap`` or a rule stands in the model's way."""
+        *others, last = self._ways(mechanism.kind)
+        for kind in others:
+            try:
+                outputs = self._outputs(self.make_draws(part), Mechanism(kind, mechanism.chunk), part.start)
+            except torch.OutOfMemoryError:
                 raise
-        self.tuner.has_rules = True  # another branch of the model may want them
-        outputs = self._outputs(self.make_draws(part), Mechanism("vmap", mechanism.chunk), part.start)
-        if mechanism.kind != "vmap":
-            self.tuner.failed.add(mechanism.kind)
+            except (
+                Exception
+            ):  # whatever the model raises; if it is its own error, the last one raises it, too
+                self.tuner.needs_rules = True
+                continue
+            self.tuner.failed.update(others[: others.index(kind)])
+            return outputs
+        outputs = self._outputs(self.make_draws(part), Mechanism(last, mechanism.chunk), part.start)
+        self.tuner.failed.update(set(others) - {last})
         return outputs
+
+    def _ways(self, kind: Kind) -> list[Kind]:
+        """Kinds to try in turn."""
+        if kind == "loop":
+            return [kind]
+        known: tuple[Kind, ...] = (kind, "vmap", self.default)
+        ways: list[Kind] = [k for k in dict.fromkeys(known) if k not in self.tuner.failed]
+        if kind == "vmap" and not self.tuner.needs_rules:
+            return [kind, *(ways or [kind])]  # again with rules, that another branch of the model may want
+        return ways or [kind]
 
     def _tuner(self) -> _Tuner:
         return _tuners.get(self.fn, self.cell, _Tuner)
@@ -299,7 +313,7 @@ class _Run:
         except Exception as error:  # whatever the model raises: see `_explain`
             self._explain(error, draw)
             return None
-        self.tuner.has_rules = seen.is_ruled
+        self.tuner.needs_rules = seen.needs_rules
         return seen.nbytes
 
     def _vmap_can_take_it(self) -> bool:
@@ -338,7 +352,7 @@ class _Run:
             numbers = self.numbers[start:].tolist()
             outputs = [self._alone(draw, n) for draw, n in zip(unbind(draws), numbers, strict=False)]
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
-        is_plain = mechanism.kind == "vmap" and not self.tuner.has_rules  # a mode would only take time
+        is_plain = mechanism.kind == "vmap" and not self.tuner.needs_rules and seen is None
         rules = nullcontext() if is_plain else Batching(mechanism.kind, seen)
         mapped, shared = _apart(draws)
 

@@ -151,7 +151,7 @@ def unmapped(tensor: Tensor) -> Tensor:
     """
     level = vmap_level()
     if level is not None and unwrap(tensor, level)[1] is not None:
-        raise ValueError("A value that all entries have in common should not become one of each entry.")
+        raise ValueError("what all members share cannot take values of each member")
     return tensor
 
 

@@ -265,7 +265,9 @@ def _predict(
     atoms = posterior.atoms() if num_samples is None else None
     seed = resolve_seed(seed) if atoms is None else 0
     weights, groups = _plan(posterior, atoms, num_samples, seed)
-    collect = _Collector(weights, likelihood, targets, keep_samples, is_in_order=len(groups) == 1)
+    collect = _Collector(
+        weights, likelihood, targets, keep_samples, is_in_order=atoms is not None or len(groups) == 1
+    )
     gradients = wants_grad((params, posterior, x, likelihood))
     if marginal:
         check_marginal(posterior)
@@ -335,7 +337,11 @@ def _plan(
     count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
     indices = torch.arange(count)
     weights = torch.full((count,), 1 / count, dtype=torch.float64)
-    make, groups = functools.partial(posterior.draws, seed=seed), posterior.structures(indices, seed)
+    groups = posterior.structures(indices, seed)
+
+    def make(numbers: Tensor) -> Draw:
+        return posterior.draws(numbers, seed)
+
     if len(groups) == 1:
         return weights, [(indices, _by_number(make, indices))]
     return weights, [(at, _by_number(make, indices[at])) for at in groups.values()]

@@ -1,9 +1,9 @@
 """Keyed noise: every number drawn is a function of a key, never of the order of asking.
 
 A key is a 64-bit hash of what the noise is for: the seed, the draw's index, the leaf's path.
-:func:`normal` and :func:`uniform` fill each key's entries from a generator of its own, also under
-``torch.func.vmap``, so a draw does not depend on how many are asked for together, in which
-order, or in which thread.
+:func:`normal`, :func:`uniform` and :func:`dropout_mask` make each key's entries by a generator of its own, or
+by hashing it with a counter, also under ``torch.func.vmap``: so a draw does not depend on how many are asked
+for together, in which order, or in which thread.
 """
 
 import functools
@@ -179,6 +179,8 @@ def dropout_mask(
 ) -> Tensor:
     """Draw ``0`` with a probability and a constant otherwise, a function of ``key`` and ``site`` alone.
 
+    Masks agree on one type of device.
+
     Args:
         key: As in :func:`uniform`.
         site: Number of the place that the mask is for.
@@ -247,7 +249,7 @@ def _counted(key: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """Stirred counters ``(*k, *s)``, from a start that is a function of a key and the number of a stream."""
     counters = torch.arange(1, math.prod(shape) + 1, device=key.device).mul_(signed(_GOLDEN))
     # Not from the key itself, which would give the keys that are folded out of it.
-    start = key ^ _start_of(stream)
+    start = key.long() ^ _start_of(stream)
     return _stirred(start.reshape((*key.shape, *(1 for _ in shape))) + counters.reshape(shape))
 
 

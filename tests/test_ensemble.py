@@ -634,8 +634,18 @@ def test_elementwise_optimizers_move_stacked_leaves_as_they_would_alone(kind):
 
 
 @pytest.mark.parametrize("first_without", [0, 1, 3])
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD], ids=lambda kind: kind.__name__)
-def test_a_leaf_that_is_left_out_in_some_steps_is_passed_over_there(kind, first_without):
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        functools.partial(torch.optim.Adam, weight_decay=0.1, amsgrad=True),
+        functools.partial(torch.optim.SGD, weight_decay=0.1, momentum=0.9),
+        functools.partial(torch.optim.RMSprop, centered=True),
+        torch.optim.Rprop,
+        torch.optim.ASGD,
+    ],
+    ids=["Adam", "SGD", "RMSprop", "Rprop", "ASGD"],
+)
+def test_a_leaf_that_is_left_out_in_some_steps_is_passed_over_there(optimizer, first_without):
     g = seeded(2)
     members = {n: torch.randn(K, *s, generator=g, dtype=F64) for n, s in {"w": (4, 2), "b": (2,)}.items()}
     x, y = classification((4,))
@@ -645,7 +655,7 @@ def test_a_leaf_that_is_left_out_in_some_steps_is_passed_over_there(kind, first_
     def fn(params, x):
         return x @ params["w"] + (params["b"] if len(x) == 5 else 0)
 
-    optimizer = functools.partial(kind, lr=0.05, weight_decay=0.1)
+    optimizer = functools.partial(optimizer, lr=0.05)
     halving = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
     assert_each_is_as_if_alone(
         fn, members, batches, optimizer=optimizer, scheduler=halving, num_epochs=3, batch_size=None
@@ -685,6 +695,44 @@ SEPARATE = {
         functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.01),
     ),
 }
+
+
+def unpacking(leaves):
+    first, second, *others = leaves
+    return torch.optim.SGD([first, second, *others], lr=0.1)
+
+
+OF_THEIR_OWN = {
+    "groups by place": lambda p: torch.optim.SGD(
+        [{"params": [p[0]]}, {"params": p[1:], "lr": 0.2}], lr=0.1, momentum=0.9
+    ),
+    "one is left out": lambda leaves: torch.optim.Adam([p for p in leaves if p.ndim > 1], lr=0.1),
+    "leaves are counted": unpacking,
+}
+
+
+@pytest.mark.parametrize("optimizer", OF_THEIR_OWN.values(), ids=OF_THEIR_OWN.keys())
+def test_factories_may_do_as_they_like_with_each_leaf(optimizer):
+    fn, members = start(mlp)
+    assert_each_is_as_if_alone(fn, members, classification((4,)), batch_size=5, optimizer=optimizer)
+
+
+def halved_after_steps(leaves):
+    optimizer = torch.optim.SGD(leaves, lr=0.1)
+
+    def halve_large_leaves(optimizer, *_):
+        with torch.no_grad():
+            for p in optimizer.param_groups[0]["params"]:
+                p.mul_(0.5 if p.norm() > 0.5 else 1.0)
+
+    optimizer.register_step_post_hook(halve_large_leaves)
+    return optimizer
+
+
+def test_hooks_of_an_optimizer_see_the_leaves_of_one_member():
+    fn, members = start(mlp)
+    data = classification((4,))
+    assert_each_is_as_if_alone(fn, members, data, batch_size=5, optimizer=halved_after_steps)
 
 
 @pytest.mark.parametrize(("optimizer", "scheduler"), SEPARATE.values(), ids=SEPARATE.keys())

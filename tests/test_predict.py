@@ -1270,3 +1270,16 @@ def test_a_branch_that_vmap_needs_rules_for_may_show_late():
     expected = [branching(ensemble.member(k), x) for k in range(len(got))]
     assert_close(got, torch.stack(expected))
     assert count < 20 * (len(got) + 3)  # no loop
+
+
+def test_writing_through_a_view_that_is_a_copy_here_is_not_lost():
+    def fn(params, x):
+        h = torch.nn.functional.embedding(x, params["w"])
+        h.reshape(-1).mul_(2.0)
+        return h.sum(1)
+
+    tokens = torch.tensor([[0, 1, 2], [2, 2, 1]])
+    ensemble = fb.Ensemble({"w": randn(8, 3, 4)})
+    expected = torch.stack([fn(ensemble.member(k), tokens) for k in range(8)])
+    for _ in range(30):  # by every mechanism that is tried
+        assert_close(fb.predict(fn, None, ensemble, tokens).samples, expected)

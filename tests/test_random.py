@@ -117,6 +117,13 @@ def test_masks_drop_at_their_rate_and_those_of_other_keys_and_sites_are_independ
     assert abs(float(neighbours)) < 4.5 / math.sqrt(n)
 
 
+def test_masks_of_narrow_keys_are_the_same_under_vmap():
+    keys = torch.arange(5, dtype=torch.int32)
+    for width in (40, 400):
+        mapped = vmap(lambda key, width=width: dropout_mask(key, 1, (width,), 0.3))(keys)
+        assert torch.equal(mapped, torch.stack([dropout_mask(int(k), 1, (width,), 0.3) for k in keys]))
+
+
 def test_masks_at_the_ends_of_the_rates():
     for width in (40, 400):
         assert not dropout_mask(3, 0, (width,), 1.0).any()

@@ -740,3 +740,15 @@ def test_a_validation_loss_that_is_not_finite_is_no_better():
         RuntimeError, match=r"`training.fit\(validation=...\)` is not finite after any epoch\."
     ):
         fit(lambda p, x: fn(p, x) * (torch.nan if len(x) == 5 else 1.0), validation=held_out)
+
+
+def test_parameters_whose_sum_overflows_are_finite():
+    def fn(params, x):
+        return x @ params["w"] + 0 * params["large"].mean()
+
+    params = {"w": torch.zeros(3, 2), "large": torch.full((2,), 3e38)}
+    data = torch.ones(4, 3), torch.zeros(4, 2)
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    likelihood = fb.likelihoods.Normal(1.0)
+    fitted = fb.training.fit(fn, params, data, likelihood, optimizer=sgd, num_epochs=1, seed=0)
+    assert torch.equal(fitted["large"], params["large"])

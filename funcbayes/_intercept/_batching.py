@@ -33,11 +33,12 @@ class Observed:
 
     Attributes:
         nbytes: Bytes of the largest result with a mapped axis, counted for one entry of that axis.
-        is_ruled: Whether a function was called that a rule is for.
+        needs_rules: Whether ``vmap`` without any mode may be wrong or slow: a function was called that a rule
+            is for, or something was done in place, perhaps through what the model knows as a view.
     """
 
     def __init__(self) -> None:
-        self.nbytes, self.is_ruled = 0, False
+        self.nbytes, self.needs_rules = 0, False
 
     def see(self, result: Any) -> None:
         """Take note of a result; where a model is linearised, of how it changes."""
@@ -63,14 +64,14 @@ class Batching(Interception):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Apply a rule if there is one."""
-        if self.copies and args and _works_in_place(func) and isinstance(args[0], Tensor):
+        if self.copies and args and _works_in_place(func, kwargs) and isinstance(args[0], Tensor):
             self.refuse_lost_writes(args[0])
         result = super().__torch_function__(func, types, args, kwargs)
         if func in _RESHAPES and isinstance(args[0], Tensor) and isinstance(result, Tensor):
             self.note_copy(args[0], result)
         if self.seen is not None:
             self.seen.see(result)
-            self.seen.is_ruled |= func in self.handlers
+            self.seen.needs_rules |= func in self.handlers or _works_in_place(func, kwargs)
         return result
 
     def note_copy(self, base: Tensor, result: Tensor) -> None:
@@ -106,9 +107,13 @@ _RESHAPES = frozenset(
 )
 
 
-def _works_in_place(func: Callable[..., Any]) -> bool:
+def _works_in_place(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
     name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", *_IN_PLACE_OPERATORS)
+    return (
+        bool(kwargs and kwargs.get("inplace"))
+        or (name.endswith("_") and not name.endswith("__"))
+        or name in ("__setitem__", *_IN_PLACE_OPERATORS)
+    )
 
 
 _IN_PLACE_OPERATORS = tuple(
@@ -449,7 +454,7 @@ def _strided(level: int, channels_last: bool, input: Tensor, *args: Any, **kwarg
     return torch.as_strided(contiguous, *args, **kwargs)
 
 
-# These hand the call on to `vmap`, with another value.
+# These hand the call on to `vmap` with another value, or leave it by themselves where they can.
 _INSIDE: dict[Any, Rule] = {
     torch.Tensor.view: _view,
     **dict.fromkeys((torch.Tensor.as_strided, torch.as_strided), _strided),

@@ -162,11 +162,10 @@ def _through_time(
     )
     # An LSTM with projections has one more matrix, which makes the output of the state.
     projection = weights[-1].mT if len(weights) % 2 else None
-    width = of_states.shape[-1] // 4
-    of_gates = (2 * width, 3 * width)
+    width = of_states.shape[-1] // 4  # of an LSTM
     steps, rows = value.shape[1:3]
-    if input_bias is not None and func is not torch.gru:  # only there the two are not simply added
-        input_bias = input_bias + state_bias
+    if input_bias is not None and state_bias is not None and func is not torch.gru:
+        input_bias = input_bias + state_bias  # only there the two are not simply added
     entering = _product(input_bias, value.flatten(1, 2), of_inputs).unflatten(1, (steps, rows))
     outputs = []
     for x in entering.unbind(1):
@@ -178,14 +177,14 @@ def _through_time(
             n = torch.tanh(torch.addcmul(x_n, torch.sigmoid(x_r + s_r), s_n))
             states = [torch.lerp(n, h, torch.sigmoid(x_z + s_z))]
         elif func is torch.lstm:
-            i_and_f, g, o = torch.baddbmm(x, h, of_states).tensor_split(of_gates, -1)
+            i_and_f, g, o = torch.baddbmm(x, h, of_states).tensor_split((2 * width, 3 * width), -1)
             i, f = torch.sigmoid(i_and_f).chunk(2, -1)
             c = torch.addcmul(f * states[1], i, torch.tanh(g))
             h = torch.sigmoid(o) * torch.tanh(c)
             states = [h if projection is None else torch.bmm(h, projection), c]
         else:
-            sum = torch.baddbmm(x, h, of_states)
-            states = [torch.tanh(sum) if func is torch.rnn_tanh else torch.relu(sum)]
+            entered = torch.baddbmm(x, h, of_states)
+            states = [torch.tanh(entered) if func is torch.rnn_tanh else torch.relu(entered)]
         outputs.append(states[0])
     return torch.stack(outputs, 1), states
 

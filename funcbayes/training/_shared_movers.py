@@ -1,5 +1,6 @@
 """One optimizer for all members where it is certain to do what one a member would."""
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -42,12 +43,15 @@ def shared_movers(leaves: Sequence[Tensor], options: Options) -> Movers:
     if nbytes > _LARGE * len(leaves[0]) and leaves[0].device.type == "cpu":
         return Movers.separate(leaves, options)
     alone = Mover.of([leaf[0].clone() for leaf in leaves], options)
-    if type(alone.optimizer) in _ELEMENTWISE and not isinstance(alone.scheduler, ReduceLROnPlateau):
+    watches = isinstance(alone.scheduler, ReduceLROnPlateau) or _has_hooks(alone.optimizer)
+    if type(alone.optimizer) in _ELEMENTWISE and not watches:
         # A factory may look at shapes (no weight decay for vectors, say), which stacking changes.
-        if nbytes <= _SMALL and _are_alike(leaves):
-            in_one = FlatMovers(leaves, options)
-            if _same_groups(alone, in_one.movers[0], every=[*range(len(leaves))]):
-                return in_one
+        if nbytes <= _SMALL and _are_alike(leaves) and _treats_alike(alone):
+            # A factory that does as it likes with each leaf may not know what to do with one.
+            with contextlib.suppress(Exception):
+                in_one = FlatMovers(leaves, options)
+                if _same_groups(alone, in_one.movers[0], in_one=True):
+                    return in_one
         together = Movers(leaves, options, stacked=True)
         if _same_groups(alone, together.movers[0]):
             return together
@@ -65,8 +69,8 @@ class FlatMovers(Movers):
         """Make it for copies of ``leaves``, ``(K, *s)`` each."""
         flat = torch.cat([leaf.detach().reshape(-1) for leaf in leaves])
         super().__init__([flat], options, stacked=True)
-        self._options, self._flat = options, self._leaves[0]
-        parts = self._flat.split([leaf.numel() for leaf in leaves])
+        self._options = options
+        parts = self._leaves[0].split([leaf.numel() for leaf in leaves])
         self._leaves = [part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
         self._is_flat = True
 
@@ -93,16 +97,27 @@ class FlatMovers(Movers):
         self.movers, self._places, self._is_flat = [after], [leaves], False
 
 
+def _has_hooks(optimizer: Optimizer) -> bool:
+    """Whether anything of the user's looks at the leaves at every step."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def _treats_alike(mover: Mover) -> bool:
+    """Whether an optimizer has one group, of all leaves as they come."""
+    return [group["params"] for group in _groups(mover)] == [[*range(len(mover.leaves))]]
+
+
 def _are_alike(leaves: Sequence[Tensor]) -> bool:
     return len({(leaf.dtype, leaf.device) for leaf in leaves}) == 1
 
 
-def _same_groups(a: Mover, b: Mover, every: list[int] | None = None) -> bool:
-    """Whether two optimizers treat the same leaves alike; that of ``b`` may have ``every`` leaf in one."""
+def _same_groups(a: Mover, b: Mover, *, in_one: bool = False) -> bool:
+    """Whether two optimizers treat the same leaves alike; that of ``b`` may have all leaves in one."""
     if type(a.optimizer) is not type(b.optimizer):
         return False
     described = [_groups(a), _groups(b)]
-    if every is not None:
+    if in_one:
+        every = [*range(len(a.leaves))]
         described[1] = [{**group, "params": every} for group in described[1]]
     return len(described[0]) == len(described[1]) and all(
         one.keys() == two.keys() and all(_equal(one[k], two[k]) for k in one)
