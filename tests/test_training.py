@@ -744,7 +744,7 @@ def test_a_validation_loss_that_is_not_finite_is_no_better():
 
 def test_parameters_whose_sum_overflows_are_finite():
     def fn(params, x):
-        return x @ params["w"] + 0 * params["large"].mean()
+        return x @ params["w"] + 0 * params["large"][0]
 
     params = {"w": torch.zeros(3, 2), "large": torch.full((2,), 3e38)}
     data = torch.ones(4, 3), torch.zeros(4, 2)
