@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import nn
 from torch.func import grad, jacrev, jvp, vmap
 
@@ -1054,3 +1055,21 @@ def test_summed_losses_of_a_model_have_the_gradients_of_each_module_alone(kind, 
         expected = torch.autograd.grad(module(x).square().mean(), [named[name] for name in leaves])
         for name, here, there in zip(leaves, got, expected, strict=True):
             torch.testing.assert_close(here[i], there, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@all_kinds
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_gradients_of_convolutions_after_others_are_right_for_one_row_too(kind, num_rows):
+    model = zoo.MODELS["conv"]()
+    x, weights = model.inputs(num_rows), zoo.members(model.params)
+    leaves = {name: leaf.requires_grad_() for name, leaf in weights.items()}
+    loop = torch.stack([model.fn(zoo.entry(leaves, k), x) for k in range(5)])
+    cotangent = torch.randn(loop.shape, dtype=loop.dtype, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad((loop * cotangent).sum(), list(leaves.values()))
+
+    def one(params):
+        with Batching(kind):
+            return model.fn(params, x)
+
+    got = torch.autograd.grad((vmap(one)(leaves) * cotangent).sum(), list(leaves.values()))
+    torch.testing.assert_close(got, expected)

@@ -194,8 +194,14 @@ def _product(biases: Tensor | None, left: Tensor, right: Tensor, axis: int) -> T
 
 
 def _in_channels_last(images: Tensor) -> Tensor:
-    # Inside another transform there are no layouts to choose from.
-    return images.contiguous(memory_format=torch.channels_last) if is_concrete(images) else images
+    if not is_concrete(images):  # inside another transform there are no layouts to choose from
+        return images
+    found = images.contiguous(memory_format=torch.channels_last)
+    if len(found) == 1 and found.stride(0) != found.numel():
+        # The stride of an axis of one entry means nothing, but the gradient of a convolution in float64 goes
+        # by it (torch 2.13), and is wrong.
+        found = found.clone(memory_format=torch.channels_last)
+    return found
 
 
 def _beside_channels(value: Tensor, level: int, channels_last: bool) -> tuple[Tensor, int] | None:
