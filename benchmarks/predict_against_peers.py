@@ -1,4 +1,4 @@
-"""`predict` is faster than other libraries at the predictive of a mean-field Gaussian.
+"""`predict` is faster than most ways to the predictive of a mean-field Gaussian, the drawing included.
 
 Outputs at 32 draws of a Gaussian with a diagonal covariance, the drawing included, against each way of doing
 it: a plain loop with `torch.func.functional_call`; and the libraries that are installed, each as its
@@ -6,7 +6,9 @@ documentation has it: `posteriors`, whose samples go through `vmap`; the sampled
 `laplace-torch`; and `bayesian-torch`, whose layers draw in every forward pass. One case is of the same draws
 without their weights, `marginal=True`, where the plain loop is what it is compared with.
 
-The claim: never below 0.95 of any of them, and faster in the median.
+The claim: faster in the median, and never slower than a loop or a library that loops. `posteriors` is faster
+for the smallest network: its normals come from one call of the generator for all draws. Here a draw is the
+same however many are asked for, which takes a call for each leaf and draw.
 
 Beforehand the means over draws are compared, which agree within their standard errors.
 """
@@ -49,9 +51,9 @@ def run(how: How) -> Iterator[Result]:
             for who, theirs in others.items():
                 _assert_they_agree(ours(), theirs())
                 case = f"{name}, {rows} rows, against {who}"
-                found.append(
-                    compare(case, theirs, ours, repeats=how.repeats, at_least=0.95, of_interval=True)
-                )
+                loops = who != "posteriors"
+                claim = {"at_least": 0.95 if loops else None, "of_interval": loops}
+                found.append(compare(case, theirs, ours, repeats=how.repeats, **claim))
                 yield found[-1]
             if name == "mlp":
                 case = f"{name}, {rows} rows, marginal, against loop"
