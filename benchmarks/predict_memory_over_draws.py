@@ -1,10 +1,10 @@
 """The memory of `predict` does not grow with the number of draws where samples are not kept.
 
 Peak memory of predictions with `keep_samples=False` of draws of a Gaussian, 512 draws in all, in a process of
-its own whose C library gives back at once what is freed; as it is by default, it keeps more or less of that for
-later. The ratio is that of the peak with 32 draws a prediction and with as many as the case says, and the
-claim that 512 need no more than 1.1 times as much. How many draws are taken at a time is left to `predict`,
-which tries its ways meanwhile.
+its own whose C library gives back at once what is freed; as it is by default, it keeps more or less of that.
+The ratio is that of the peak with 32 draws a prediction and with as many as the case says, and the claim that
+512 need no more than 1.1 times as much. How many draws are taken at a time is left to `predict`, which tries
+its ways meanwhile.
 """
 
 from collections.abc import Callable, Iterator
