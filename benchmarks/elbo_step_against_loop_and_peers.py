@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 import funcbayes as fb
 
-from . import _elbo_peers
+from . import _peers
 from ._measure import How, Result, compare, median_of
 from ._models import inputs, lenet, mlp
 
@@ -47,7 +47,7 @@ def run(how: How) -> Iterator[Result]:
             weights, local = (_ours(net, x, y, estimator) for estimator in ("reparam", "local"))
             programs = {e: _ours(net, x, y, e, compile=True) for e in ("reparam", "local")}
             ours = {"weights": weights, "local": local, **{f"{e}, compiled": p for e, p in programs.items()}}
-            others = {"loop": _loop(net, x, y), **_elbo_peers.steps(net, x, y, DRAWS, NUM_DATA, SCALE)}
+            others = {"loop": _loop(net, x, y), **_peers.steps(net, x, y, DRAWS, NUM_DATA, SCALE)}
             _assert_they_agree(net, x, y, {**ours, **others})
             case, results = f"{name}, {rows} rows", []
             yield compare(

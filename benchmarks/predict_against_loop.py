@@ -68,7 +68,7 @@ Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 def _weights(name: str, rows: int, draws: int, device: str) -> Pair:
     torch.manual_seed(0)
-    module, x = MODELS[name]().eval().to(device), inputs(name, rows, device)  # for the loops
+    module, x = MODELS[name]().eval().to(device), inputs(name, rows, device)  # loops take its mode
     fn, params = fb.make_functional(module)
     members = fb.Ensemble(around(params).sample(draws, seed=0))
 
@@ -108,7 +108,7 @@ def _ends(device: str) -> dict[str, Pair]:
     found = {}
     for rows in (32, 128):
         torch.manual_seed(0)
-        module, x = resnet().eval().to(device), inputs("resnet", rows, device)  # for the loop
+        module, x = resnet().eval().to(device), inputs("resnet", rows, device)  # loops take its mode
         fn, params = fb.make_functional(module)
         head = fb.Ensemble(around({k: v for k, v in params.items() if k.startswith("7.")}).sample(32, seed=0))
 

@@ -14,7 +14,6 @@ Beforehand the means over draws are compared, which agree within their standard 
 """
 
 import copy
-import importlib
 import math
 from collections.abc import Callable, Iterator
 
@@ -24,10 +23,10 @@ from torch.func import functional_call, vmap
 
 import funcbayes as fb
 
-from ._elbo_peers import copy_means
-from ._laplace_torch import quiet
+from . import _laplace_torch
 from ._measure import How, Result, compare, median_of
 from ._models import MODELS, around, inputs
+from ._peers import installed, with_gaussian_layers
 
 DRAWS, STD, ROWS = 32, 0.01, (1, 32)
 NETWORKS = ("mlp-small", "mlp", "lenet")
@@ -39,7 +38,7 @@ def run(how: How) -> Iterator[Result]:
     for name in NETWORKS:
         for rows in ROWS:
             torch.manual_seed(0)
-            net, x = MODELS[name]().eval(), inputs(name, rows)
+            net, x = MODELS[name]().eval(), inputs(name, rows)  # others evaluate it in the mode it is in
             fn, params = fb.make_functional(net)
             gaussian = around(params, STD**2)
 
@@ -68,17 +67,8 @@ def _assert_they_agree(ours: Tensor, theirs: Tensor) -> None:
 
 
 def _others(net: nn.Module, x: Tensor) -> dict[str, Predictive]:
-    found = {"loop": _loop(net, x)}
-    makers = {"posteriors": _posteriors, "laplace-torch": _laplace_torch, "bayesian-torch": _bayesian_torch}
-    modules = {"laplace-torch": "laplace"}
-    for who, make in makers.items():
-        try:
-            with quiet():
-                importlib.import_module(modules.get(who, who.replace("-", "_")))
-        except Exception:  # whatever a library that is half there raises
-            continue
-        found[who] = make(net, x)
-    return found
+    makers = {"posteriors": _posteriors, "laplace-torch": _sampled, "bayesian-torch": _bayesian_torch}
+    return {"loop": _loop(net, x), **{who: make(net, x) for who, make in installed(makers).items()}}
 
 
 def _loop(net: nn.Module, x: Tensor) -> Predictive:
@@ -110,11 +100,10 @@ def _posteriors(net: nn.Module, x: Tensor) -> Predictive:
     return run
 
 
-def _laplace_torch(net: nn.Module, x: Tensor) -> Predictive:
-    import laplace
-
+def _sampled(net: nn.Module, x: Tensor) -> Predictive:
+    laplace = _laplace_torch.load()
     model = copy.deepcopy(net)
-    with quiet():
+    with _laplace_torch.quiet():
         # A Gaussian without data, whose samples are outputs: all of its precision is that of the prior.
         la = laplace.Laplace(model, "regression", "all", "diag", prior_precision=STD**-2)
         la.mean = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
@@ -128,12 +117,7 @@ def _laplace_torch(net: nn.Module, x: Tensor) -> Predictive:
 
 
 def _bayesian_torch(net: nn.Module, x: Tensor) -> Predictive:
-    from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn
-
-    model = copy.deepcopy(net)
-    settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": 0.0}
-    dnn_to_bnn(model, {**settings, "type": "Reparameterization", "moped_enable": False, "moped_delta": 0.1})
-    copy_means(model, net, STD)
+    model = with_gaussian_layers(net, STD)
 
     def run() -> Tensor:
         with torch.no_grad():

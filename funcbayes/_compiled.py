@@ -108,7 +108,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # of a decorator without annotations
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # decorated, `ctx` has no name
         return None, None, *(None if g is None else grad_outputs[0] * g for g in ctx.saved_tensors)
 
 

@@ -249,20 +249,20 @@ class _Run:
     def _by_rules_or_without(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or by another where ``vmap`` or a rule stands in the model's way."""
         *others, last = self._ways(mechanism.kind)
+        failed: set[Kind] = set()
         for kind in others:
             try:
                 outputs = self._outputs(self.make_draws(part), Mechanism(kind, mechanism.chunk), part.start)
+                break
             except torch.OutOfMemoryError:
                 raise
-            except (
-                Exception
-            ):  # whatever the model raises; if it is its own error, the last one raises it, too
+            except Exception:  # whatever the model raises; if it is its own error, the last raises it, too
                 self.tuner.needs_rules = True
-                continue
-            self.tuner.failed.update(others[: others.index(kind)])
-            return outputs
-        outputs = self._outputs(self.make_draws(part), Mechanism(last, mechanism.chunk), part.start)
-        self.tuner.failed.update(set(others) - {last})
+                failed.add(kind)
+        else:
+            kind = last
+            outputs = self._outputs(self.make_draws(part), Mechanism(kind, mechanism.chunk), part.start)
+        self.tuner.failed |= failed - {kind}
         return outputs
 
     def _ways(self, kind: Kind) -> list[Kind]:

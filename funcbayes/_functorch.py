@@ -143,18 +143,6 @@ def map_first_axis(function: Callable[[_T], _R], tree: _T, size: int) -> _R:
         _functorch._vmap_decrement_nesting()
 
 
-def unmapped(tensor: Tensor) -> Tensor:
-    """The tensor, which is not to have an axis of the innermost ``vmap``.
-
-    Raises:
-        ValueError: If it has one.
-    """
-    level = vmap_level()
-    if level is not None and unwrap(tensor, level)[1] is not None:
-        raise ValueError("what all members share cannot take values of each member")
-    return tensor
-
-
 _forward_mode = threading.RLock()
 
 

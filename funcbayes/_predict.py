@@ -342,9 +342,8 @@ def _plan(
     def make(numbers: Tensor) -> Draw:
         return posterior.draws(numbers, seed)
 
-    if len(groups) == 1:
-        return weights, [(indices, _by_number(make, indices))]
-    return weights, [(at, _by_number(make, indices[at])) for at in groups.values()]
+    in_order = [indices] if len(groups) == 1 else groups.values()
+    return weights, [(numbers, _by_number(make, numbers)) for numbers in in_order]
 
 
 def _by_number(draws: Callable[[Tensor], Draw], numbers: Tensor) -> Callable[[slice], Draw]:

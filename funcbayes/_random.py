@@ -13,7 +13,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import overload
 
 import torch
@@ -197,11 +197,10 @@ def dropout_mask(
     if not _is_hashed(shape, device):
         is_kept = uniform(fold(key, site), shape, device=device) >= rate
     else:
-        keys = (key if isinstance(key, Tensor) else torch.tensor(key)).to(device)
-        with outside_transforms() if is_concrete(keys) else nullcontext():
-            # The numbers of int64 from the least on, as large a part of all as the rate says.
-            least = min(round(rate * (1 << 64)) - (1 << 63), (1 << 63) - 1)
-            is_kept = _counted(keys, _hash_string("mask") + site, tuple(shape)) >= least
+        # The numbers of int64 from the least on, as large a part of all as the rate says.
+        least = min(round(rate * (1 << 64)) - (1 << 63), (1 << 63) - 1)
+        keys = torch.as_tensor(key).to(device)
+        is_kept = _counted(keys, _hash_string("mask") + site, tuple(shape)) >= least
     return is_kept.to(dtype).mul_(scale)
 
 
@@ -222,9 +221,7 @@ def _noise(
     # Normals are left to generators on the CPU, because a vectorised cosine may round differently at the end
     # of a tensor, and a draw should be the same in any company.
     if device.type != "cpu" or (_is_hashed(shape, device) and not gaussian):
-        keys = key if isinstance(key, Tensor) else torch.tensor(key)
-        with outside_transforms() if is_concrete(keys) else nullcontext():
-            return _hashed(keys.to(device), tuple(shape), wide, gaussian).to(dtype)
+        return _hashed(torch.as_tensor(key).to(device), tuple(shape), wide, gaussian).to(dtype)
     if isinstance(key, int):
         out = torch.empty(tuple(shape), dtype=wide)
         _fill_row(out, key, torch.Generator(), gaussian)

@@ -164,28 +164,27 @@ def _one_dtype(*tensors: Tensor | None) -> bool:
 def _linear(
     level: int, channels_last: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor | None:
-    value = input
     weights = _front(weight, level)
-    if weights is None or weight.ndim != 2 or not weight.shape[1] or value.ndim == 0:
+    if weights is None or weight.ndim != 2 or not weight.shape[1] or input.ndim == 0:
         return None
-    if not _one_dtype(value, weight, bias) or (bias is not None and bias.shape != weight.shape[:1]):
+    if not _one_dtype(input, weight, bias) or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     draws, width = weights.shape[0], weights.shape[-1]
-    values = _front(value, level)
+    values = _front(input, level)
     rows = (
         values.reshape(draws, -1, width)
         if values is not None
-        else value.reshape(1, -1, width).expand(draws, -1, -1)
+        else input.reshape(1, -1, width).expand(draws, -1, -1)
     )
     biases = None if bias is None else _front(bias, level)
     if bias is not None and biases is None:
         biases = bias.expand(draws, -1)
     # Gradients of the weights lie in memory as the weights do only if rows come last in the product. In the
     # usual order they come transposed, and everything that is done with them takes several times as long.
-    if value.ndim == 2 and weights.requires_grad and torch.is_grad_enabled():
+    if input.ndim == 2 and weights.requires_grad and torch.is_grad_enabled():
         return wrap(_product(biases, weights, rows.transpose(1, 2), -1).transpose(1, 2), 0, level)
     out = _product(biases, rows, weights.transpose(1, 2), 1)
-    return wrap(out.view(draws, *value.shape[:-1], weights.shape[1]), 0, level)
+    return wrap(out.view(draws, *input.shape[:-1], weights.shape[1]), 0, level)
 
 
 def _product(biases: Tensor | None, left: Tensor, right: Tensor, axis: int) -> Tensor:
@@ -245,15 +244,15 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor | None:
-        value, weights = input, _front(weight, level)
-        if weights is None or value.ndim != ndim + 2 or not _one_dtype(value, weight, bias):
+        weights = _front(weight, level)
+        if weights is None or input.ndim != ndim + 2 or not _one_dtype(input, weight, bias):
             return None
         draws = weights.shape[0]
-        split = _beside_channels(value, level, channels_last)
+        split = _beside_channels(input, level, channels_last)
         if split is None and groups > 1:
             return None
         if split is None:  # one wide convolution of the input that all draws share
-            flat, all_groups = value, 1
+            flat, all_groups = input, 1
             if channels_last and ndim == 2:
                 flat = _in_channels_last(flat)
         else:
@@ -351,14 +350,14 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    value, values = input, _front(input, level)
-    if values is None or weight is None or bias is None or not _one_dtype(value, weight, bias):
+    values = _front(input, level)
+    if values is None or weight is None or bias is None or not _one_dtype(input, weight, bias):
         return None
     weights, biases = _front(weight, level), _front(bias, level)
     if weights is None or biases is None:
         return None
     normal = F.layer_norm(values, normalized_shape, None, None, eps)
-    between = (1,) * (value.ndim - weight.ndim)
+    between = (1,) * (input.ndim - weight.ndim)
     affine = (p.reshape(p.shape[0], *between, *p.shape[1:]) for p in (biases, weights))
     shift, scale = affine
     return wrap(torch.addcmul(shift, normal, scale), 0, level)
@@ -404,8 +403,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    mask = attn_mask
-    given = [t for t in (query, key, value, mask) if t is not None]
+    given = [t for t in (query, key, value, attn_mask) if t is not None]
     draws = next((f.shape[0] for f in (_front(t, level) for t in given) if f is not None), None)
     if dropout_p or draws is None or min(t.ndim for t in (query, key, value)) < 3:
         return None
@@ -426,9 +424,9 @@ def _attention(
         leading = [(*shape[:-1], query.shape[-3]) for shape in leading]
     rows = torch.broadcast_shapes(*leading)
     folded = [fold(t, rows) for t in (query, key, value)]
-    if mask is not None and (mask.ndim > 2 or unwrap(mask, level)[1] is not None):
-        mask = fold(mask, rows)
-    out = F.scaled_dot_product_attention(*folded, attn_mask=mask, is_causal=is_causal, scale=scale)
+    if attn_mask is not None and (attn_mask.ndim > 2 or unwrap(attn_mask, level)[1] is not None):
+        attn_mask = fold(attn_mask, rows)
+    out = F.scaled_dot_product_attention(*folded, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
     return wrap(out.reshape(count, *rows, *out.shape[-2:]), 0, level)
 
 

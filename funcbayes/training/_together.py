@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .._functorch import map_first_axis, unmapped
+from .._functorch import map_first_axis, unwrap, vmap_level
 from .._intercept import Batching, Observed
 from .._mapping import equal_parts
 from .._random import fold
@@ -109,13 +109,13 @@ def _vmapped(
         names = frozenset(named_leaves(common))
         one = functools.partial(_loss_of_one, networks, objective, Batching(kind, seen), batch.spec, names)
         mapped_rows = {i: leaf for i, leaf in enumerate(rows) if batch.dims[i] is not None}
-        changed: list[Params] = []
+        changed: list[Params] = []  # without an axis of members, which what is returned is given
 
         def of_one(entry: Any) -> tuple[Tensor, Params]:
             leaves, held, varying, own_rows, key = entry
             batch = [own_rows.get(i, leaf) for i, leaf in enumerate(rows)]
             loss, varying, after = one(leaves, held, varying, common, batch, key)
-            changed.append(optree.tree_map(unmapped, after))
+            changed.append(optree.tree_map(_shared, after))
             return loss, varying
 
         with torch.enable_grad():
@@ -156,6 +156,14 @@ def _loss_of_one(
         select(fixed, lambda name, _: name not in names),
         select(fixed, lambda name, _: name in names),
     )
+
+
+def _shared(value: Tensor) -> Tensor:
+    """A value that the members have in common, as long as it is one."""
+    level = vmap_level()
+    if level is not None and unwrap(value, level)[1] is not None:
+        raise ValueError("what all members share cannot take values of each member")
+    return value
 
 
 def _concatenated(*parts: Any) -> Any:

@@ -1,27 +1,53 @@
-"""A step on a mean-field ELBO by other libraries, each as its documentation has it."""
+"""Other libraries: which are there, their layers, and their steps on a mean-field ELBO, as documented."""
 
+import copy
 import importlib
 import math
+import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Step = Callable[[], Tensor]
+_T = TypeVar("_T")
+_MODULES = {
+    "laplace-torch": "laplace",
+    "bayesian-torch": "bayesian_torch",
+}  # named otherwise than the library
 
 
 def steps(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: int, scale: float) -> dict[str, Step]:
     """Value and gradient of the negative ELBO, summed over the data, by each library that is installed."""
     makers = {"posteriors": _posteriors, "bayesian-torch": _bayesian_torch, "blitz": _blitz}
+    return {who: make(net, x, y, draws, num_data, scale) for who, make in installed(makers).items()}
+
+
+def installed(makers: dict[str, _T]) -> dict[str, _T]:
+    """The entries of the libraries that can be imported, by their names."""
     found = {}
     for name, make in makers.items():
         try:
-            importlib.import_module(name.replace("-", "_"))
-        except ImportError:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(_MODULES.get(name, name))
+        except Exception:  # one that is half there raises anything
             continue
-        found[name] = make(net, x, y, draws, num_data, scale)
+        found[name] = make
     return found
+
+
+def with_gaussian_layers(net: nn.Module, std: float) -> nn.Module:
+    """A copy of ``net`` in layers of bayesian-torch that draw their weights around its own."""
+    from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn
+
+    model = copy.deepcopy(net)
+    settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": 0.0}
+    dnn_to_bnn(model, {**settings, "type": "Reparameterization", "moped_enable": False, "moped_delta": 0.1})
+    _copy_means(model, net, std)
+    return model
 
 
 def _posteriors(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: int, scale: float) -> Step:
@@ -52,14 +78,9 @@ def _posteriors(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: int,
 
 
 def _bayesian_torch(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: int, scale: float) -> Step:
-    import copy
+    from bayesian_torch.models.dnn_to_bnn import get_kl_loss
 
-    from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn, get_kl_loss
-
-    model = copy.deepcopy(net)
-    settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": 0.0}
-    dnn_to_bnn(model, {**settings, "type": "Reparameterization", "moped_enable": False, "moped_delta": 0.1})
-    copy_means(model, net, scale)
+    model = with_gaussian_layers(net, scale)
 
     def run() -> Tensor:
         nll = torch.stack([F.cross_entropy(model(x), y) for _ in range(draws)]).mean()
@@ -111,7 +132,7 @@ def _blitz(net: nn.Module, x: Tensor, y: Tensor, draws: int, num_data: int, scal
     return run
 
 
-def copy_means(model: nn.Module, net: nn.Module, scale: float) -> None:
+def _copy_means(model: nn.Module, net: nn.Module, scale: float) -> None:
     start = math.log(math.expm1(scale))
     with torch.no_grad():
         for own, part in zip(model.modules(), net.modules(), strict=True):
