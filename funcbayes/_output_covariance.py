@@ -62,8 +62,12 @@ class Jacobian:
         """Of every output, by leaf: ``K = F`` columns."""
         outputs = self.block.outputs
         _, count, *event = outputs.shape
-        units = outputs.new_zeros(self.num_outputs, math.prod(event))
-        units[range(self.num_outputs), self.covered] = 1
+        size = math.prod(event)
+        if self.num_outputs == size:
+            units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
+        else:
+            units = outputs.new_zeros(self.num_outputs, size)
+            units[range(self.num_outputs), self.covered] = 1
         columns = units.reshape(-1, 1, 1, *event).expand(-1, 1, count, *event)
         bases = self.output_basis, self.input_basis
         return {
@@ -390,9 +394,9 @@ def _independent_terms(
             yield gram(gradients, gradients, variance[name].to(dtype))
             continue
         own = variance[name] if variance[name].ndim else variance[name].expand(gradient.shape)
-        own = own.reshape(gradient.shape[:1].numel(), gradient.shape[1:].numel()).to(dtype)
+        own = own.reshape(1, gradient.shape[:1].numel(), gradient.shape[1:].numel()).to(dtype)
         if form == "variance":
-            yield from (found[0] for found in variances(gradient, own.unsqueeze(0)))
+            yield from (found[0] for found in variances(gradient, own))
             continue
-        for one, two in weighed(gradient, own.unsqueeze(0)):
+        for one, two in weighed(gradient, own):
             yield contracted(one[0], two[0], form)

@@ -144,10 +144,8 @@ def named_leaves(tree: Params) -> dict[str, Any]:
     Raises:
         ValueError: If two leaves have one name, as in ``{"a.b": x, "a": {"b": y}}``.
     """
-    if type(tree) is dict and all(
-        isinstance(v, Tensor | Fixed) and isinstance(k, str) for k, v in tree.items()
-    ):
-        return {name: tree[name] for name in sorted(tree)}  # the most frequent tree, without a walk
+    if _is_flat(tree):
+        return {name: tree[name] for name in sorted(tree)}
     whole: Any = tree
     paths, leaves, _ = optree.tree_flatten_with_path(whole, is_leaf=_is_fixed)
     named = {path_name(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
@@ -156,6 +154,13 @@ def named_leaves(tree: Params) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"Paths in a tree should differ, but two leaves are called {twice!r}.")
     return named
+
+
+def _is_flat(tree: Any) -> bool:
+    """Whether a tree is a dict of leaves by name: the most frequent one, which needs no walk."""
+    return type(tree) is dict and all(
+        isinstance(v, Tensor | Fixed) and isinstance(k, str) for k, v in tree.items()
+    )
 
 
 def parameters_of(tree: Any) -> dict[str, Tensor]:
@@ -170,6 +175,8 @@ def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:
     """Apply ``f(name, leaf)``; a ``Fixed`` is one leaf."""
+    if _is_flat(tree):
+        return {name: f(name, leaf) for name, leaf in tree.items()}
     return optree.tree_map_with_path(lambda path, leaf: f(path_name(path), leaf), tree, is_leaf=_is_fixed)
 
 

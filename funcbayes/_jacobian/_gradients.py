@@ -39,7 +39,7 @@ class RowGradients(ABC):
 
     @abstractmethod
     def matrices(self) -> Tensor:
-        """All of them, ``(M, N, K, d_out, d_in)``."""
+        """All of them, ``(M, N, K, d_out, d_in)``, in memory of their own."""
 
     @property
     @abstractmethod
@@ -163,7 +163,7 @@ class Outer(RowGradients):
         if self.num_positions > 1 and self.right is not None:
             return super().sum_of_squares(nbytes)
         if self.right is None:
-            return self.left.sum(4).square().sum((0, 2)).flatten(1).unsqueeze(-1)
+            return self._summed().square().sum((0, 2)).flatten(1).unsqueeze(-1)
         # Without a sum over positions squares of products are products of squares.
         left, right = (side[..., 0, :].square().sum(0) for side in (self.left, self.right))  # (M, N, G, .)
         sums = left.movedim(1, -1) @ right.movedim(1, 2)  # (M, G, L, N) @ (M, G, N, R)
@@ -174,7 +174,7 @@ class Outer(RowGradients):
         if self.left.shape[3] > 1 or self._is_cheaper_formed():
             return Formed(self.matrices(), self.shape).turned(outputs, inputs)
         left, right = _once_for_rows(self.left), self.right
-        if right is None:  # a bias: there are fewer sums than positions to turn
+        if right is None and self.num_positions > 1:  # a bias: there are fewer sums than positions to turn
             left = left.sum(4, keepdim=True)
         if outputs is not None:
             left = _in_basis(left, outputs)
@@ -188,12 +188,13 @@ class Outer(RowGradients):
     def weighed(self, variance: Tensor) -> tuple[Tensor, Tensor]:
         """``(M, N, K, R)``, with ``R`` one side's width where there is one position."""
         if self.right is None:
-            summed = self.left.sum(4).flatten(3).movedim(0, 2)
+            summed = self._summed().flatten(3).movedim(0, 2)
             return summed * variance.flatten(1)[:, None, None], summed
         if self.num_positions > 1:
             return _weighed(self.matrices(), variance)
         gradient, weights = self._apart(variance)
-        return (gradient * weights).flatten(3).movedim(0, 2), gradient.flatten(3).movedim(0, 2)
+        gradient = gradient.flatten(3).movedim(0, 2)
+        return gradient * weights.flatten(2).unsqueeze(2), gradient
 
     def variances(self, variance: Tensor) -> Tensor:
         """``(M, N, K)``."""
@@ -209,6 +210,10 @@ class Outer(RowGradients):
             return (weights @ squares[:, 0].mT).expand(-1, self.left.shape[2], -1)
         return (squares @ weights.unsqueeze(-1)).squeeze(-1)
 
+    def _summed(self) -> Tensor:
+        """The left side, or its sum over positions: ``(K, M, N, G, d_out / G)``."""
+        return self.left.squeeze(4) if self.num_positions == 1 else self.left.sum(4)
+
     def _apart(self, variance: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient ``(K, M, N, G, .)`` and the variances of what it multiplies, ``(M, N, G, .)``.
 
@@ -217,11 +222,13 @@ class Outer(RowGradients):
         # sum_oi (l_o r_i)^2 v_oi = sum_o l_o^2 (sum_i v_oi r_i^2): the side that all columns share goes
         # first.
         assert self.right is not None
-        left, right = (side[..., 0, :] for side in (self.left, self.right))  # (K or 1, M, N, G, .)
+        left, right = (side.squeeze(4) for side in (self.left, self.right))  # (K or 1, M, N, G, .)
+        gradient, other = (left, right[0]) if self.is_left_gradient else (right, left[0])
         variance = variance.unflatten(1, (left.shape[3], -1))  # (M, G, L, R)
-        if self.is_left_gradient:
-            return left, torch.einsum("mngr,mglr->mngl", right[0].square(), variance)
-        return right, torch.einsum("mngl,mglr->mngr", left[0].square(), variance)
+        variance = variance.mT if self.is_left_gradient else variance
+        if variance.shape[1] == 1:
+            return gradient, (other.squeeze(2).square() @ variance.squeeze(1)).unsqueeze(2)
+        return gradient, torch.einsum("mngo,mgoi->mngi", other.square(), variance)
 
     def _is_cheaper_formed(self) -> bool:
         """Whether there are more positions than numbers that the matrices of one row have, each a side."""
@@ -342,8 +349,16 @@ def once(tokens: Tensor, gradients: Tensor) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, in the wider dtype of both."""
+    a, b = in_one_dtype(a, b)
+    return a @ b
+
+
+def in_one_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes."""
+    if a.dtype == b.dtype:
+        return a, b
     dtype = torch.promote_types(a.dtype, b.dtype)
-    return a.to(dtype) @ b.to(dtype)
+    return a.to(dtype), b.to(dtype)
 
 
 def _columns_inside(side: Tensor) -> Tensor:
@@ -367,6 +382,8 @@ def _in_basis(side: Tensor, basis: Tensor) -> Tensor:
     """``(K, M, N, G, T, w) @ (M, w, w)``."""
     if positions_are_last(side):
         return product(basis.mT[None, :, None, None], side.mT).mT
+    if len(basis) == 1:
+        return product(side, basis[0])
     values = side.movedim(1, 0)
     return product(values.flatten(1, 4), basis).unflatten(1, values.shape[1:5]).movedim(0, 1)
 

@@ -9,15 +9,14 @@ import optree
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.func import vmap
 
 from .._functional import Model
-from .._functorch import quiet_fallbacks
+from .._functorch import map_first_axis, quiet_fallbacks
 from .._intercept._rows import row_axis, two_rows
 from .._remember import Remembered
 from .._tree import Params, map_leaves, named_leaves, num_rows, parameters_of, tensors
 from .._warning import levels_to_the_user
-from ._gradients import RowGradients
+from ._gradients import RowGradients, in_one_dtype
 from ._layers import row_gradients
 from ._tape import LayerCall, RowsMixError
 from ._taped import Signature, Taped, signature_of, tape
@@ -135,8 +134,7 @@ def gradients_of_layers(
         value = by_rows(call.value.expand(members, *call.value.shape[1:]), rows, 1, count)
         gradient = by_rows(gradient.expand(-1, members, *gradient.shape[2:]), rows, 2, count)
         if value.is_floating_point():  # of another dtype under autocast
-            dtype = torch.promote_types(value.dtype, gradient.dtype)
-            value, gradient = value.to(dtype), gradient.to(dtype)
+            value, gradient = in_one_dtype(value, gradient)
         of_layer = row_gradients(call, value, gradient, shapes)
         found |= {name: of_layer[name] for name in plan.layers[i]}
     return found
@@ -153,7 +151,7 @@ def _pulled_back(outputs: Tensor, edges: dict[int, GradientEdge], columns: Tenso
 
     # Not `is_grads_batched`, whose rules are fewer: it loops over the columns of a convolution.
     with quiet_fallbacks():
-        return vmap(pulled)(columns)
+        return map_first_axis(pulled, columns, len(columns))
 
 
 class _NothingFoundError(Exception):

@@ -79,9 +79,9 @@ def converted(gradient: RowGradients, dtype: torch.dtype) -> RowGradients:
     values = {
         name: value.to(dtype)
         for name, value in vars(gradient).items()
-        if isinstance(value, Tensor) and value.is_floating_point()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
     }
-    return replace(gradient, **values)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return replace(gradient, **values) if values else gradient  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def formed(gradient: RowGradients, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
