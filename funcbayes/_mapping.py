@@ -24,7 +24,7 @@ from ._warning import levels_to_the_user
 
 # Bytes of the largest intermediate, over the draws of one pass. Beyond it buffers fall out of the cache, and
 # fewer draws at a time are faster; two still pay where one buffer is larger.
-_BUDGET = {"cpu": 8 << 20, "other": 256 << 20}
+_BUDGET = {"cpu": 16 << 20, "other": 512 << 20}
 
 
 @dataclass
@@ -82,8 +82,7 @@ def map_draws(
     if plan.largest is None:
         return _in_a_loop(one, draws, count)
     if chunk_size is None:
-        # Draws of one model bring no state of an optimizer along: twice as many stay in the caches.
-        parts = equal_parts(count, plan.largest // 2, plan.device)
+        parts = equal_parts(count, plan.largest, plan.device)
     else:
         parts = [slice(a, min(a + chunk_size, count)) for a in range(0, count, chunk_size)]
     if plan.device.type == "cpu":
@@ -101,9 +100,9 @@ def map_draws(
     return concatenate(found)
 
 
-def equal_parts(count: int, largest: int, device: torch.device) -> list[slice]:
-    """As few parts as keep to the budget, with an intermediate of ``largest`` bytes a draw."""
-    budget = _BUDGET["cpu" if device.type == "cpu" else "other"]
+def equal_parts(count: int, largest: int, device: torch.device, share: float = 1.0) -> list[slice]:
+    """As few parts as keep to a share of the budget, with an intermediate of ``largest`` bytes a draw."""
+    budget = int(share * _BUDGET["cpu" if device.type == "cpu" else "other"])
     num = -(-count // max(2, budget // max(1, largest)))
     bounds = [count * i // num for i in range(num + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]

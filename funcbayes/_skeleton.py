@@ -150,12 +150,24 @@ def _names_of_writable_buffers(module: nn.Module, kind: str) -> list[str]:
     return [name for name, _ in module.named_buffers() if name in own]
 
 
+_DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+
+
+def _unchanged(input: Tensor) -> Tensor:
+    return input
+
+
 _OWNS_A_RATE = re.compile(r"(^|_)(p|p_drop|drop\w*|\w*dropout\w*|\w*_drop|\w*_pdrop)$")
 
 
 def _set_modes(module: nn.Module, kind: str) -> None:
     module.train(kind == "training")
     for part in module.modules():
+        if kind in ("plain", "eval") and type(part) in _DROPOUTS:
+            part.forward = _unchanged  # as it would be, after a call that every mode has to look at
         if isinstance(part, nn.TransformerEncoder):
             # Nested tensors leave zeros at padding, where the mathematics leave numbers.
             part.enable_nested_tensor = part.use_nested_tensor = False

@@ -19,7 +19,8 @@ F64 = torch.float64
 S = 3  # draws
 KINDS = ("vmap", "rows_first", "channels_last")
 all_kinds = pytest.mark.parametrize("kind", KINDS)
-# Plain "vmap" has the rule of attention alone; whatever else it does is torch's.
+# Plain "vmap" has the rule of attention alone, and opens it; whatever else it does is torch's.
+ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 kinds_with_all_rules = pytest.mark.parametrize("kind", KINDS[1:])
 # torch's own: where no rule applies, vmap says that it maps an operation slowly; forward-mode
 # derivatives load decompositions through torch.jit.script.
@@ -135,7 +136,7 @@ def check(case: Case, kind: str, arguments=None, in_dims=None) -> Watch:
 
 
 def should_fire(case: Case, kind: str) -> bool:
-    return case.fires and (kind != "vmap" or case.func is F.scaled_dot_product_attention)
+    return case.fires and (kind != "vmap" or case.func in ATTENTION)
 
 
 # Linear maps --------------------------------------------------------------------------------------
@@ -530,6 +531,97 @@ def test_attention_with_a_trained_mask_gives_it_the_gradient_of_a_loop(kind):
     assert rules.fired == 1
 
 
+WIDTH, HEADS, LENGTH = 8, 2, 5
+PROJECTIONS = ((3 * WIDTH, WIDTH), (3 * WIDTH,), (WIDTH, WIDTH), (WIDTH,))
+FUTURE = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+
+
+def self_attention(mapped, shape=(LENGTH, 3, WIDTH), key=None, **settings):
+    """Multi-head attention of a value to itself, or to ``key``, as ``nn.MultiheadAttention`` calls it."""
+
+    def function(x, weight, bias, out_weight, out_bias):
+        other = x if key is None else key
+        given = {"add_zero_attn": False, "bias_k": None, "bias_v": None, "need_weights": False} | settings
+        return F.multi_head_attention_forward(
+            *(x, other, other, WIDTH, HEADS, weight, bias),
+            dropout_p=0.0,
+            out_proj_weight=out_weight,
+            out_proj_bias=out_bias,
+            **given,
+        )[0]
+
+    return Case(F.multi_head_attention_forward, function, (shape, *PROJECTIONS), mapped)
+
+
+def check_opened(case, kind, *, opened):
+    """As :func:`check`; opened, multi-head attention calls the function inside, which has a rule, too."""
+    inside = Case(F.scaled_dot_product_attention, *case[1:])
+    assert check(inside, kind).fired == (opened or kind == "vmap")
+
+
+@all_kinds
+@pytest.mark.parametrize("mapped", ["".join(m) for m in itertools.product("bs", repeat=5) if "b" in m])
+def test_self_attention_equals_a_loop_whichever_arguments_are_mapped(kind, mapped):
+    case, is_shared = self_attention(mapped), "s" in (mapped[1], mapped[3])
+    if mapped[:3] == "sss":  # then the function inside has nothing that is mapped
+        check(case, kind)
+    else:
+        check_opened(case, kind, opened=is_shared)
+
+
+@all_kinds
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("is_by_rows", [False, True])
+def test_self_attention_of_few_rows_in_both_orders_equals_a_loop(kind, rows, is_by_rows):
+    case = self_attention("bbbbb", (LENGTH, rows, WIDTH))
+    arguments = arguments_of(case)
+    if is_by_rows:  # as ``batch_first`` has them
+        arguments[0] = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
+    check(case, kind, arguments)
+
+
+@all_kinds
+def test_causal_self_attention_equals_a_loop(kind):
+    case = self_attention("bbbbb", attn_mask=FUTURE, is_causal=True)
+    check_opened(case, kind, opened=False)
+
+
+@all_kinds
+def test_self_attention_without_biases_equals_a_loop(kind):
+    def function(x, weight, out_weight):
+        return self_attention("").function(x, weight, None, out_weight, None)
+
+    shapes = ((LENGTH, 3, WIDTH), PROJECTIONS[0], PROJECTIONS[2])
+    check_opened(Case(None, function, shapes, "bbb"), kind, opened=False)
+
+
+IS_PADDING = torch.arange(LENGTH) >= torch.tensor([[5], [3], [4]])
+OPENED = {
+    "mask": {"attn_mask": FUTURE},
+    "float_mask": {"attn_mask": randn(LENGTH, LENGTH, seed=8)},
+    "mask_of_heads": {"attn_mask": randn(3 * HEADS, LENGTH, LENGTH, seed=8)},
+    "padding": {"key_padding_mask": IS_PADDING},
+    "padding_and_mask": {"key_padding_mask": IS_PADDING, "attn_mask": FUTURE},
+    "causal_with_padding": {"key_padding_mask": IS_PADDING, "attn_mask": FUTURE, "is_causal": True},
+    "no_attention": {"add_zero_attn": True},
+    "biases_of_keys": {"bias_k": randn(1, 1, WIDTH, seed=8), "bias_v": randn(1, 1, WIDTH, seed=9)},
+    "another_key": {"key": randn(4, 3, WIDTH, seed=8)},
+    "no_rows_axis": {"shape": (LENGTH, WIDTH)},
+}
+
+
+@all_kinds
+@pytest.mark.parametrize("settings", OPENED.values(), ids=OPENED.keys())
+def test_other_multi_head_attention_is_opened_and_equals_a_loop(kind, settings):
+    check_opened(self_attention("bbbbb", **settings), kind, opened=True)
+
+
+@all_kinds
+def test_multi_head_attention_that_gives_its_weights_equals_a_loop(kind):
+    case = self_attention("bbbbb", need_weights=True)
+    check(case, kind)
+
+
 OTHER_ATTENTION = {  # shapes of query, key, value; settings
     "no_rows_axis": ((Q[1:], K[1:], V[1:]), {}),
     "2d": ((Q[2:], K[2:], V[2:]), {}),
@@ -691,6 +783,7 @@ EVERY_RULE = {
     "embedding": Case(F.embedding, F.embedding, ((2, 6), (7, 3)), "sb", tokens_below=7),
     "attention": attention("bbb"),
     "attention_masked": attention("bbs", MASKS["bool_padding"]),
+    "multi_head": self_attention("bbbbb"),
 }
 every_rule = pytest.mark.parametrize("case", EVERY_RULE.values(), ids=EVERY_RULE.keys())
 
@@ -843,7 +936,7 @@ def test_mixed_dtypes_are_left_to_vmap(kind, case):
             vmap(rules(case.function), in_dims)(*arguments)
     else:
         torch.testing.assert_close(vmap(rules(case.function), in_dims)(*arguments), expected)
-        assert rules.fired == 0
+        assert rules.fired == (case.func is F.multi_head_attention_forward)  # which is opened
 
 
 @all_kinds
@@ -866,7 +959,7 @@ def test_a_rule_outside_of_any_vmap_is_not_asked(kind, case):
     arguments = [a[0] if d == 0 else a for a, d in zip(arguments_of(case), in_dims_of(case), strict=True)]
     rules = Watch(kind, case.func)
     torch.testing.assert_close(rules(case.function)(*arguments), case.function(*arguments))
-    assert rules.fired == 0
+    assert rules.fired == (case.func is F.multi_head_attention_forward)  # which is opened
 
 
 # Observed -----------------------------------------------------------------------------------------
@@ -961,7 +1054,7 @@ MODELS = {
     "transformer": (
         Translator,
         lambda: ids(4, 5, below=9),
-        (F.embedding, F.linear, F.layer_norm, F.scaled_dot_product_attention),
+        (F.embedding, F.linear, F.layer_norm, F.multi_head_attention_forward),
     ),
 }
 
@@ -1000,7 +1093,7 @@ def test_a_model_under_the_rules_equals_its_modules_one_by_one(kind, make, input
         rules = Watch(kind, func)
         got = vmap(rules(lambda p: fn(p, x)))(members)
         torch.testing.assert_close(got, expected)
-        if kind != "vmap" or func is F.scaled_dot_product_attention:
+        if kind != "vmap" or func in ATTENTION:
             assert rules.fired
             assert not rules.left_to_vmap
 

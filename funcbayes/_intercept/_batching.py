@@ -19,7 +19,9 @@ from torch import Tensor
 
 from .._functorch import is_concrete, outside_transforms, unwrap, unwrap_change, vmap_level, wrap
 from ._attention import open_attention
+from ._attention_rules import attention, multi_head
 from ._call import Handler, Interception
+from ._mapped import draws_first, one_dtype, product
 from ._recurrent import RECURRENT, recurrent
 
 Args = tuple[Any, ...]
@@ -108,16 +110,17 @@ _RESHAPES = frozenset(
 
 
 def _works_in_place(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
+    return bool(kwargs and kwargs.get("inplace")) or _is_in_place(func)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_in_place(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
-    return (
-        bool(kwargs and kwargs.get("inplace"))
-        or (name.endswith("_") and not name.endswith("__"))
-        or name in ("__setitem__", *_IN_PLACE_OPERATORS)
-    )
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
 
 
-_IN_PLACE_OPERATORS = tuple(
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
+_IN_PLACE_OPERATORS = frozenset(
+    ("__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")))
 )
 
 
@@ -128,11 +131,15 @@ def _storage(tensor: Tensor) -> int:
 @functools.cache
 def _handlers(kind: str) -> dict[Any, Handler]:
     names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
-    rules = {func: _handler(_RULES[func], kind == "channels_last", func in _INSIDE) for func in names}
-    return {F.multi_head_attention_forward: open_attention, **rules}
+    opened = {F.multi_head_attention_forward: open_attention}
+    rules = {
+        func: _handler(_RULES[func], kind == "channels_last", func in _INSIDE, opened.get(func))
+        for func in names
+    }
+    return opened | rules
 
 
-def _handler(rule: Rule, channels_last: bool, is_inside: bool) -> Handler:
+def _handler(rule: Rule, channels_last: bool, is_inside: bool, otherwise: Handler | None) -> Handler:
     def handler(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
         level = vmap_level()
         if level is not None:
@@ -141,55 +148,35 @@ def _handler(rule: Rule, channels_last: bool, is_inside: bool) -> Handler:
                 result = rule(level, channels_last, *args, **kwargs)
             if result is not None:
                 return result
-        return func(*args, **kwargs)
+        return func(*args, **kwargs) if otherwise is None else otherwise(mode, func, args, kwargs)
 
     return handler
-
-
-def _front(tensor: Tensor, level: int) -> Tensor | None:
-    """``(S, ...)``, the physical tensor with its mapped axis first; ``None`` if it has none."""
-    physical, axis = unwrap(tensor, level)
-    return None if axis is None else physical.movedim(axis, 0)
-
-
-def _one_dtype(*tensors: Tensor | None) -> bool:
-    """Whether dtypes agree, or autocast will make them agree."""
-    given = [t for t in tensors if t is not None]
-    dtype = given[0].dtype
-    if all(t.dtype == dtype for t in given):
-        return True
-    return all(t.is_floating_point() for t in given) and torch.is_autocast_enabled(given[0].device.type)
 
 
 def _linear(
     level: int, channels_last: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor | None:
-    weights = _front(weight, level)
+    weights = draws_first(weight, level)
     if weights is None or weight.ndim != 2 or not weight.shape[1] or input.ndim == 0:
         return None
-    if not _one_dtype(input, weight, bias) or (bias is not None and bias.shape != weight.shape[:1]):
+    if not one_dtype(input, weight, bias) or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     draws, width = weights.shape[0], weights.shape[-1]
-    values = _front(input, level)
+    values = draws_first(input, level)
     rows = (
         values.reshape(draws, -1, width)
         if values is not None
         else input.reshape(1, -1, width).expand(draws, -1, -1)
     )
-    biases = None if bias is None else _front(bias, level)
+    biases = None if bias is None else draws_first(bias, level)
     if bias is not None and biases is None:
         biases = bias.expand(draws, -1)
     # Gradients of the weights lie in memory as the weights do only if rows come last in the product. In the
     # usual order they come transposed, and everything that is done with them takes several times as long.
     if input.ndim == 2 and weights.requires_grad and torch.is_grad_enabled():
-        return wrap(_product(biases, weights, rows.transpose(1, 2), -1).transpose(1, 2), 0, level)
-    out = _product(biases, rows, weights.transpose(1, 2), 1)
+        return wrap(product(biases, weights, rows.transpose(1, 2), -1).transpose(1, 2), 0, level)
+    out = product(biases, rows, weights.transpose(1, 2), 1)
     return wrap(out.view(draws, *input.shape[:-1], weights.shape[1]), 0, level)
-
-
-def _product(biases: Tensor | None, left: Tensor, right: Tensor, axis: int) -> Tensor:
-    """``left right``, and biases ``(S, C)`` that are the same along an axis."""
-    return torch.bmm(left, right) if biases is None else torch.baddbmm(biases.unsqueeze(axis), left, right)
 
 
 def _in_channels_last(images: Tensor) -> Tensor:
@@ -221,7 +208,7 @@ def _apart(flat: Tensor, draws: int, level: int) -> Tensor:
 
 def _among_rows(value: Tensor, level: int) -> tuple[Tensor, int] | None:
     """``(S * N, ...)`` and ``S``, from a value that lies like this: what comes after a shared convolution."""
-    front = _front(value, level)
+    front = draws_first(value, level)
     if front is None or value.ndim < 3 or front.stride(0) != front.shape[1] * front.stride(1):
         return None
     return front.flatten(0, 1), front.shape[0]
@@ -244,8 +231,8 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Tensor | None:
-        weights = _front(weight, level)
-        if weights is None or input.ndim != ndim + 2 or not _one_dtype(input, weight, bias):
+        weights = draws_first(weight, level)
+        if weights is None or input.ndim != ndim + 2 or not one_dtype(input, weight, bias):
             return None
         draws = weights.shape[0]
         split = _beside_channels(input, level, channels_last)
@@ -261,7 +248,7 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
         if channels_last and ndim == 2:
             kernels = _in_channels_last(kernels)
         if bias is not None:
-            biases = _front(bias, level)
+            biases = draws_first(bias, level)
             bias = (biases if biases is not None else bias.expand(draws, -1)).reshape(-1)
         out = convolve(flat, kernels, bias, stride, padding, dilation, all_groups)
         return _apart(out, draws, level)
@@ -301,11 +288,15 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     value, mean, variance = input, running_mean, running_var
-    if (mean is None and not training) or not _one_dtype(value, mean, variance, weight, bias):
+    if (mean is None and not training) or not one_dtype(value, mean, variance, weight, bias):
         return None
     parameters = (mean, variance, weight, bias)
     rows = _among_rows(value, level)
-    if rows is not None and not training and all(p is None or _front(p, level) is None for p in parameters):
+    if (
+        rows is not None
+        and not training
+        and all(p is None or draws_first(p, level) is None for p in parameters)
+    ):
         out = F.batch_norm(rows[0], *parameters, eps=eps)
         return _rows_apart(out, rows[1], level)
     split = _beside_channels(value, level, channels_last)
@@ -316,7 +307,7 @@ def _batch_norm(
     def per_channel(parameter: Tensor | None) -> Tensor | None:
         if parameter is None:
             return None
-        own = _front(parameter, level)
+        own = draws_first(parameter, level)
         return (parameter.expand(draws, -1) if own is None else own).reshape(-1)
 
     # Training writes into the statistics, which a copy of them would keep to itself.
@@ -337,7 +328,7 @@ def _batch_norm(
 
 def _is_viewable(value: Tensor, level: int) -> bool:
     """Whether the mapped axis can be folded into the next without a copy."""
-    front = _front(value, level)
+    front = draws_first(value, level)
     return front is not None and front.is_contiguous()
 
 
@@ -350,10 +341,10 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    values = _front(input, level)
-    if values is None or weight is None or bias is None or not _one_dtype(input, weight, bias):
+    values = draws_first(input, level)
+    if values is None or weight is None or bias is None or not one_dtype(input, weight, bias):
         return None
-    weights, biases = _front(weight, level), _front(bias, level)
+    weights, biases = draws_first(weight, level), draws_first(bias, level)
     if weights is None or biases is None:
         return None
     normal = F.layer_norm(values, normalized_shape, None, None, eps)
@@ -374,11 +365,11 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
-    tokens, padding, weights = input, padding_idx, _front(weight, level)
+    tokens, padding, weights = input, padding_idx, draws_first(weight, level)
     if weights is None or weight.ndim != 2 or max_norm is not None or scale_grad_by_freq or sparse:
         return None
     draws = weights.shape[0]
-    own = _front(tokens, level)
+    own = draws_first(tokens, level)
     if own is None:
         rows = weights.index_select(1, tokens.reshape(-1)).view(draws, *tokens.shape, weight.shape[1])
     else:  # each draw looks into its own table
@@ -389,45 +380,6 @@ def _embedding(
         is_padding = (tokens if own is None else own) == padding % weight.shape[0]
         rows = torch.where(is_padding.unsqueeze(-1), rows.detach(), rows)
     return wrap(rows, 0, level)
-
-
-def _attention(
-    level: int,
-    channels_last: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    given = [t for t in (query, key, value, attn_mask) if t is not None]
-    draws = next((f.shape[0] for f in (_front(t, level) for t in given) if f is not None), None)
-    if dropout_p or draws is None or min(t.ndim for t in (query, key, value)) < 3:
-        return None
-    count = draws
-
-    def fold(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """``(S * ..., heads, length, width)``: kernels know one axis of rows and one of heads."""
-        front = _front(tensor, level)
-        tensor = tensor.expand(count, *tensor.shape) if front is None else front
-        missing = (1,) * (len(rows) + 3 - tensor.ndim)
-        tensor = tensor.reshape(count, *missing, *tensor.shape[1:])
-        if enable_gqa and tensor.shape[-3] > 1:  # groups of heads of the query have one key and value
-            tensor = tensor.repeat_interleave(rows[-1] // tensor.shape[-3], -3)
-        return tensor.expand(count, *rows, *tensor.shape[-2:]).flatten(0, len(rows) - 1)
-
-    leading = [t.shape[:-2] for t in (query, key, value)]
-    if enable_gqa:
-        leading = [(*shape[:-1], query.shape[-3]) for shape in leading]
-    rows = torch.broadcast_shapes(*leading)
-    folded = [fold(t, rows) for t in (query, key, value)]
-    if attn_mask is not None and (attn_mask.ndim > 2 or unwrap(attn_mask, level)[1] is not None):
-        attn_mask = fold(attn_mask, rows)
-    out = F.scaled_dot_product_attention(*folded, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
-    return wrap(out.reshape(count, *rows, *out.shape[-2:]), 0, level)
 
 
 def _view(level: int, channels_last: bool, self: Tensor, *shape: Any, **kwargs: Any) -> Tensor | None:
@@ -474,7 +426,8 @@ _RULES: dict[Any, Rule] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.embedding: _embedding,
-    F.scaled_dot_product_attention: _attention,
+    F.scaled_dot_product_attention: attention,
+    F.multi_head_attention_forward: multi_head,
 }
 for _pool, _ndim in (
     (F.max_pool1d, 1),

@@ -20,6 +20,10 @@ from ._networks import Networks, one_by_one
 from ._objective import Objective
 
 
+# Of the bytes that may be used at a time: members bring gradients and the state of an optimizer along.
+_SHARE = 0.75
+
+
 class Together:
     """Losses of members in one vmapped pass, and one backward pass for their sum.
 
@@ -80,7 +84,7 @@ class Together:
             self._loops = True
         num, size = networks.num_members, self.chunk_size
         self._parts = (
-            equal_parts(num, seen.nbytes, networks.device)
+            equal_parts(num, seen.nbytes, networks.device, _SHARE)
             if size is None
             else [slice(a, min(a + size, num)) for a in range(0, num, size)]
         )

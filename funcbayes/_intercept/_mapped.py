@@ -1,0 +1,26 @@
+"""Tensors that ``vmap`` maps over, as batching rules see them: with the draws as an axis of their own."""
+
+import torch
+from torch import Tensor
+
+from .._functorch import unwrap
+
+
+def draws_first(tensor: Tensor, level: int) -> Tensor | None:
+    """``(S, ...)``, the physical tensor with its mapped axis first; ``None`` if it has none."""
+    physical, axis = unwrap(tensor, level)
+    return None if axis is None else physical.movedim(axis, 0)
+
+
+def one_dtype(*tensors: Tensor | None) -> bool:
+    """Whether dtypes agree, or autocast will make them agree."""
+    given = [t for t in tensors if t is not None]
+    dtype = given[0].dtype
+    if all(t.dtype == dtype for t in given):
+        return True
+    return all(t.is_floating_point() for t in given) and torch.is_autocast_enabled(given[0].device.type)
+
+
+def product(biases: Tensor | None, left: Tensor, right: Tensor, axis: int) -> Tensor:
+    """``left right``, and biases ``(S, C)`` that are the same along an axis."""
+    return torch.bmm(left, right) if biases is None else torch.baddbmm(biases.unsqueeze(axis), left, right)
