@@ -322,18 +322,19 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
-    ("num_members", "largest", "sizes"),
+    ("num_members", "largest", "share", "sizes"),
     [
-        (10, 0, [10]),
-        (10, MIB // 2, [10]),
-        (10, MIB, [5, 5]),
-        (10, 3 * MIB, [2] * 5),
-        (5, 2 * MIB, [2, 3]),
-        (6, 99 * MIB, [2] * 3),
+        (10, 0, 1.0, [10]),
+        (10, MIB, 1.0, [10]),
+        (10, 2 * MIB, 1.0, [5, 5]),
+        (10, 2 * MIB, 0.5, [3, 3, 4]),
+        (10, 6 * MIB, 1.0, [2] * 5),
+        (5, 4 * MIB, 1.0, [2, 3]),
+        (6, 99 * MIB, 1.0, [2] * 3),
     ],
 )
-def test_members_are_parted_equally_by_what_fits(num_members, largest, sizes):
-    parts = equal_parts(num_members, largest, torch.device("cpu"))
+def test_members_are_parted_equally_by_what_fits(num_members, largest, share, sizes):
+    parts = equal_parts(num_members, largest, torch.device("cpu"), share)
     assert [part.stop - part.start for part in parts] == sizes
     assert [k for part in parts for k in range(num_members)[part]] == list(range(num_members))
 
