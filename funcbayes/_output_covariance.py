@@ -63,7 +63,7 @@ class Jacobian:
         outputs = self.block.outputs
         _, count, *event = outputs.shape
         size = math.prod(event)
-        if self.num_outputs == size:
+        if self.covered == range(size):  # and not all of them in another order
             units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
         else:
             units = outputs.new_zeros(self.num_outputs, size)

@@ -150,14 +150,13 @@ def _names_of_writable_buffers(module: nn.Module, kind: str) -> list[str]:
     return [name for name, _ in module.named_buffers() if name in own]
 
 
-_DROPOUTS = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
+# Those that give any input back in evaluation.
+_DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def _unchanged(input: Tensor) -> Tensor:
-    return input
+def _dropped_in_training(part: nn.Module, input: Tensor) -> Tensor:
+    """What dropout gives; in evaluation without the call of a function that all modes would look at."""
+    return type(part).forward(part, input) if part.training else input
 
 
 _OWNS_A_RATE = re.compile(r"(^|_)(p|p_drop|drop\w*|\w*dropout\w*|\w*_drop|\w*_pdrop)$")
@@ -166,8 +165,8 @@ _OWNS_A_RATE = re.compile(r"(^|_)(p|p_drop|drop\w*|\w*dropout\w*|\w*_drop|\w*_pd
 def _set_modes(module: nn.Module, kind: str) -> None:
     module.train(kind == "training")
     for part in module.modules():
-        if kind in ("plain", "eval") and type(part) in _DROPOUTS:
-            part.forward = _unchanged  # as it would be, after a call that every mode has to look at
+        if kind in ("plain", "eval") and type(part) in _DROPOUTS and "forward" not in vars(part):
+            part.forward = functools.partial(_dropped_in_training, part)
         if isinstance(part, nn.TransformerEncoder):
             # Nested tensors leave zeros at padding, where the mathematics leave numbers.
             part.enable_nested_tensor = part.use_nested_tensor = False

@@ -19,8 +19,7 @@ F64 = torch.float64
 S = 3  # draws
 KINDS = ("vmap", "rows_first", "channels_last")
 all_kinds = pytest.mark.parametrize("kind", KINDS)
-# Plain "vmap" has the rule of attention alone, and opens it; whatever else it does is torch's.
-ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# Plain "vmap" has the rule of attention alone; whatever else it does is torch's.
 kinds_with_all_rules = pytest.mark.parametrize("kind", KINDS[1:])
 # torch's own: where no rule applies, vmap says that it maps an operation slowly; forward-mode
 # derivatives load decompositions through torch.jit.script.
@@ -39,14 +38,28 @@ def ids(*shape, below, seed=0):
 
 
 class Watch:
-    """A function under ``Batching``, and how often the rule of ``func`` answered the call itself."""
+    """A function under ``Batching``, and how often the rule of ``func`` answered the call itself.
+
+    Multi-head attention that its rule does not answer is not left to vmap, but opened.
+    """
 
     def __init__(self, kind: str, func: Any) -> None:
         self.rules = Batching(kind)
         self.fired = self.left_to_vmap = 0
-        handler = self.rules.handlers.get(func)
-        if handler is not None:
-            self.rules.handlers[func] = self._counting(handler)
+        self.is_asked = False
+        handlers = self.rules.handlers
+        if func in handlers:
+            handlers[func] = self._counting(handlers[func])
+        if func is F.multi_head_attention_forward:
+            for part in {F.linear, F.scaled_dot_product_attention} & handlers.keys():
+                handlers[part] = self._inside(handlers[part])
+
+    def _inside(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        def count(mode, func, args, kwargs):
+            self.left_to_vmap += self.is_asked
+            return handler(mode, func, args, kwargs)
+
+        return count
 
     def _counting(self, handler: Callable[..., Any]) -> Callable[..., Any]:
         def count(mode, func, args, kwargs):
@@ -56,7 +69,9 @@ class Watch:
                 self.left_to_vmap += 1
                 return func(*a, **k)
 
+            self.is_asked = True
             result = handler(mode, left, args, kwargs)
+            self.is_asked = False
             self.fired += self.left_to_vmap == before
             return result
 
@@ -136,7 +151,7 @@ def check(case: Case, kind: str, arguments=None, in_dims=None) -> Watch:
 
 
 def should_fire(case: Case, kind: str) -> bool:
-    return case.fires and (kind != "vmap" or case.func in ATTENTION)
+    return case.fires and (kind != "vmap" or case.func is F.scaled_dot_product_attention)
 
 
 # Linear maps --------------------------------------------------------------------------------------
@@ -541,32 +556,23 @@ def self_attention(mapped, shape=(LENGTH, 3, WIDTH), key=None, **settings):
 
     def function(x, weight, bias, out_weight, out_bias):
         other = x if key is None else key
-        given = {"add_zero_attn": False, "bias_k": None, "bias_v": None, "need_weights": False} | settings
-        return F.multi_head_attention_forward(
+        given = {"add_zero_attn": False, "bias_k": None, "bias_v": None, "dropout_p": 0.0}
+        found = F.multi_head_attention_forward(
             *(x, other, other, WIDTH, HEADS, weight, bias),
-            dropout_p=0.0,
             out_proj_weight=out_weight,
             out_proj_bias=out_bias,
-            **given,
-        )[0]
+            **{"need_weights": False, **given, **settings},
+        )
+        return found if settings.get("need_weights") else found[0]
 
     return Case(F.multi_head_attention_forward, function, (shape, *PROJECTIONS), mapped)
-
-
-def check_opened(case, kind, *, opened):
-    """As :func:`check`; opened, multi-head attention calls the function inside, which has a rule, too."""
-    inside = Case(F.scaled_dot_product_attention, *case[1:])
-    assert check(inside, kind).fired == (opened or kind == "vmap")
 
 
 @all_kinds
 @pytest.mark.parametrize("mapped", ["".join(m) for m in itertools.product("bs", repeat=5) if "b" in m])
 def test_self_attention_equals_a_loop_whichever_arguments_are_mapped(kind, mapped):
-    case, is_shared = self_attention(mapped), "s" in (mapped[1], mapped[3])
-    if mapped[:3] == "sss":  # then the function inside has nothing that is mapped
-        check(case, kind)
-    else:
-        check_opened(case, kind, opened=is_shared)
+    case = self_attention(mapped)
+    assert check(case, kind).fired == (mapped[1] == mapped[3] == "b" and kind != "vmap")
 
 
 @all_kinds
@@ -577,13 +583,15 @@ def test_self_attention_of_few_rows_in_both_orders_equals_a_loop(kind, rows, is_
     arguments = arguments_of(case)
     if is_by_rows:  # as ``batch_first`` has them
         arguments[0] = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
-    check(case, kind, arguments)
+    assert check(case, kind, arguments).fired == (kind != "vmap")
 
 
 @all_kinds
-def test_causal_self_attention_equals_a_loop(kind):
-    case = self_attention("bbbbb", attn_mask=FUTURE, is_causal=True)
-    check_opened(case, kind, opened=False)
+@pytest.mark.parametrize(
+    "settings", [{"training": False, "dropout_p": 0.5}, {"attn_mask": FUTURE, "is_causal": True}]
+)
+def test_causal_self_attention_and_that_without_dropout_equal_a_loop(kind, settings):
+    assert check(self_attention("bbbbb", **settings), kind).fired == (kind != "vmap")
 
 
 @all_kinds
@@ -592,7 +600,22 @@ def test_self_attention_without_biases_equals_a_loop(kind):
         return self_attention("").function(x, weight, None, out_weight, None)
 
     shapes = ((LENGTH, 3, WIDTH), PROJECTIONS[0], PROJECTIONS[2])
-    check_opened(Case(None, function, shapes, "bbb"), kind, opened=False)
+    case = Case(F.multi_head_attention_forward, function, shapes, "bbb")
+    assert check(case, kind).fired == (kind != "vmap")
+
+
+@all_kinds
+def test_self_attention_that_changes_the_width_equals_a_loop(kind):
+    shapes = ((LENGTH, 3, WIDTH), *PROJECTIONS[:2], (3, WIDTH), (3,))
+    case = Case(F.multi_head_attention_forward, self_attention("").function, shapes, "bbbbb")
+    assert check(case, kind).fired == (kind != "vmap")
+
+
+@all_kinds
+def test_self_attention_of_another_width_than_it_says_is_refused_as_by_torch(kind):
+    case = self_attention("bbbbb", (LENGTH, 3, WIDTH + 1))
+    with pytest.raises(AssertionError, match="embedding dimension"):
+        check(case, kind)
 
 
 IS_PADDING = torch.arange(LENGTH) >= torch.tensor([[5], [3], [4]])
@@ -605,6 +628,14 @@ OPENED = {
     "causal_with_padding": {"key_padding_mask": IS_PADDING, "attn_mask": FUTURE, "is_causal": True},
     "no_attention": {"add_zero_attn": True},
     "biases_of_keys": {"bias_k": randn(1, 1, WIDTH, seed=8), "bias_v": randn(1, 1, WIDTH, seed=9)},
+    "dropout_of_everything": {"dropout_p": 1.0, "training": True},
+    "weights_apart": {
+        "use_separate_proj_weight": True,
+        **{f"{name}_proj_weight": randn(WIDTH, WIDTH, seed=i) for i, name in enumerate("qkv")},
+    },
+    "given_keys": {"static_k": randn(3 * HEADS, 4, WIDTH // HEADS, seed=8)}
+    | {"static_v": randn(3 * HEADS, 4, WIDTH // HEADS, seed=9)},
+    "weights_wanted": {"need_weights": True},
     "another_key": {"key": randn(4, 3, WIDTH, seed=8)},
     "no_rows_axis": {"shape": (LENGTH, WIDTH)},
 }
@@ -613,13 +644,11 @@ OPENED = {
 @all_kinds
 @pytest.mark.parametrize("settings", OPENED.values(), ids=OPENED.keys())
 def test_other_multi_head_attention_is_opened_and_equals_a_loop(kind, settings):
-    check_opened(self_attention("bbbbb", **settings), kind, opened=True)
-
-
-@all_kinds
-def test_multi_head_attention_that_gives_its_weights_equals_a_loop(kind):
-    case = self_attention("bbbbb", need_weights=True)
-    check(case, kind)
+    case = self_attention("bbbbb", **settings)
+    watch = Watch(kind, case.func)
+    got = vmap(watch(case.function), randomness="different")(*arguments_of(case))
+    torch.testing.assert_close(got, loop(case.function, arguments_of(case), in_dims_of(case)))
+    assert watch.fired == 0 or kind == "vmap"
 
 
 OTHER_ATTENTION = {  # shapes of query, key, value; settings
@@ -936,7 +965,7 @@ def test_mixed_dtypes_are_left_to_vmap(kind, case):
             vmap(rules(case.function), in_dims)(*arguments)
     else:
         torch.testing.assert_close(vmap(rules(case.function), in_dims)(*arguments), expected)
-        assert rules.fired == (case.func is F.multi_head_attention_forward)  # which is opened
+        assert rules.fired == 0
 
 
 @all_kinds
@@ -959,7 +988,7 @@ def test_a_rule_outside_of_any_vmap_is_not_asked(kind, case):
     arguments = [a[0] if d == 0 else a for a, d in zip(arguments_of(case), in_dims_of(case), strict=True)]
     rules = Watch(kind, case.func)
     torch.testing.assert_close(rules(case.function)(*arguments), case.function(*arguments))
-    assert rules.fired == (case.func is F.multi_head_attention_forward)  # which is opened
+    assert rules.fired == 0
 
 
 # Observed -----------------------------------------------------------------------------------------
@@ -1054,7 +1083,7 @@ MODELS = {
     "transformer": (
         Translator,
         lambda: ids(4, 5, below=9),
-        (F.embedding, F.linear, F.layer_norm, F.multi_head_attention_forward),
+        (F.embedding, F.linear, F.layer_norm, F.multi_head_attention_forward, F.scaled_dot_product_attention),
     ),
 }
 
@@ -1093,7 +1122,8 @@ def test_a_model_under_the_rules_equals_its_modules_one_by_one(kind, make, input
         rules = Watch(kind, func)
         got = vmap(rules(lambda p: fn(p, x)))(members)
         torch.testing.assert_close(got, expected)
-        if kind != "vmap" or func in ATTENTION:
+        # Multi-head attention has the other inside.
+        if (kind == "vmap") == (func is F.scaled_dot_product_attention):
             assert rules.fired
             assert not rules.left_to_vmap
 

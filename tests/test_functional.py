@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, rnn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import funcbayes as fb
@@ -1545,6 +1546,78 @@ def test_a_training_call_without_dropout_drops_nowhere(make):
     got, _ = training_call(fn, params, x, 0, dropout=False)
     torch.testing.assert_close(got, training_call(fn, params, x, 1, dropout=False)[0], rtol=0, atol=0)
     torch.testing.assert_close(got, module.eval()(x))
+
+
+class SwitchedOnByMode(nn.Module):
+    """Keeps its dropout on whatever mode it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.drop.training = True
+        return self
+
+    def forward(self, x):
+        return self.drop(self.head(x))
+
+
+class SwitchedOnInside(nn.Module):
+    """Switches its dropout on when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+    def forward(self, x):
+        self.drop.train()
+        return self.drop(self.head(x))
+
+
+class WithItsOwnForward(nn.Module):
+    """Has dropout that was told to do something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+        self.drop.forward = functools.partial(F.dropout, p=0.5, training=True)
+
+    def forward(self, x):
+        return self.drop(self.head(x))
+
+
+@pytest.mark.parametrize("make", [SwitchedOnByMode, SwitchedOnInside, WithItsOwnForward])
+def test_dropout_that_a_module_keeps_on_in_evaluation_stays_on(make):
+    torch.manual_seed(0)
+    module = make().double().eval()
+    fn, params = fb.make_functional(module)
+    x = ROWS()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        expected = module(x)
+        torch.manual_seed(1)
+        got = fn(params, x)
+    torch.testing.assert_close(got, expected)
+    assert (got == 0).any()
+
+
+def test_dropout_that_is_off_is_no_call_that_modes_look_at():
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            names.add(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    kinds = nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+    module = nn.Sequential(nn.Linear(4, 3), *(kind(0.5) for kind in kinds)).double()
+    fn, params = fb.make_functional(module)
+    with Seen():
+        got = vmap(lambda x: fn(params, x))(ROWS()[None])[0]
+    torch.testing.assert_close(got, module[0](ROWS()))
+    assert not [name for name in names if "drop" in name]
+    assert "linear" in names
 
 
 def norm_net():

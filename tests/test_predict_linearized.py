@@ -451,7 +451,12 @@ def test_links_are_the_formulas_of_their_papers(link, make):
 
 @pytest.mark.parametrize("link", [*LINKS, "mc"])
 @pytest.mark.parametrize(("event", "class_axis"), [((2, 3), -1), ((3, 2, 2), 1), ((3, 4), 1), ((2, 3, 2), 2)])
-def test_classes_of_each_position_have_the_covariance_of_that_position(event, class_axis, link):
+@pytest.mark.parametrize("is_later", [False, True])
+def test_classes_of_each_position_have_the_covariance_of_that_position(
+    event, class_axis, link, is_later, monkeypatch
+):
+    if is_later:  # as of many outputs: the covariance of positions is found when it is asked for
+        monkeypatch.setattr(_predict_linearized, "_FEW", 0)
     model = shaped(event)
     x, q = model.inputs(NUM_ROWS), Gaussian(model.params, COVARIANCES["kronecker"](model.params))
     likelihood = Categorical(class_axis=class_axis)

@@ -78,11 +78,11 @@ def multi_head(
 ) -> tuple[Tensor, None] | None:
     """Self-attention with weights of each draw, as encoders have it.
 
-    What else there is, is opened; then its parts, which are many calls, have rules of their own.
+    Other calls are opened: their parts, which are many, have rules of their own.
     """
     if query is not key or key is not value or query.ndim != 3 or in_proj_weight is None:
         return None
-    if add_zero_attn or need_weights or (training and dropout_p):
+    if add_zero_attn or need_weights or use_separate_proj_weight or (training and dropout_p):
         return None
     if any(t is not None for t in (bias_k, bias_v, static_k, static_v, key_padding_mask)):
         return None
@@ -96,7 +96,7 @@ def multi_head(
     length, count, width = query.shape
     draws = len(weights)
     if width != embed_dim_to_check or width % num_heads:
-        return None  # which raises
+        return None  # torch says what is wrong
 
     def biases(bias: Tensor | None) -> Tensor | None:
         own = None if bias is None else draws_first(bias, level)
@@ -110,4 +110,4 @@ def multi_head(
     query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
     out = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal).transpose(1, 2)
     out = product(biases(out_proj_bias), out.reshape(shape), out_weights.mT, 1)
-    return wrap(out.view(draws, count, length, width).transpose(1, 2), 0, level), None
+    return wrap(out.view(draws, count, length, out.shape[-1]).transpose(1, 2), 0, level), None

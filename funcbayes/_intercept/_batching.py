@@ -131,7 +131,7 @@ def _storage(tensor: Tensor) -> int:
 @functools.cache
 def _handlers(kind: str) -> dict[Any, Handler]:
     names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
-    opened = {F.multi_head_attention_forward: open_attention}
+    opened: dict[Any, Handler] = {F.multi_head_attention_forward: open_attention}
     rules = {
         func: _handler(_RULES[func], kind == "channels_last", func in _INSIDE, opened.get(func))
         for func in names

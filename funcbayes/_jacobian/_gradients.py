@@ -383,7 +383,7 @@ def _in_basis(side: Tensor, basis: Tensor) -> Tensor:
     if positions_are_last(side):
         return product(basis.mT[None, :, None, None], side.mT).mT
     if len(basis) == 1:
-        return product(side, basis[0])
+        return product(side.flatten(0, -2), basis[0]).unflatten(0, side.shape[:-1])
     values = side.movedim(1, 0)
     return product(values.flatten(1, 4), basis).unflatten(1, values.shape[1:5]).movedim(0, 1)
 

@@ -19,7 +19,7 @@ from ._batch import Batch, RaggedBatch
 from ._networks import Networks, one_by_one
 from ._objective import Objective
 
-# Of the bytes that may be used at a time: members bring gradients and the state of an optimizer along.
+# Of the bytes that draws may use at a time: members bring the state of an optimizer along.
 _SHARE = 0.75
 
 
