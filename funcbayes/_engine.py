@@ -37,10 +37,12 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # not grow with the number of draws.
 _MANY_DRAWS = 32
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
-# A mechanism is tried further only while it is within this factor of the best one.
-_HOPELESS = 1.25
+# A mechanism is tried further only while it is within this factor of the best one. Of its first two timings
+# one was the warm-up, and something may have disturbed the other: then it has to be within the larger one.
+_HOPELESS, _DISTURBED = 1.25, 2.0
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
-_TRIALS = 3  # timings of a mechanism before it is judged; the best of them counts
+_TRIALS = 4  # timings of a mechanism before it is judged; the best of them counts
+_LONG = 0.05  # seconds of a chunk from which on one timing less is taken, before each judgement
 
 _T = TypeVar("_T")
 Kind = Literal["loop", "vmap", "rows_first", "channels_last"]
@@ -102,7 +104,9 @@ class _Tuner:
         if len(taken) < 2:  # the first carries the warm-up, so it takes two to give up
             return True
         best = min(min(times) for times in self.seconds.values())
-        return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
+        spared = 1 if min(taken) * candidate.chunk > _LONG else 0
+        factor = _HOPELESS if len(taken) > 2 - spared else _DISTURBED
+        return len(taken) < _TRIALS - spared and min(taken) < factor * best
 
 
 _tuners: Remembered[_Tuner] = Remembered()

@@ -94,6 +94,24 @@ def test_results_stay_right_while_the_engine_learns_which_mechanism_is_fastest(n
         assert_close(got.samples, expected, msg=saying(f"call {call}"))
 
 
+@pytest.mark.parametrize(
+    ("disturbed", "seconds", "is_found"),
+    [((), 1e-3, True), ((1,), 1e-3, True), ((2,), 1e-3, True), ((1, 2), 1e-3, False), ((2,), 1.0, True)],
+)
+def test_one_disturbed_timing_of_a_mechanism_does_not_decide(disturbed, seconds, is_found):
+    """The first timing of each is three times as long; those disturbed are 1.8 times."""
+    best, second, third = (_engine.Mechanism(kind, 8) for kind in ("loop", "vmap", "rows_first"))
+    true = {second: 1.3, third: 1.6, best: 1.0}
+    tuner = _engine._Tuner([second, third, best])
+    while mechanism := tuner.next_to_time():
+        number = len(tuner.seconds.get(mechanism, ()))
+        factor = 3.0 if number == 0 else 1.8 if mechanism == best and number in disturbed else 1.0
+        tuner.record(mechanism, seconds * true[mechanism] * factor / 8)
+    assert (tuner.fastest() == best) == is_found
+    if is_found:  # what is slow is not tried for ever
+        assert len(tuner.seconds[third]) == (2 if seconds > 0.05 else 3)
+
+
 @pytest.mark.parametrize("num_rows", [1, 5, 6])
 @pytest.mark.parametrize("name", zoo.WRITTEN)
 def test_outputs_of_a_convolution_written_into_through_a_view_are_those_of_the_loop(name, num_rows):
