@@ -75,7 +75,7 @@ def _memory(figure: Any, results: Sequence[Result]) -> None:
     axes.set(xscale="log", xlabel="draws", ylabel="peak of memory in MB", ylim=(0, None))
     axes.set_xticks([draws for draws, _ in next(iter(curves.values()))])
     _plain_ticks(axes, None)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower right")
 
 
 def _plain_ticks(axes: Any, levels: Sequence[float] | None) -> None:
