@@ -62,12 +62,8 @@ class Jacobian:
         """Of every output, by leaf: ``K = F`` columns."""
         outputs = self.block.outputs
         _, count, *event = outputs.shape
-        size = math.prod(event)
-        if self.covered == range(size):  # and not all of them in another order
-            units = torch.eye(size, dtype=outputs.dtype, device=outputs.device)
-        else:
-            units = outputs.new_zeros(self.num_outputs, size)
-            units[range(self.num_outputs), self.covered] = 1
+        units = outputs.new_zeros(self.num_outputs, math.prod(event))
+        units[range(self.num_outputs), self.covered] = 1
         columns = units.reshape(-1, 1, 1, *event).expand(-1, 1, count, *event)
         bases = self.output_basis, self.input_basis
         return {

@@ -218,7 +218,7 @@ def select(tree: Any, keep: Callable[[str, Any], bool]) -> Any:
 
 def missing_path(tree: Any) -> str | None:
     """Path of a leaf that is missing from a container other than a dict; ``None`` if there is none."""
-    if isinstance(tree, dict) and all(isinstance(value, Tensor | Fixed) for value in tree.values()):
+    if _is_flat(tree):
         return None
     whole: Any = tree
     paths, leaves, _ = optree.tree_flatten_with_path(whole, is_leaf=is_missing)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._functorch import unwrap, wrap
-from ._mapped import draws_first, one_dtype, product
+from ._mapped import draws_first, of_each_draw, one_dtype, product
 
 
 def attention(
@@ -28,8 +28,7 @@ def attention(
 
     def fold(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
         """``(S * ..., heads, length, width)``: kernels know one axis of rows and one of heads."""
-        front = draws_first(tensor, level)
-        tensor = tensor.expand(count, *tensor.shape) if front is None else front
+        tensor = of_each_draw(tensor, count, level)
         missing = (1,) * (len(rows) + 3 - tensor.ndim)
         tensor = tensor.reshape(count, *missing, *tensor.shape[1:])
         if enable_gqa and tensor.shape[-3] > 1:  # groups of heads of the query have one key and value
@@ -99,11 +98,9 @@ def multi_head(
         return None  # torch says what is wrong
 
     def biases(bias: Tensor | None) -> Tensor | None:
-        own = None if bias is None else draws_first(bias, level)
-        return bias.expand(draws, -1) if own is None and bias is not None else own
+        return None if bias is None else of_each_draw(bias, draws, level)
 
-    values = draws_first(query, level)
-    values = (query.expand(draws, -1, -1, -1) if values is None else values).transpose(1, 2)
+    values = of_each_draw(query, draws, level).transpose(1, 2)
     shape = (draws, count * length, width)
     rows = product(biases(in_proj_bias), values.reshape(shape), weights.mT, 1)
     heads = rows.view(draws * count, length, 3, num_heads, width // num_heads)

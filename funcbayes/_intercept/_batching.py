@@ -21,7 +21,7 @@ from .._functorch import is_concrete, outside_transforms, unwrap, unwrap_change,
 from ._attention import open_attention
 from ._attention_rules import attention, multi_head
 from ._call import Handler, Interception
-from ._mapped import draws_first, one_dtype, product
+from ._mapped import draws_first, of_each_draw, one_dtype, product
 from ._recurrent import RECURRENT, recurrent
 
 Args = tuple[Any, ...]
@@ -168,9 +168,7 @@ def _linear(
         if values is not None
         else input.reshape(1, -1, width).expand(draws, -1, -1)
     )
-    biases = None if bias is None else draws_first(bias, level)
-    if bias is not None and biases is None:
-        biases = bias.expand(draws, -1)
+    biases = None if bias is None else of_each_draw(bias, draws, level)
     # Gradients of the weights lie in memory as the weights do only if rows come last in the product. In the
     # usual order they come transposed, and everything that is done with them takes several times as long.
     if input.ndim == 2 and weights.requires_grad and torch.is_grad_enabled():
@@ -248,8 +246,7 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
         if channels_last and ndim == 2:
             kernels = _in_channels_last(kernels)
         if bias is not None:
-            biases = draws_first(bias, level)
-            bias = (biases if biases is not None else bias.expand(draws, -1)).reshape(-1)
+            bias = of_each_draw(bias, draws, level).reshape(-1)
         out = convolve(flat, kernels, bias, stride, padding, dilation, all_groups)
         return _apart(out, draws, level)
 
@@ -305,10 +302,7 @@ def _batch_norm(
     flat, draws = split
 
     def per_channel(parameter: Tensor | None) -> Tensor | None:
-        if parameter is None:
-            return None
-        own = draws_first(parameter, level)
-        return (parameter.expand(draws, -1) if own is None else own).reshape(-1)
+        return None if parameter is None else of_each_draw(parameter, draws, level).reshape(-1)
 
     # Training writes into the statistics, which a copy of them would keep to itself.
     if training and not all(s is None or _is_viewable(s, level) for s in (mean, variance)):

@@ -12,6 +12,12 @@ def draws_first(tensor: Tensor, level: int) -> Tensor | None:
     return None if axis is None else physical.movedim(axis, 0)
 
 
+def of_each_draw(tensor: Tensor, draws: int, level: int) -> Tensor:
+    """``(S, ...)``, the same for all draws, without copies, if it has no mapped axis."""
+    front = draws_first(tensor, level)
+    return tensor.expand(draws, *tensor.shape) if front is None else front
+
+
 def one_dtype(*tensors: Tensor | None) -> bool:
     """Whether dtypes agree, or autocast will make them agree."""
     given = [t for t in tensors if t is not None]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._functorch import is_concrete, outside_transforms, unwrap, wrap
+from ._mapped import product
 
 Args = tuple[Any, ...]
 RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -157,22 +158,20 @@ def _through_time(
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer in one direction, in the equations of torch's ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``."""
     of_inputs, of_states = weights[0].mT, weights[1].mT
-    input_bias, state_bias = (
-        (weights[2].unsqueeze(1), weights[3].unsqueeze(1)) if has_biases else (None, None)
-    )
+    input_bias, state_bias = (weights[2], weights[3]) if has_biases else (None, None)
     # An LSTM with projections has one more matrix, which makes the output of the state.
     projection = weights[-1].mT if len(weights) % 2 else None
     width = of_states.shape[-1] // 4  # of an LSTM
     steps, rows = value.shape[1:3]
     if input_bias is not None and state_bias is not None and func is not torch.gru:
         input_bias = input_bias + state_bias  # only there the two are not simply added
-    entering = _product(input_bias, value.flatten(1, 2), of_inputs).unflatten(1, (steps, rows))
+    entering = product(input_bias, value.flatten(1, 2), of_inputs, 1).unflatten(1, (steps, rows))
     outputs = []
     for x in entering.unbind(1):
         h = states[0]
         if func is torch.gru:
             (x_r, x_z, x_n), (s_r, s_z, s_n) = (
-                part.chunk(3, -1) for part in (x, _product(state_bias, h, of_states))
+                part.chunk(3, -1) for part in (x, product(state_bias, h, of_states, 1))
             )
             n = torch.tanh(torch.addcmul(x_n, torch.sigmoid(x_r + s_r), s_n))
             states = [torch.lerp(n, h, torch.sigmoid(x_z + s_z))]
@@ -187,7 +186,3 @@ def _through_time(
             states = [torch.tanh(entered) if func is torch.rnn_tanh else torch.relu(entered)]
         outputs.append(states[0])
     return torch.stack(outputs, 1), states
-
-
-def _product(bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return torch.bmm(left, right) if bias is None else torch.baddbmm(bias, left, right)
