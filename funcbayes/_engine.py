@@ -145,6 +145,7 @@ def evaluate(
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
     """
+    keep_large_blocks()
     run = _Run(fn, params, x, make_draws, numbers, key, noise, first_row, dtype)
     if compile:
         yield from run.compiled(chunk_size)
@@ -295,7 +296,6 @@ class _Run:
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
         if device != "cpu":  # kernels are queued there, so the time of a call tells nothing
             return [Mechanism(self.default, top)]
-        keep_large_blocks()
         chunks = sorted({top, max(2, top // 2), max(2, top // 4)}, reverse=True)
         if _of_kind(Linearization, draw):  # the rules do not reach into `jvp`
             return [Mechanism("vmap", top), loop, *(Mechanism("vmap", chunk) for chunk in chunks[1:])]

@@ -8,6 +8,7 @@ import optree
 import torch
 from torch import Tensor
 
+from .._allocator import keep_large_blocks
 from .._compiled import compiled
 from .._random import Seed, fold, forked
 from .._tree import (
@@ -46,6 +47,7 @@ class Networks:
         *,
         compile: bool = False,
     ) -> None:
+        keep_large_blocks()
         members = map_leaves(lambda leaf: ready(leaf, None), members)
         chosen = matcher(where)
         trained = {
