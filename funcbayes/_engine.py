@@ -9,7 +9,7 @@ model and shape is learned from the time that the chunks of real predictions tak
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ._allocator import keep_large_blocks
 from ._compiled import compiled
-from ._functional import Model
-from ._functorch import map_first_axis
+from ._functional import FunctionalModule, Model
+from ._functorch import has_ambient_state, map_first_axis
 from ._intercept import Batching, DropoutMasks, Observed, with_dropout
 from ._linearize import Linearization, with_linearization
 from ._random import Seed, fold, forked
 from ._remember import Remembered
+from ._threads import side_by_side
 from ._tree import Params, device_of, index, is_repeated, merge, num_rows, tensors, unbind
 from ._warning import levels_to_the_user
 from .posteriors import Draw, to
@@ -36,16 +37,15 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # More draws at a time than these are taken only if their parameters are so many bytes at most: memory should
 # not grow with the number of draws.
 _MANY_DRAWS = 32
+_IN_THREADS = 256 << 20  # bytes of the largest intermediate, over all threads
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
-# A mechanism is tried further only while it is within this factor of the best one. Of its first two timings
-# one was the warm-up, and something may have disturbed the other: then it has to be within the larger one.
-_HOPELESS, _DISTURBED = 1.25, 2.0
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
-_TRIALS = 4  # timings of a mechanism before it is judged; the best of them counts
-_LONG = 0.05  # seconds of a chunk from which on one timing less is taken, before each judgement
+# A mechanism is timed twice in a row, for at first it finds caches and threads as another left them; and that
+# again while it is within this factor of the best, for something may have disturbed it.
+_HOPELESS, _TRIALS = 2.0, 4
 
 _T = TypeVar("_T")
-Kind = Literal["loop", "vmap", "rows_first", "channels_last"]
+Kind = Literal["loop", "threads", "vmap", "rows_first", "channels_last"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Mechanism:
     """How a chunk of draws is evaluated.
 
     Attributes:
-        kind: ``"loop"`` over the draws, or vectorised: ``"vmap"`` with no batching rules but those that it
-            cannot do without, or with all of them and images ``"rows_first"`` (NCHW) or ``"channels_last"``.
+        kind: ``"loop"`` over the draws, which ``"threads"`` share; or vectorised: ``"vmap"`` with no batching
+            rules but those that it cannot do without, or with all of them and images ``"rows_first"`` (NCHW)
+            or ``"channels_last"``.
         chunk: Draws at a time.
     """
 
@@ -80,7 +81,7 @@ class _Tuner:
         if self.settled is None:
             wanted = [c for c in self.candidates if self._wants_timing(c)] if len(self.candidates) > 1 else []
             if wanted:  # in turns, for the speed of a machine changes from time to time
-                return min(wanted, key=lambda c: len(self.seconds.get(c, ())))
+                return min(wanted, key=lambda c: len(self.seconds.get(c, ())) // 2)
             self.settled = self.fastest()
         return None
 
@@ -101,12 +102,10 @@ class _Tuner:
         if candidate.kind in self.failed or (self.most is not None and candidate.chunk > self.most):
             return False
         taken = self.seconds.get(candidate, ())
-        if len(taken) < 2:  # the first carries the warm-up, so it takes two to give up
-            return True
-        best = min(min(times) for times in self.seconds.values())
-        spared = 1 if min(taken) * candidate.chunk > _LONG else 0
-        factor = _HOPELESS if len(taken) > 2 - spared else _DISTURBED
-        return len(taken) < _TRIALS - spared and min(taken) < factor * best
+        if len(taken) % 2 == 0 and taken:
+            best = min(min(times) for times in self.seconds.values())
+            return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
+        return True
 
 
 _tuners: Remembered[_Tuner] = Remembered()
@@ -252,7 +251,7 @@ class _Run:
         return torch.cat([self._attempt(half, mechanism) for half in _parts(part.start, part.stop, most)])
 
     def _by_rules_or_without(self, part: slice, mechanism: Mechanism) -> Tensor:
-        """Evaluate by the mechanism, or by another where ``vmap`` or a rule stands in the model's way."""
+        """Evaluate by the mechanism, or by another where that stands in the model's way."""
         *others, last = self._ways(mechanism.kind)
         failed: set[Kind] = set()
         for kind in others:
@@ -262,7 +261,7 @@ class _Run:
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever the model raises; if it is its own error, the last raises it, too
-                self.tuner.needs_rules = True
+                self.tuner.needs_rules |= kind == "vmap"
                 failed.add(kind)
         else:
             kind = last
@@ -274,6 +273,8 @@ class _Run:
         """Kinds to try in turn."""
         if kind == "loop":
             return [kind]
+        if kind == "threads":
+            return ["loop"] if kind in self.tuner.failed else [kind, "loop"]
         known: tuple[Kind, ...] = (kind, "vmap", self.default)
         ways: list[Kind] = [k for k in dict.fromkeys(known) if k not in self.tuner.failed]
         if kind == "vmap" and not self.tuner.needs_rules:
@@ -303,10 +304,19 @@ class _Run:
         return [
             Mechanism(self.default, top),
             loop,
+            *self._in_threads(draw, largest, held),
             *(Mechanism(self.default, chunk) for chunk in chunks[1:]),
             Mechanism("vmap", top),
             *([Mechanism(other, top)] if _has_images(self.x) else []),
         ]
+
+    def _in_threads(self, draw: Draw, largest: int, held: int) -> list[Mechanism]:
+        """The loop in threads, where each has a module of its own; other functions may share one."""
+        count = torch.get_num_threads()
+        chunk = min(self.num_draws, held, max(8, count))
+        is_small = min(count, chunk) * largest <= _IN_THREADS
+        is_ours = isinstance(self.fn, FunctionalModule) and not draw.effects and not has_ambient_state()
+        return [Mechanism("threads", chunk)] if count > 1 and is_small and is_ours else []
 
     def _largest_intermediate(self, draw: Draw) -> int | None:
         """Bytes of the largest intermediate that has a draw axis, for one draw; ``None`` without vmap."""
@@ -352,9 +362,8 @@ class _Run:
             masks = _of_kind(DropoutMasks, draws)
             whole = to(merge(self.params, index(draws.leaves, 0)), dtype=self.dtype) if masks else None
             self.tuner.row_axes = [mask.find_rows(self.fn, whole, self.x) for mask in masks]
-        if mechanism.kind == "loop":
-            numbers = self.numbers[start:].tolist()
-            outputs = [self._alone(draw, n) for draw, n in zip(unbind(draws), numbers, strict=False)]
+        if mechanism.kind in ("loop", "threads"):
+            outputs = self._one_by_one(unbind(draws), mechanism, start)
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
         is_plain = mechanism.kind == "vmap" and not self.tuner.needs_rules and seen is None
         rules = nullcontext() if is_plain else Batching(mechanism.kind, seen)
@@ -365,6 +374,21 @@ class _Run:
                 return self._one(Draw(draw.leaves, draw.effects + shared))
 
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
+
+    def _one_by_one(self, draws: list[Draw], mechanism: Mechanism, start: int) -> list[Tensor]:
+        fn = self.fn
+        is_pure = self.tuner.draws_globally is False and not draws[0].effects
+        if not is_pure or not isinstance(fn, FunctionalModule):
+            numbers = self.numbers[start:].tolist()
+            return [self._alone(draw, number) for draw, number in zip(draws, numbers, strict=False)]
+
+        def evaluate(own: Sequence[Draw]) -> list[Tensor]:
+            return fn.in_turn([merge(self.params, draw.leaves) for draw in own], self.x)
+
+        in_threads = mechanism.kind == "threads" and not has_ambient_state()
+        outputs = side_by_side(evaluate, draws) if in_threads else evaluate(draws)
+        _check_outputs(outputs[0])
+        return outputs
 
     def _alone(self, draw: Draw, number: int) -> Tensor:
         """One draw outside ``vmap``; what the model draws for itself is a function of the draw, too."""
@@ -388,13 +412,17 @@ class _Run:
         if around := _of_kind(Linearization, draw):  # of the model with its masks
             fn = with_linearization(fn, around, self.dtype)
         outputs = fn(merge(self.params, draw.leaves), self.x)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"`predict(fn, ...)` should be given a model that returns one tensor, got "
-                f"{type(outputs).__name__}. Pick one: `lambda params, x: fn(params, x)[...]`, or with "
-                "`make_functional(module, call=...)`."
-            )
+        _check_outputs(outputs)
         return outputs
+
+
+def _check_outputs(outputs: Any) -> None:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"`predict(fn, ...)` should be given a model that returns one tensor, got "
+            f"{type(outputs).__name__}. Pick one: `lambda params, x: fn(params, x)[...]`, or with "
+            "`make_functional(module, call=...)`."
+        )
 
 
 def _give_back_memory() -> None:

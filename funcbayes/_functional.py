@@ -33,7 +33,7 @@ def make_functional(
 
     Returns:
         ``fn`` and ``params``, a flat dict of detached copies of the parameters by name.
-        ``fn(params, x)`` may be called from several threads.
+        ``fn(params, x)`` may be called from several threads, each of which runs a copy of the module.
 
     Raises:
         TypeError: If ``module`` is not an ``nn.Module``.
@@ -103,18 +103,47 @@ class FunctionalModule:
         # Fused kernels of attention are for plain evaluation: no transform can see inside.
         kind = "plain" if call.kind == "eval" and not is_inside_transform() else call.kind
         pool = self._idle[kind, call.locate]
+        skeleton = self._taken_from(pool, kind, call)
         try:
-            skeleton = pool.pop()
-        except IndexError:
-            skeleton = Skeleton(self._master, kind, locate=call.locate)
-        try:
-            own_x = skeleton.inputs.copied(x) if self._may_write_inputs else x
-            outputs, changed = skeleton.run(self._call or _call_module, values, own_x, call)
+            outputs, changed = skeleton.run(self._call or _call_module, values, self._own(x, skeleton), call)
         finally:
+            skeleton.empty()
             pool.append(skeleton)
         if call.kind == "training":
             call.buffers.append((params, changed))
         return outputs
+
+    def in_turn(self, draws: Sequence[Mapping[str, Any]], x: Any) -> list[Any]:
+        """``[fn(params, x) for params in draws]``, for draws with the same names, one right after the other.
+
+        What a module computes leaves nothing of Python in the caches, so that a step between two draws takes
+        several times as long as it would otherwise: there are few of them here.
+        """
+        call = current_call()
+        if not draws or call.kind != "eval" or is_inside_transform():
+            return [self(params, x) for params in draws]
+        is_plain, buffers = self._is_plain(draws[0]), self._buffers_for(draws[0])
+        pool, outputs = self._idle["plain", call.locate], []
+        skeleton = self._taken_from(pool, "plain", call)
+        try:
+            for params in draws:
+                values = {**buffers, **params} if is_plain else self._values(params)
+                own = self._own(x, skeleton)
+                outputs.append(skeleton.run(self._call or _call_module, values, own, call)[0])
+        finally:
+            skeleton.empty()
+            pool.append(skeleton)
+        return outputs
+
+    def _taken_from(self, pool: list[Skeleton], kind: str, call: Call) -> Skeleton:
+        try:
+            return pool.pop()
+        except IndexError:
+            return Skeleton(self._master, kind, locate=call.locate)
+
+    def _own(self, x: Any, skeleton: Skeleton) -> Any:
+        """Inputs that the module may write into, where it does such things."""
+        return skeleton.inputs.copied(x) if self._may_write_inputs else x
 
     def values_of(self, module: nn.Module) -> dict[str, Any]:
         """Parameters of a module of this kind, and its buffers as ``Fixed``: what evaluates it as it is now.
@@ -135,9 +164,12 @@ class FunctionalModule:
                 f"`fn(params, x)` of `{self.name}` should be given a dict of parameters, "
                 f"got {type(params).__name__}."
             )
-        is_plain = params.keys() == self._names and Fixed not in set(map(type, params.values()))
-        given: Mapping[str, Tensor] = params if is_plain else self._checked(params)
+        given: Mapping[str, Tensor] = params if self._is_plain(params) else self._checked(params)
         return {**self._buffers_for(given), **given} if self.buffers else given
+
+    def _is_plain(self, params: Mapping[str, Any]) -> bool:
+        """Whether these are the parameters and nothing else."""
+        return params.keys() == self._names and Fixed not in set(map(type, params.values()))
 
     def _checked(self, params: Mapping[str, Any]) -> dict[str, Tensor]:
         """Values by name, ``Fixed`` ones unpacked; every parameter, and nothing that is not known."""
@@ -160,6 +192,8 @@ class FunctionalModule:
         return given
 
     def _buffers_for(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.buffers:
+            return self.buffers
         lead = next((v for k, v in given.items() if k in self._names and v.is_floating_point()), None)
         if lead is None:
             return self.buffers

@@ -62,6 +62,18 @@ def is_inside_transform() -> bool:
     return _functorch.maybe_current_level() is not None
 
 
+def has_ambient_state() -> bool:
+    """Whether what torch does depends on something that holds for this thread only."""
+    return (
+        torch.is_grad_enabled()
+        or is_inside_transform()
+        or is_traced()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 class outside_transforms:  # noqa: N801  # used as a function is; a generator would take twice as long
     """Run functions of plain tensors without the transforms around them, which have nothing to do there."""
 

@@ -49,7 +49,7 @@ class Skeleton:
         x: Any,
         call: Call,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Evaluate with ``values`` in place; also, in training, the buffers that changed."""
+        """Evaluate with ``values`` in place, where they stay; also, in training, the buffers that changed."""
         used = (
             {**values, **{name: values[name].clone() for name in self.writable}} if self.writable else values
         )
@@ -78,9 +78,12 @@ class Skeleton:
             for store, before in self.stores:
                 store.clear()
                 store.update(before)
-            self._fill(self.placeholders)
             self.path.clear()
             call.path = outer_path
+
+    def empty(self) -> None:
+        """Forget the values of the last run."""
+        self._fill(self.placeholders)
 
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for store, key, name in self.slots:
