@@ -24,6 +24,5 @@ def keep_large_blocks() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return
-    if not mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK):
-        mallopt(_MMAP_THRESHOLD, 32 << 20)  # older ones take no more
-    mallopt(_TRIM_THRESHOLD, _KEPT)
+    if mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK) or mallopt(_MMAP_THRESHOLD, 32 << 20):  # the most for older ones
+        mallopt(_TRIM_THRESHOLD, _KEPT)

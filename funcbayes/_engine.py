@@ -21,12 +21,12 @@ from torch import Tensor
 from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
-from ._functorch import has_ambient_state, map_first_axis
+from ._functorch import map_first_axis
 from ._intercept import Batching, DropoutMasks, Observed, with_dropout
 from ._linearize import Linearization, with_linearization
 from ._random import Seed, fold, forked
 from ._remember import Remembered
-from ._threads import side_by_side
+from ._threads import may_divide, side_by_side
 from ._tree import Params, device_of, index, is_repeated, merge, num_rows, tensors, unbind
 from ._warning import levels_to_the_user
 from .posteriors import Draw, to
@@ -37,11 +37,11 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # More draws at a time than these are taken only if their parameters are so many bytes at most: memory should
 # not grow with the number of draws.
 _MANY_DRAWS = 32
-_IN_THREADS = 256 << 20  # bytes of the largest intermediate, over all threads
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
+_IN_THREADS = 256 << 20  # bytes of the largest intermediate, over all threads
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
-# A mechanism is timed twice in a row, for at first it finds caches and threads as another left them; and that
-# again while it is within this factor of the best, for something may have disturbed it.
+# A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
+# It is timed twice more where it is within this factor of the best, for something may have disturbed it.
 _HOPELESS, _TRIALS = 2.0, 4
 
 _T = TypeVar("_T")
@@ -53,9 +53,9 @@ class Mechanism:
     """How a chunk of draws is evaluated.
 
     Attributes:
-        kind: ``"loop"`` over the draws, which ``"threads"`` share; or vectorised: ``"vmap"`` with no batching
-            rules but those that it cannot do without, or with all of them and images ``"rows_first"`` (NCHW)
-            or ``"channels_last"``.
+        kind: ``"loop"`` over the draws, or a loop in each of several ``"threads"``; or vectorised: ``"vmap"``
+            with no batching rules but those that it cannot do without, or with all of them and images
+            ``"rows_first"`` (NCHW) or ``"channels_last"``.
         chunk: Draws at a time.
     """
 
@@ -144,7 +144,6 @@ def evaluate(
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
     """
-    keep_large_blocks()
     run = _Run(fn, params, x, make_draws, numbers, key, noise, first_row, dtype)
     if compile:
         yield from run.compiled(chunk_size)
@@ -176,7 +175,8 @@ class _Run:
         self.dtype = dtype
         self.num_draws = num_draws = len(numbers)
         self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
-        self.cell = (key, num_draws, signature(x), torch.get_num_threads(), torch.is_grad_enabled())
+        threads = torch.get_num_threads(), may_divide()
+        self.cell = (key, num_draws, signature(x), *threads, torch.is_grad_enabled())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
         self.tuner = self._tuner()
 
@@ -261,7 +261,7 @@ class _Run:
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever the model raises; if it is its own error, the last raises it, too
-                self.tuner.needs_rules |= kind == "vmap"
+                self.tuner.needs_rules |= kind != "threads"
                 failed.add(kind)
         else:
             kind = last
@@ -288,6 +288,8 @@ class _Run:
         draw = self.make_draws(slice(0, 1))
         found = device_of(self.params, draw, self.x)
         device = "cpu" if found is None or found.type == "cpu" else "other"
+        if device == "cpu":
+            keep_large_blocks()
         nbytes = max(1, sum(t.nbytes for t in tensors(draw)))
         held = min(_DRAWS_BUDGET[device] // nbytes, max(_MANY_DRAWS, _SMALL_DRAWS[device] // nbytes))
         largest = self._largest_intermediate(draw)
@@ -312,11 +314,12 @@ class _Run:
 
     def _in_threads(self, draw: Draw, largest: int, held: int) -> list[Mechanism]:
         """The loop in threads, where each has a module of its own; other functions may share one."""
+        if not isinstance(self.fn, FunctionalModule) or draw.effects or not may_divide():
+            return []
         count = torch.get_num_threads()
-        chunk = min(self.num_draws, held, max(8, count))
+        chunk = min(self.num_draws, held, count * max(1, 8 // count))
         is_small = min(count, chunk) * largest <= _IN_THREADS
-        is_ours = isinstance(self.fn, FunctionalModule) and not draw.effects and not has_ambient_state()
-        return [Mechanism("threads", chunk)] if count > 1 and is_small and is_ours else []
+        return [Mechanism("threads", chunk)] if chunk > 1 and is_small else []
 
     def _largest_intermediate(self, draw: Draw) -> int | None:
         """Bytes of the largest intermediate that has a draw axis, for one draw; ``None`` without vmap."""
@@ -385,7 +388,7 @@ class _Run:
         def evaluate(own: Sequence[Draw]) -> list[Tensor]:
             return fn.in_turn([merge(self.params, draw.leaves) for draw in own], self.x)
 
-        in_threads = mechanism.kind == "threads" and not has_ambient_state()
+        in_threads = mechanism.kind == "threads" and may_divide()
         outputs = side_by_side(evaluate, draws) if in_threads else evaluate(draws)
         _check_outputs(outputs[0])
         return outputs

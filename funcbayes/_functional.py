@@ -114,15 +114,16 @@ class FunctionalModule:
         return outputs
 
     def in_turn(self, draws: Sequence[Mapping[str, Any]], x: Any) -> list[Any]:
-        """``[fn(params, x) for params in draws]``, for draws with the same names, one right after the other.
+        """``[fn(params, x) for params in draws]``, for draws that differ in values only, in fewer steps.
 
-        What a module computes leaves nothing of Python in the caches, so that a step between two draws takes
-        several times as long as it would otherwise: there are few of them here.
+        What a module computes leaves nothing of Python in the processor's caches, so that a step between two
+        draws takes several times as long as it would otherwise.
         """
         call = current_call()
         if not draws or call.kind != "eval" or is_inside_transform():
             return [self(params, x) for params in draws]
-        is_plain, buffers = self._is_plain(draws[0]), self._buffers_for(draws[0])
+        is_plain = isinstance(draws[0], Mapping) and self._is_plain(draws[0])
+        buffers = self._buffers_for(draws[0]) if is_plain else {}
         pool, outputs = self._idle["plain", call.locate], []
         skeleton = self._taken_from(pool, "plain", call)
         try:

@@ -62,8 +62,8 @@ def is_inside_transform() -> bool:
     return _functorch.maybe_current_level() is not None
 
 
-def has_ambient_state() -> bool:
-    """Whether what torch does depends on something that holds for this thread only."""
+def has_modes() -> bool:
+    """Whether gradients, a transform, autocast on the CPU or a mode of torch's is on, each for one thread."""
     return (
         torch.is_grad_enabled()
         or is_inside_transform()

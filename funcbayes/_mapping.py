@@ -73,7 +73,6 @@ def map_draws(
     Returns:
         Results with a leading axis ``S``.
     """
-    keep_large_blocks()
     if count == 1 or chunk_size == 1:
         return _in_a_loop(one, draws, count)
     kind = "none" if not has_rules else "channels_last" if num_rows >= 4 else "rows_first"
@@ -86,6 +85,8 @@ def map_draws(
         parts = equal_parts(count, plan.largest, plan.device)
     else:
         parts = [slice(a, min(a + chunk_size, count)) for a in range(0, count, chunk_size)]
+    if plan.device.type == "cpu":
+        keep_large_blocks()
     found = []
     for part in parts:
         size, own = part.stop - part.start, draws(part)

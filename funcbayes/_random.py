@@ -333,6 +333,11 @@ def permutation(key: int, n: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(key & _MASK >> 1))
 
 
+def is_forked() -> bool:
+    """Whether this thread is inside of :func:`forked`, where others that want torch's global state wait."""
+    return _global_state._is_owned()  # type: ignore[attr-defined]  # of every RLock, without a stub
+
+
 @contextmanager
 def forked(key: int) -> Iterator[None]:
     """Run code that draws from torch's global state as if it had been seeded with ``key``.

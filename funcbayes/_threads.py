@@ -5,49 +5,91 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
 
+from ._functorch import has_modes
+from ._random import is_forked
+
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
+_own = threading.local()
+_making = threading.Lock()
+
+
+def may_divide() -> bool:
+    """Whether :func:`side_by_side` has threads here, in which everything is as in this one."""
+    is_ours = getattr(_own, "is_on", False)  # a model that predicts, inside of a prediction
+    return torch.get_num_threads() > 1 and not is_ours and not is_forked() and not has_modes()
+
 
 def side_by_side(function: Callable[[Sequence[_T]], list[_R]], entries: Sequence[_T]) -> list[_R]:
-    """``function(entries)``, which has a result for each entry, without gradients and in parts.
+    """``function(entries)``, which has a result for each entry, in as many parts as torch has threads.
 
-    There are as many parts as torch has threads. What is ambient in torch stays behind: autocast and modes
-    hold for one thread only.
+    All parts have ended when it returns or raises.
     """
-    count = min(torch.get_num_threads(), len(entries))
-    pool = _pool(os.getpid(), torch.get_num_threads())  # threads do not survive a fork
+    num_threads, is_inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    with _making:
+        pool = _pool(num_threads)
 
     def evaluate(own: Sequence[_T]) -> list[_R]:
-        with torch.no_grad():
+        with torch.inference_mode(is_inference), torch.no_grad():
             return function(own)
 
+    count = min(num_threads, len(entries))
     tasks = [
         pool.submit(contextvars.copy_context().run, evaluate, entries[first::count]) for first in range(count)
     ]
     found: list[_R | None] = [None] * len(entries)
-    for first, task in enumerate(tasks):
-        found[first::count] = task.result()
+    try:
+        for first, task in enumerate(tasks):
+            found[first::count] = task.result()
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        wait(tasks)
+        raise
     return found  # type: ignore[return-value]  # all of it is filled
 
 
 @functools.cache
-def _pool(process: int, count: int) -> ThreadPoolExecutor:
+def _pool(count: int) -> ThreadPoolExecutor:
     """Threads that have been told to work alone."""
-    del process
     pool, all_here = ThreadPoolExecutor(count, "funcbayes"), threading.Barrier(count)
 
-    def begin(_: int) -> None:
-        all_here.wait()  # so that no thread begins twice
-        torch.get_num_threads()  # the number of a thread that was never asked for it is reset at first use
+    def begin() -> int:
+        _own.is_on = True
+        # What a new thread has; one that was never asked resets its number at first use.
+        before = torch.get_num_threads()
+        all_here.wait()  # so that no thread begins twice, nor reads what another has set
+        torch.set_num_threads(before)  # for pools that are made with the first number they are told
         torch.set_num_threads(1)
         all_here.wait()
+        return before
 
-    list(pool.map(begin, range(count)))
-    torch.set_num_threads(count)  # for threads to come, which start with what was set last, wherever it was
+    try:
+        tasks = [pool.submit(begin) for _ in range(count)]
+        before = [task.result() for task in tasks][0]
+    except BaseException:
+        all_here.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    # Threads to come have the number that was set last, in whichever thread. In this one it stays.
+    restore = threading.Thread(target=torch.set_num_threads, args=(before,))
+    restore.start()
+    restore.join()
     return pool
+
+
+def _forget() -> None:
+    """Threads do not survive a fork."""
+    global _making
+    _making = threading.Lock()
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -36,7 +36,16 @@ def _faults(**environment: str) -> int:
     return int(run.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator only")
+def _is_new_glibc() -> bool:
+    """Whether it takes a threshold above 32 MB."""
+    name, version = platform.libc_ver()
+    return name == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
+
+
+@pytest.mark.skipif(not _is_new_glibc(), reason="of glibc's allocator only, from 2.35 on")
 def test_large_blocks_are_kept_unless_the_environment_says_otherwise():
-    assert _faults() < PAGES / 100
-    assert _faults(MALLOC_TRIM_THRESHOLD_="0") > PAGES / 1024
+    anew = _faults(MALLOC_TRIM_THRESHOLD_="0")
+    if anew == 0:
+        pytest.skip("faults are not counted here")
+    assert anew > PAGES / 1024
+    assert _faults() < min(PAGES / 100, anew)

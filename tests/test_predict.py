@@ -4,6 +4,7 @@ import collections
 import copy
 import gc
 import threading
+import time
 import warnings
 import weakref
 from typing import ClassVar
@@ -35,7 +36,7 @@ from zoo import (
 )
 
 import funcbayes as fb
-from funcbayes import _engine
+from funcbayes import _engine, _threads
 from funcbayes._functorch import physical
 from funcbayes.covariances import Diagonal
 from funcbayes.likelihoods import Categorical, Normal
@@ -119,13 +120,28 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def divided(monkeypatch):
+    """Numbers of draws that threads were given."""
+    counts = []
+
+    def noting(function, entries):
+        assert threading.current_thread() is threading.main_thread(), counts.append("by a thread of ours")
+        counts.append(len(entries))
+        return _threads.side_by_side(function, entries)
+
+    monkeypatch.setattr(_engine, "side_by_side", noting)
+    return counts
+
+
 def _always(monkeypatch, *mechanism):
     monkeypatch.setattr(_engine._Tuner, "next_to_time", lambda self: None)
     monkeypatch.setattr(_engine._Tuner, "fastest", lambda self: _engine.Mechanism(*mechanism))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_draws_evaluated_in_threads_equal_the_loop(monkeypatch, three_threads, name):
+def test_draws_evaluated_in_threads_equal_the_loop(monkeypatch, three_threads, divided, name):
+    monkeypatch.setattr(_engine._Run, "_ways", lambda self, kind: [kind])  # no loop in the place of threads
     model = MODELS[name]()
     x, posterior = model.inputs(6), zoo.gaussian(model.params)
     expected = expected_samples(model, posterior, x, 8, 3)
@@ -133,6 +149,8 @@ def test_draws_evaluated_in_threads_equal_the_loop(monkeypatch, three_threads, n
     for _ in range(2):  # the second time in the modules of the first
         got = fb.predict(model.fn, model.params, posterior, x, num_samples=8, seed=3)
         assert_close(got.samples, expected)
+    # But for the first chunk, which shows whether the model draws random numbers of its own.
+    assert divided == ([3, 5, 3] if isinstance(model.fn, fb.FunctionalModule) else [])
 
 
 class NoticesThreads(torch.nn.Linear):
@@ -171,15 +189,78 @@ def test_threads_are_for_modules_of_which_each_has_a_copy_and_where_nothing_is_a
     assert set(NoticesThreads.seen) == here
 
 
-def test_threads_of_ours_leave_the_number_of_threads_elsewhere_as_it_is(monkeypatch, three_threads):
+def test_threads_of_ours_leave_the_number_of_threads_elsewhere_as_it_is(monkeypatch, three_threads, divided):
+    _threads._pool.cache_clear()
     fn, params = fb.make_functional(torch.nn.Linear(3, 2))
     _always(monkeypatch, "threads", 8)
-    fb.predict(fn, None, fb.Ensemble(zoo.members(params)), torch.ones(2, 3))
-    found = [torch.get_num_threads()]
-    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert found == [3, 3]
+    found = []
+
+    def in_a_new_thread():
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    in_a_new_thread()
+    for _ in range(2):
+        fb.predict(fn, None, fb.Ensemble(zoo.members(params)), torch.ones(2, 3))
+    found.append(torch.get_num_threads())
+    in_a_new_thread()
+    assert divided
+    assert found == [3, 3, 3]
+
+
+def test_a_model_that_predicts_does_so_in_its_own_thread(monkeypatch, three_threads, divided):
+    inner, own = fb.make_functional(torch.nn.Linear(3, 2))
+    ensemble = fb.Ensemble(zoo.members(own))
+
+    class Outer(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + fb.predict(inner, None, ensemble, x).mean
+
+    fn, params = fb.make_functional(Outer(3, 2))
+    _always(monkeypatch, "threads", 8)
+    members, x = zoo.members(params), torch.ones(2, 3)
+    expected = torch.stack([fn(zoo.entry(members, k), x) for k in range(len(members["bias"]))])
+    for _ in range(3):
+        torch.testing.assert_close(fb.predict(fn, None, fb.Ensemble(members), x).samples, expected)
+    assert set(divided) == {5}
+
+
+def test_all_threads_have_ended_when_one_has_failed(three_threads):
+    ended = []
+
+    def work(entries):
+        if 0 in entries:
+            raise ArithmeticError("no zeros")
+        time.sleep(0.2)
+        ended.extend(entries)
+        return entries
+
+    with pytest.raises(ArithmeticError, match="no zeros"):
+        _threads.side_by_side(work, range(6))
+    assert sorted(ended) == [1, 2, 4, 5]
+    assert sorted(_threads.side_by_side(work, range(1, 7))) == [1, 2, 3, 4, 5, 6]
+
+
+def test_draws_too_large_for_threads_are_evaluated_one_by_one(monkeypatch, three_threads, divided):
+    monkeypatch.setitem(_engine._DRAWS_BUDGET, "cpu", 1)
+    fn, params = fb.make_functional(torch.nn.Linear(3, 2))
+    ensemble, x = fb.Ensemble(zoo.members(params)), torch.ones(2, 3)
+    for _ in range(12):
+        got = fb.predict(fn, None, ensemble, x).samples
+    torch.testing.assert_close(got, torch.stack([fn(ensemble.member(k), x) for k in range(len(got))]))
+    assert divided == []
+
+
+def test_a_parameter_that_is_fixed_beside_buffers_goes_through_a_loop():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).double()
+    fn, params = fb.make_functional(net)
+    fixed = {"0.weight": fb.Fixed(params.pop("0.weight"))}
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    got = fb.predict(fn, {**fixed, **params}, ensemble, x, chunk_size=1).samples
+    for k, samples in enumerate(got):
+        assert_close(samples, fn({**fixed, **ensemble.member(k)}, x))
 
 
 def test_a_module_that_threads_cannot_take_is_evaluated_in_a_loop(monkeypatch, three_threads):

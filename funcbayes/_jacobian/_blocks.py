@@ -90,7 +90,8 @@ def blocks(
         single = params if num_members is None else index(params, 0)
     plan = plan_for(fn, single, names, x, call)
     lead = next(iter(named_leaves(params).values()))
-    keep_large_blocks()
+    if getattr(lead, "is_cpu", False):
+        keep_large_blocks()
     of_number = (num_members or 1) * getattr(lead, "itemsize", 4)
     without, of_column = plan.numbers(0), plan.numbers(1) - plan.numbers(0)
     room = (ROW_BYTES if max_bytes is None else max_bytes) // of_number - without

@@ -47,7 +47,6 @@ class Networks:
         *,
         compile: bool = False,
     ) -> None:
-        keep_large_blocks()
         members = map_leaves(lambda leaf: ready(leaf, None), members)
         chosen = matcher(where)
         trained = {
@@ -72,6 +71,8 @@ class Networks:
         self.draws_globally = False
         self.adds_buffers = False
         self._held = [index(self.held, k) for k in range(self.num_members)]
+        if self.device.type == "cpu":
+            keep_large_blocks()
 
     @property
     def device(self) -> torch.device:
