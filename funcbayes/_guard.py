@@ -44,11 +44,12 @@ class Inputs:
     def _copy(self, i: int, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if not is_concrete(leaf) or leaf.is_inference() or leaf.requires_grad:
-            return leaf.clone()
         original, version, copy = self._held.get(i, (None, 0, leaf))
-        if original is not None and original() is leaf and version == leaf._version and _is_unwritten(copy):
-            return copy
+        if original is not None and original() is leaf and not leaf.requires_grad:
+            if version == leaf._version and _is_unwritten(copy):
+                return copy
+        elif not is_concrete(leaf) or leaf.is_inference() or leaf.requires_grad:
+            return leaf.clone()
         copy = leaf.clone()
         if _is_unwritten(copy):
             # Held only as long as the original lives.

@@ -196,6 +196,9 @@ def test_hashing_ints_and_tensors_agree_with_the_published_mixer(key, data):
     assert fold(torch.tensor(key), data).item() == expected
     assert fold(key, torch.tensor(data)).item() == expected
     assert fold(torch.tensor([key]), torch.tensor([[data], [data]])).tolist() == [[expected], [expected]]
+    for count in (3, 40):  # one by one, and together
+        assert fold(torch.tensor([key] * count), data).tolist() == [expected] * count
+        assert fold(key, torch.tensor([data] * count)).tolist() == [expected] * count
 
 
 def test_strings_and_many_names_at_once_hash_alike():
