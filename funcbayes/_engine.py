@@ -22,7 +22,7 @@ from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
 from ._functorch import map_first_axis
-from ._intercept import Batching, DropoutMasks, Observed, with_dropout
+from ._intercept import Batching, DropoutMasks, Observed, current_call, with_dropout
 from ._linearize import Linearization, with_linearization
 from ._random import Seed, fold, forked
 from ._remember import Remembered
@@ -38,7 +38,7 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # not grow with the number of draws.
 _MANY_DRAWS = 32
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
-_IN_THREADS = 256 << 20  # bytes of the largest intermediate, over all threads
+_IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
 # It is timed twice more where it is within this factor of the best, for something may have disturbed it.
@@ -68,7 +68,7 @@ class _Tuner:
     """What is known of one model at one shape. Races between threads lose timings, nothing else."""
 
     candidates: list[Mechanism] = field(default_factory=list)
-    seconds: dict[Mechanism, list[float]] = field(default_factory=dict)
+    seconds: dict[Mechanism, tuple[float, ...]] = field(default_factory=dict)
     settled: Mechanism | None = None
     failed: set[Kind] = field(default_factory=set)
     most: int | None = None  # draws at a time that memory was enough for, after it was not
@@ -91,7 +91,7 @@ class _Tuner:
 
     def record(self, mechanism: Mechanism, seconds_per_draw: float) -> None:
         """Add a timing."""
-        self.seconds.setdefault(mechanism, []).append(seconds_per_draw)
+        self.seconds[mechanism] = (*self.seconds.get(mechanism, ()), seconds_per_draw)
 
     def _best_seconds(self, candidate: Mechanism) -> float:
         seconds = min(self.seconds.get(candidate, (float("inf"),)))
@@ -103,7 +103,7 @@ class _Tuner:
             return False
         taken = self.seconds.get(candidate, ())
         if len(taken) % 2 == 0 and taken:
-            best = min(min(times) for times in self.seconds.values())
+            best = min(min(times) for times in list(self.seconds.values()))
             return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
         return True
 
@@ -318,7 +318,8 @@ class _Run:
             return []
         count = torch.get_num_threads()
         chunk = min(self.num_draws, held, count * max(1, 8 // count))
-        is_small = min(count, chunk) * largest <= _IN_THREADS
+        each = largest + sum(t.nbytes for t in tensors(self.x))  # of which a module may have its own
+        is_small = min(count, chunk) * each <= _IN_THREADS
         return [Mechanism("threads", chunk)] if chunk > 1 and is_small else []
 
     def _largest_intermediate(self, draw: Draw) -> int | None:
@@ -388,7 +389,7 @@ class _Run:
         def evaluate(own: Sequence[Draw]) -> list[Tensor]:
             return fn.in_turn([merge(self.params, draw.leaves) for draw in own], self.x)
 
-        in_threads = mechanism.kind == "threads" and may_divide()
+        in_threads = mechanism.kind == "threads" and may_divide() and current_call().kind == "eval"
         outputs = side_by_side(evaluate, draws) if in_threads else evaluate(draws)
         _check_outputs(outputs[0])
         return outputs

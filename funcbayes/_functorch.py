@@ -62,6 +62,12 @@ def is_inside_transform() -> bool:
     return _functorch.maybe_current_level() is not None
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its numbers may be looked at by Python: nothing writes down or changes what is done with it."""
+    is_watched = is_traced() or torch._C._len_torch_dispatch_stack() > 0
+    return type(tensor) is Tensor and not is_watched and is_concrete(tensor)
+
+
 def has_modes() -> bool:
     """Whether gradients, a transform, autocast on the CPU or a mode of torch's is on, each for one thread."""
     return (

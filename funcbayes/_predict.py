@@ -71,8 +71,9 @@ def predict(
         seed: Draws are a function of it. ``None`` takes one number from torch's global state.
         chunk_size: Draws evaluated at a time. ``None`` lets the engine choose by memory and measured
             time, which changes results by rounding only. On a CPU several draws of a model from
-            ``make_functional`` may then run in threads at once, each with a copy of the module; with a given
-            size, or after ``torch.set_num_threads(1)``, they never do.
+            ``make_functional`` may then run in threads at once, each with a copy of the module: what copies
+            share, as hooks and globals, should be safe among threads. With a given size, or after
+            ``torch.set_num_threads(1)``, there are no threads.
         dtype: Evaluate in this floating-point dtype: parameters, draws and inputs are converted to it.
         keep_samples: Keep the outputs of every draw. Otherwise moments, class log-probabilities and
             entropies are accumulated, in memory that does not grow with ``S``.

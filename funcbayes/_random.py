@@ -19,7 +19,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._functorch import is_concrete, is_traced, outside_transforms, unwrap, vmap_level, wrap
+from ._functorch import is_concrete, is_readable, is_traced, outside_transforms, unwrap, vmap_level, wrap
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -58,9 +58,9 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
     if not isinstance(key, Tensor) and not isinstance(value, Tensor):
         return signed(_mix(key + value * _GOLDEN))
     if isinstance(key, Tensor) and not isinstance(value, Tensor) and _are_few(key):
-        return torch.tensor([signed(_mix(k + value * _GOLDEN)) for k in key.tolist()])
+        return torch.tensor([signed(_mix(k + value * _GOLDEN)) for k in key.tolist()], device=key.device)
     if isinstance(value, Tensor) and not isinstance(key, Tensor) and _are_few(value):
-        return torch.tensor([signed(_mix(key + v * _GOLDEN)) for v in value.tolist()])
+        return torch.tensor([signed(_mix(key + v * _GOLDEN)) for v in value.tolist()], device=value.device)
     start = key.long() if isinstance(key, Tensor) else signed(key)
     step = value.long() * signed(_GOLDEN) if isinstance(value, Tensor) else signed(value * _GOLDEN)
     return _without_axis(_mix_tensor, start + step)  # type: ignore[arg-type]  # one is a tensor
@@ -69,7 +69,7 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
 def _are_few(keys: Tensor) -> bool:
     """Whether a list of keys is hashed faster as plain numbers."""
     is_short = keys.ndim == 1 and 0 < len(keys) <= _FEW and keys.device.type == "cpu"
-    return is_short and is_concrete(keys) and not is_traced()
+    return is_short and not keys.is_floating_point() and is_readable(keys)
 
 
 def _without_axis(elementwise: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:

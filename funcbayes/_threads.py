@@ -60,27 +60,29 @@ def _pool(count: int) -> ThreadPoolExecutor:
     """Threads that have been told to work alone."""
     pool, all_here = ThreadPoolExecutor(count, "funcbayes"), threading.Barrier(count)
 
-    def begin() -> int:
+    before: list[int] = []
+
+    def begin() -> None:
         _own.is_on = True
         # What a new thread has; one that was never asked resets its number at first use.
-        before = torch.get_num_threads()
+        before.append(torch.get_num_threads())
         all_here.wait()  # so that no thread begins twice, nor reads what another has set
-        torch.set_num_threads(before)  # for pools that are made with the first number they are told
+        torch.set_num_threads(before[0])  # for pools that are made with the first number they are told
         torch.set_num_threads(1)
         all_here.wait()
-        return before
 
     try:
-        tasks = [pool.submit(begin) for _ in range(count)]
-        before = [task.result() for task in tasks][0]
+        for task in [pool.submit(begin) for _ in range(count)]:
+            task.result()
     except BaseException:
         all_here.abort()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-    # Threads to come have the number that was set last, in whichever thread. In this one it stays.
-    restore = threading.Thread(target=torch.set_num_threads, args=(before,))
-    restore.start()
-    restore.join()
+    finally:
+        # Threads to come have the number that was set last, in whichever thread. In this one it stays.
+        restore = threading.Thread(target=lambda: [torch.set_num_threads(own) for own in before[:1]])
+        restore.start()
+        restore.join()
     return pool
 
 

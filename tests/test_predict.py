@@ -227,9 +227,10 @@ def test_a_model_that_predicts_does_so_in_its_own_thread(monkeypatch, three_thre
 
 
 def test_all_threads_have_ended_when_one_has_failed(three_threads):
-    ended = []
+    ended, all_here = [], threading.Barrier(3)
 
     def work(entries):
+        all_here.wait(timeout=60)
         if 0 in entries:
             raise ArithmeticError("no zeros")
         time.sleep(0.2)

@@ -8,7 +8,9 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import F64
 
 from funcbayes._random import dropout_mask, fold, keys_by_name, normal, permutation, resolve_seed, uniform
@@ -197,8 +199,20 @@ def test_hashing_ints_and_tensors_agree_with_the_published_mixer(key, data):
     assert fold(key, torch.tensor(data)).item() == expected
     assert fold(torch.tensor([key]), torch.tensor([[data], [data]])).tolist() == [[expected], [expected]]
     for count in (3, 40):  # one by one, and together
-        assert fold(torch.tensor([key] * count), data).tolist() == [expected] * count
-        assert fold(key, torch.tensor([data] * count)).tolist() == [expected] * count
+        many = [fold(key, data) if i == 1 else fold(i, data) for i in range(count)]
+        assert fold(torch.tensor([key if i == 1 else i for i in range(count)]), data).tolist() == many
+        many = [fold(key, data) if i == 1 else fold(key, i) for i in range(count)]
+        assert fold(key, torch.tensor([data if i == 1 else i for i in range(count)])).tolist() == many
+
+
+def test_few_keys_stay_where_they_are_and_can_be_traced():
+    keys, expected = torch.arange(3, dtype=torch.int32), [fold(i, 5) for i in range(3)]
+    with torch.device("meta"):
+        assert fold(keys, 5).tolist() == expected
+    program = make_fx(lambda keys: fold(keys, 5))(keys)
+    assert program(keys + 1).tolist() == [fold(i + 1, 5) for i in range(3)]
+    with FakeTensorMode() as mode:
+        assert fold(mode.from_tensor(keys), 5).shape == (3,)
 
 
 def test_strings_and_many_names_at_once_hash_alike():
