@@ -2,8 +2,8 @@
 
 One vectorised pass over all draws is fastest for few rows. With many rows its intermediates fall out of
 cache and it can lose to a plain loop, so draws are taken in chunks that keep the largest
-intermediate within a fixed budget, and the loop is one of the mechanisms. Which one is best for a
-model and shape is learned from the time that the chunks of real predictions take.
+intermediate within a fixed budget, and the loop, in one thread or in several, is one of the mechanisms.
+Which one is best for a model and shape is learned from the time that the chunks of real predictions take.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # not grow with the number of draws.
 _MANY_DRAWS = 32
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
+_LOOPED = 8  # draws of a loop that are timed together
 _IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
@@ -102,10 +103,10 @@ class _Tuner:
         if candidate.kind in self.failed or (self.most is not None and candidate.chunk > self.most):
             return False
         taken = self.seconds.get(candidate, ())
-        if len(taken) % 2 == 0 and taken:
-            best = min(min(times) for times in list(self.seconds.values()))
-            return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
-        return True
+        if not taken or len(taken) % 2:
+            return True
+        best = min(min(times) for times in list(self.seconds.values()))  # another thread may add to them
+        return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
 
 
 _tuners: Remembered[_Tuner] = Remembered()
@@ -242,7 +243,7 @@ class _Run:
         size, most = part.stop - part.start, self.tuner.most
         if most is None or size <= most:
             try:
-                return self._by_rules_or_without(part, mechanism)
+                return self._by_this_or_another(part, mechanism)
             except torch.OutOfMemoryError:  # of an accelerator
                 if size == 1:
                     raise
@@ -250,7 +251,7 @@ class _Run:
             _give_back_memory()
         return torch.cat([self._attempt(half, mechanism) for half in _parts(part.start, part.stop, most)])
 
-    def _by_rules_or_without(self, part: slice, mechanism: Mechanism) -> Tensor:
+    def _by_this_or_another(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or by another where that stands in the model's way."""
         *others, last = self._ways(mechanism.kind)
         failed: set[Kind] = set()
@@ -293,7 +294,7 @@ class _Run:
         nbytes = max(1, sum(t.nbytes for t in tensors(draw)))
         held = min(_DRAWS_BUDGET[device] // nbytes, max(_MANY_DRAWS, _SMALL_DRAWS[device] // nbytes))
         largest = self._largest_intermediate(draw)
-        loop = Mechanism("loop", max(1, min(self.num_draws, held, 8)))
+        loop = Mechanism("loop", max(1, min(self.num_draws, held, _LOOPED)))
         if largest is None:
             return [loop]
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
@@ -317,7 +318,7 @@ class _Run:
         if not isinstance(self.fn, FunctionalModule) or draw.effects or not may_divide():
             return []
         count = torch.get_num_threads()
-        chunk = min(self.num_draws, held, count * max(1, 8 // count))
+        chunk = min(self.num_draws, held, count * max(1, _LOOPED // count))
         each = largest + sum(t.nbytes for t in tensors(self.x))  # of which a module may have its own
         is_small = min(count, chunk) * each <= _IN_THREADS
         return [Mechanism("threads", chunk)] if chunk > 1 and is_small else []

@@ -120,7 +120,7 @@ class FunctionalModule:
         draws takes several times as long as it would otherwise.
         """
         call = current_call()
-        if not draws or call.kind != "eval" or is_inside_transform():
+        if call.kind != "eval" or is_inside_transform():
             return [self(params, x) for params in draws]
         is_plain = isinstance(draws[0], Mapping) and self._is_plain(draws[0])
         buffers = self._buffers_for(draws[0]) if is_plain else {}
@@ -193,8 +193,6 @@ class FunctionalModule:
         return given
 
     def _buffers_for(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.buffers:
-            return self.buffers
         lead = next((v for k, v in given.items() if k in self._names and v.is_floating_point()), None)
         if lead is None:
             return self.buffers

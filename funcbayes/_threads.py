@@ -5,7 +5,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 _own = threading.local()
-_making = threading.Lock()
+_making = threading.Lock()  # of pools: while one is made, new threads have the wrong number of their own
 
 
 def may_divide() -> bool:
@@ -40,11 +40,11 @@ def side_by_side(function: Callable[[Sequence[_T]], list[_R]], entries: Sequence
             return function(own)
 
     count = min(num_threads, len(entries))
-    tasks = [
-        pool.submit(contextvars.copy_context().run, evaluate, entries[first::count]) for first in range(count)
-    ]
     found: list[_R | None] = [None] * len(entries)
+    tasks: list[Future[list[_R]]] = []
     try:
+        for first in range(count):
+            tasks.append(pool.submit(contextvars.copy_context().run, evaluate, entries[first::count]))
         for first, task in enumerate(tasks):
             found[first::count] = task.result()
     except BaseException:
@@ -59,7 +59,6 @@ def side_by_side(function: Callable[[Sequence[_T]], list[_R]], entries: Sequence
 def _pool(count: int) -> ThreadPoolExecutor:
     """Threads that have been told to work alone."""
     pool, all_here = ThreadPoolExecutor(count, "funcbayes"), threading.Barrier(count)
-
     before: list[int] = []
 
     def begin() -> None:
@@ -71,6 +70,10 @@ def _pool(count: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         all_here.wait()
 
+    def restore() -> None:
+        if before:
+            torch.set_num_threads(before[0])
+
     try:
         for task in [pool.submit(begin) for _ in range(count)]:
             task.result()
@@ -80,9 +83,9 @@ def _pool(count: int) -> ThreadPoolExecutor:
         raise
     finally:
         # Threads to come have the number that was set last, in whichever thread. In this one it stays.
-        restore = threading.Thread(target=lambda: [torch.set_num_threads(own) for own in before[:1]])
-        restore.start()
-        restore.join()
+        restoring = threading.Thread(target=restore)
+        restoring.start()
+        restoring.join()
     return pool
 
 

@@ -126,8 +126,8 @@ def divided(monkeypatch):
     counts = []
 
     def noting(function, entries):
-        assert threading.current_thread() is threading.main_thread(), counts.append("by a thread of ours")
-        counts.append(len(entries))
+        is_main = threading.current_thread() is threading.main_thread()
+        counts.append(len(entries) if is_main else "asked for by a thread of ours")
         return _threads.side_by_side(function, entries)
 
     monkeypatch.setattr(_engine, "side_by_side", noting)
@@ -137,6 +137,13 @@ def divided(monkeypatch):
 def _always(monkeypatch, *mechanism):
     monkeypatch.setattr(_engine._Tuner, "next_to_time", lambda self: None)
     monkeypatch.setattr(_engine._Tuner, "fastest", lambda self: _engine.Mechanism(*mechanism))
+
+
+def assert_an_ensemble_is_right(fn, params, times):
+    ensemble, x = fb.Ensemble(zoo.members(params)), torch.ones(2, 3)
+    expected = torch.stack([fn(ensemble.member(k), x) for k in range(ensemble.num_members)])
+    for _ in range(times):
+        torch.testing.assert_close(fb.predict(fn, None, ensemble, x).samples, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -217,12 +224,8 @@ def test_a_model_that_predicts_does_so_in_its_own_thread(monkeypatch, three_thre
         def forward(self, x):
             return super().forward(x) + fb.predict(inner, None, ensemble, x).mean
 
-    fn, params = fb.make_functional(Outer(3, 2))
     _always(monkeypatch, "threads", 8)
-    members, x = zoo.members(params), torch.ones(2, 3)
-    expected = torch.stack([fn(zoo.entry(members, k), x) for k in range(len(members["bias"]))])
-    for _ in range(3):
-        torch.testing.assert_close(fb.predict(fn, None, fb.Ensemble(members), x).samples, expected)
+    assert_an_ensemble_is_right(*fb.make_functional(Outer(3, 2)), times=3)
     assert set(divided) == {5}
 
 
@@ -245,11 +248,7 @@ def test_all_threads_have_ended_when_one_has_failed(three_threads):
 
 def test_draws_too_large_for_threads_are_evaluated_one_by_one(monkeypatch, three_threads, divided):
     monkeypatch.setitem(_engine._DRAWS_BUDGET, "cpu", 1)
-    fn, params = fb.make_functional(torch.nn.Linear(3, 2))
-    ensemble, x = fb.Ensemble(zoo.members(params)), torch.ones(2, 3)
-    for _ in range(12):
-        got = fb.predict(fn, None, ensemble, x).samples
-    torch.testing.assert_close(got, torch.stack([fn(ensemble.member(k), x) for k in range(len(got))]))
+    assert_an_ensemble_is_right(*fb.make_functional(torch.nn.Linear(3, 2)), times=12)
     assert divided == []
 
 
@@ -274,12 +273,8 @@ def test_a_module_that_threads_cannot_take_is_evaluated_in_a_loop(monkeypatch, t
                 raise ArithmeticError("not here")
             return super().forward(x)
 
-    fn, params = fb.make_functional(Local(3, 2))
     _always(monkeypatch, "threads", 8)
-    members, x = zoo.members(params), torch.ones(2, 3)
-    expected = torch.stack([fn(zoo.entry(members, k), x) for k in range(len(members["bias"]))])
-    for _ in range(4):
-        torch.testing.assert_close(fb.predict(fn, None, fb.Ensemble(members), x).samples, expected)
+    assert_an_ensemble_is_right(*fb.make_functional(Local(3, 2)), times=4)
     assert 1 <= len(Local.tried) <= 3  # of one attempt
 
 
