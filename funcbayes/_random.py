@@ -19,7 +19,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._functorch import is_concrete, is_readable, is_traced, outside_transforms, unwrap, vmap_level, wrap
+from ._functorch import is_concrete, is_readable, outside_transforms, unwrap, vmap_level, wrap
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -238,7 +238,7 @@ def _noise(
         out = torch.empty(tuple(shape), dtype=wide)
         _fill_row(out, key, torch.Generator(), gaussian)
         return out.to(dtype)
-    if is_traced() or not is_concrete(key):
+    if not is_readable(key):
         return _noise_op()(key, list(shape), wide, device, gaussian).to(dtype)
     with outside_transforms():  # without the cost of an operator
         return _fill(key, tuple(shape), wide, device, gaussian).to(dtype)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import is_concrete, is_traced, outside_transforms, unintercepted, unwrap, vmap_level, wrap
+from .._functorch import is_concrete, is_readable, outside_transforms, unintercepted, unwrap, vmap_level, wrap
 from .._random import Seed, dropout_mask, fold
 from .._tree import Params, Where, matcher, pytree_dataclass, static
 from ._attention import attention_weights, open_attention
@@ -192,7 +192,7 @@ def _kept(key: Tensor, site: int, shape: Sequence[int], rate: float, value: Tens
     with unintercepted(), outside_transforms() if is_concrete(physical) else nullcontext():
         # The keys of all draws at once: hashing them through vmap would cost more than the mask.
         keys: Seed = physical if axis is None else physical.movedim(axis, 0)
-        if not keys.ndim and is_concrete(keys) and not is_traced():
+        if not keys.ndim and is_readable(keys):
             keys = int(keys)  # one key is hashed, and its noise made, with fewer calls as a plain number
         kept = dropout_mask(keys, site, shape, rate, scale=scale, dtype=value.dtype, device=value.device)
     return kept if level is None or axis is None else wrap(kept, 0, level)
