@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     claims = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("[!_]*.py"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("claims", nargs="*", metavar="claim", help=f"default all: {', '.join(claims)}")
-    parser.add_argument("--repeats", type=int, default=9, help="timings of each pair (default 9)")
+    parser.add_argument("--repeats", type=int, default=9, help="timings of each pair at least (default 9)")
     parser.add_argument(
         "--json",
         type=pathlib.Path,

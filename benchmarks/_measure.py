@@ -17,7 +17,8 @@ from torch.utils.benchmark import Timer
 import funcbayes
 
 # A warm-up of long calls ends after so many seconds, but not before so many calls.
-_WARM_UP_SECONDS, _FEWEST = 6.0, 6
+_WARM_UP_SECONDS, _FEWEST = 6.0, 7
+_SECONDS = 2.0  # of timing at least, so that quick calls are timed more often than they have to be
 
 
 @dataclass(frozen=True)
@@ -72,25 +73,32 @@ def compare(
     """Time both in turns, so that what disturbs the machine disturbs both.
 
     The engine learns from its first calls which mechanism is fastest, so these belong to the warm-up, which
-    ends early where calls are long.
+    ends early where calls are long. There are as many timings as ``repeats`` or, of quick calls, more.
     """
-    for _ in range(3):
-        theirs()
-    began = time.perf_counter()
-    for number in range(warm_up):
-        ours()
-        if number >= _FEWEST and time.perf_counter() - began > _WARM_UP_SECONDS:
-            break
+    once = [_warmed_up(theirs, most=3, fewest=1), _warmed_up(ours, most=warm_up, fewest=_FEWEST)]
     threads = torch.get_num_threads()
     timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in (theirs, ours)]
-    numbers = [max(1, int(seconds / timer.timeit(1).mean)) for timer in timers]
+    numbers = [max(1, int(seconds / each)) for each in once]
     pairs = []
-    for _ in range(repeats):
+    began = time.perf_counter()
+    while len(pairs) < repeats or time.perf_counter() - began < _SECONDS:
         pairs.append([timer.timeit(number).mean for timer, number in zip(timers, numbers, strict=True)])
     ratios = sorted(a / b for a, b in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
     theirs_ms, ours_ms = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
     return Result(case, middle, low, high, theirs_ms, ours_ms, at_least, of_interval=of_interval)
+
+
+def _warmed_up(call: Callable[[], object], *, most: int, fewest: int) -> float:
+    """Seconds of the last of several calls."""
+    began = now = time.perf_counter()
+    for number in range(1, most + 1):
+        before = time.perf_counter()
+        call()
+        now = time.perf_counter()
+        if number >= fewest and now - began > _WARM_UP_SECONDS:
+            break
+    return now - before
 
 
 class Unavailable(Exception):
