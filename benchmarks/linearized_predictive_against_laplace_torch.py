@@ -6,8 +6,8 @@ shown beside, of which nothing is claimed: with few rows the calls of torch are 
 the Jacobian by curvlinops takes time that grows as the square of the rows. "Theirs" is `la(x)`, the probit
 predictive, as by default, with the faster one, for the case, of the backends curvlinops and BackPACK that
 take the network; "ours" is the same by `predict_linearized`. Both are given posteriors of the same curvature,
-and have to give the same probabilities. Memory is that of one prediction at its peak. The last case is of
-more rows than a Jacobian of the last layer leaves memory for.
+and have to give the same probabilities, in a process for each case. Memory is that of one prediction at its
+peak. The last case is of more rows than a Jacobian of the last layer leaves memory for.
 """
 
 import functools
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import funcbayes as fb
 
 from . import _laplace_torch
-from ._measure import How, Result, compare, median_of, peak_mb
+from ._measure import How, Result, apart, compare, median_of, peak_mb
 
 NAMES = ("mlp-small", "lenet", "resnet")
 AT_LEAST = {8: {"kron": None, "diag": None}, 32: {"kron": 30.0, "diag": 10.0}}  # by rows
@@ -33,12 +33,12 @@ def run(how: How) -> Iterator[Result]:
         for structure, at_least in claimed.items():
             results = []
             for name in NAMES:
-                results.append(_measured(structure, name, rows, how.repeats))
+                results.append(apart(_measured, structure, name, rows, how.repeats))
                 yield results[-1]
             yield median_of(f"{structure}, median over networks, {rows} rows", results, at_least)
         if how.is_quick:
             break
-    yield _measured("kron", "last", LAST_LAYER_ROWS, how.repeats, at_least=10.0)
+    yield apart(_measured, "kron", "last", LAST_LAYER_ROWS, how.repeats, 10.0)
     many = "kron", "last", MANY_ROWS
     ours = _ours(*many)
     alone = compare(

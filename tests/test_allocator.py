@@ -48,4 +48,5 @@ def test_large_blocks_are_kept_unless_the_environment_says_otherwise():
     if anew == 0:
         pytest.skip("faults are not counted here")
     assert anew > PAGES / 1024
-    assert _faults() < min(PAGES / 100, anew)
+    # The heap grows by a block, of which all pages are new, when something small has been put where one was.
+    assert _faults() < anew / 2

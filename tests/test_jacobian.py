@@ -659,6 +659,17 @@ def test_outputs_that_are_written_into_have_gradients_at_all_positions():
     assert not block.plan.pooled
 
 
+def test_channels_that_are_pooled_as_if_they_were_places_have_gradients_at_all_positions():
+    def fn(params, x):
+        h = F.max_pool2d(F.conv1d(x, params["w"]), 2)  # (N, C, L): places C x L, of N channels
+        return F.linear(h.flatten(1), params["v"])
+
+    model = from_function(fn, {"w": randn(4, 1, 2), "v": randn(2, 8)}, rows(1, 9), "")
+    check(model, model.inputs(3), ())
+    (block,) = some(model, model.inputs(3), None)
+    assert not block.plan.pooled
+
+
 class Cubed(torch.autograd.Function):
     """A function that no mode can see."""
 

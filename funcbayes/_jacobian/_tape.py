@@ -40,10 +40,11 @@ LAYERS: dict[Any, tuple[str, tuple[str, ...], int]] = {
 
 
 _RECTIFIERS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-_POOLING: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
-    F.max_pool1d: F.max_pool1d_with_indices,
-    F.max_pool2d: F.max_pool2d_with_indices,
-    F.max_pool3d: F.max_pool3d_with_indices,
+# Max-pooling: the function that gives positions, too, and its number of spatial axes.
+_POOLING: dict[Any, tuple[Callable[..., tuple[Tensor, Tensor]], int]] = {
+    F.max_pool1d: (F.max_pool1d_with_indices, 1),
+    F.max_pool2d: (F.max_pool2d_with_indices, 2),
+    F.max_pool3d: (F.max_pool3d_with_indices, 3),
 }
 
 
@@ -247,9 +248,10 @@ def _rectify(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
 def _pool(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     found = mode.taken(args[0] if args else kwargs.get("input"))
-    if found is None:
+    pool, ndim = _POOLING[func]
+    if found is None or mode.calls[found.call].ndim != ndim:  # rows may be pooled as if they were channels
         return func(*args, **kwargs)
-    output, positions = _POOLING[func](*args, **kwargs)
+    output, positions = pool(*args, **kwargs)
     is_passed = output > 0 if found.is_rectified else None
     num_positions = found.tensor.shape[2:].numel()
     pooled = Pooled(get_gradient_edge(output), positions, is_passed, num_positions)
