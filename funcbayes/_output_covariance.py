@@ -70,7 +70,7 @@ class Jacobian:
             name: gradient.turned(*(_for_one(basis.get(name), self) for basis in bases))
             if any(bases)
             else gradient
-            for name, gradient in self.block.gradients(columns, at_all_positions=False).items()
+            for name, gradient in self.block.gradients(columns).items()
         }
 
     def pieces(self) -> Iterator["Jacobian"]:

@@ -404,17 +404,6 @@ def test_drawn_targets_depend_on_the_seed_and_on_the_batches():
     assert torch.equal(fisher(data), first)
 
 
-@pytest.mark.parametrize("structure", ["full", "diag", "low_rank"])
-def test_the_ggn_of_a_convolution_before_max_pooling_is_the_sum_over_rows_too(structure):
-    layered, case = max_pooled_layers(), CASES["categorical"]()
-    expected = expected_ggn(layered.fn, layered.params, layered.x, case)
-    options = {"rank": len(expected), "seed": 0} if structure == "low_rank" else {}
-    data = (layered.x, case.y)
-    c = curvature.ggn(layered.fn, layered.params, data, case.likelihood, structure, batch_size=2, **options)
-    expected = torch.diag(expected.diagonal()) if structure == "diag" else expected
-    assert_close(dense(c, layered.params), expected)
-
-
 # Kronecker products, in the notation of Eschenhagen et al. (2023): a layer maps inputs a_nr to s_nr = W a_nr
 # at positions r; b_nr is the derivative of the outputs f_n in s_nr.
 
@@ -482,19 +471,6 @@ def image_layers(event=(3, 2, 2)):
     return Layered(run, params, randn(N, 2, 5, 6, seed=3), {"w": (9, 4), "v": (4, 3)}, event)
 
 
-def max_pooled_layers():
-    """A convolution of which max-pooling leaves a part."""
-
-    def run(params, x, shifts):
-        s = shifted_by(F.conv2d(x, params["w"], params["b"]), shifts, "w")
-        h = F.max_pool2d(s.relu(), 2).flatten(1)
-        f = shifted_by(F.linear(h, params["v"]), shifts, "v")
-        return f, {"w": F.unfold(x, 2).mT, "v": h.unsqueeze(1)}
-
-    params = {"w": randn(4, 1, 2, 2), "b": randn(4, seed=1), "v": randn(3, 16, seed=2)}
-    return Layered(run, params, randn(N, 1, 5, 5, seed=3), {"w": (16, 4), "v": (1, 3)}, (3,))
-
-
 def output_major(layered):
     """Shifts of images have channels before places."""
     return layered.x.ndim == 4
@@ -534,7 +510,6 @@ KRON_CASES = {
     "tokens": (token_layers, "normal_positions"),
     "pooled": (functools.partial(token_layers, (2,), "pooled"), "bernoulli"),
     "images": (image_layers, "categorical_images"),
-    "max_pooled": (max_pooled_layers, "categorical"),
 }
 
 

@@ -143,14 +143,13 @@ def check(model, x, others, names=None, max_bytes=None):
             assert_close(outputs[0], model.fn(model.params, x)[block.rows])
         assert set(block.plan.others) == set(others)
         columns = cotangents(outputs, number)
-        for at_all_positions in (True, False)[: 2 if block.plan.pooled else 1]:
-            found = block.gradients(columns, at_all_positions=at_all_positions)
-            for name, of_leaf in rows.items():
-                expected = expected_matrices(of_leaf[block.rows], columns[:, 0]).unsqueeze(0)
-                if name not in found:
-                    assert_close(expected, torch.zeros_like(expected))
-                    continue
-                assert_are_gradients(found[name], expected)
+        found = block.gradients(columns)
+        for name, of_leaf in rows.items():
+            expected = expected_matrices(of_leaf[block.rows], columns[:, 0]).unsqueeze(0)
+            if name not in found:
+                assert_close(expected, torch.zeros_like(expected))
+                continue
+            assert_are_gradients(found[name], expected)
     assert start == num_rows(x)
 
 
@@ -537,6 +536,12 @@ LOOPED: dict[str, Case] = {
     "straight_through_weights": function(
         lambda p, x: F.linear(x, Rounded.apply(2 * p["w"]), p["b"]), WB, rows(3), ("w",)
     ),
+    "a_leaf_without_use": function(
+        lambda p, x: F.linear(Rounded.apply(x), p["w"], p["b"]),
+        WB | {"unused": (2,)},
+        rows(3),
+        ("unused",),
+    ),
 }
 
 
@@ -548,165 +553,6 @@ def of(cases):
 def test_gradients_found_through_layers_are_those_of_each_row(case):
     model = case.make()
     check(model, model.inputs(4), case.others)
-
-
-def pooled(*layers, width):
-    return lambda: nn.Sequential(*(make() for make in layers), nn.Flatten(), nn.Linear(width, 2))
-
-
-class Patches(nn.Module):
-    """Two patches a row, folded behind the axis of rows or, if ``first``, before it."""
-
-    def __init__(self, first):
-        super().__init__()
-        self.first, self.conv, self.head = first, nn.Conv2d(1, 3, 2), nn.Linear(12, 2)
-
-    def forward(self, x):
-        h = x.movedim(1, 0).flatten(0, 1) if self.first else x.flatten(0, 1)
-        h = F.max_pool2d(self.conv(h).relu(), 2).flatten(1)
-        h = h.unflatten(0, (2, -1)).movedim(0, 1) if self.first else h.unflatten(0, (-1, 2))
-        return self.head(h.flatten(1))
-
-
-relu = nn.ReLU
-POOLED: dict[str, Case] = {
-    "1d": module(pooled(lambda: nn.Conv1d(2, 3, 1), relu, lambda: nn.MaxPool1d(2), width=9), rows(2, 6)),
-    "2d": module(pooled(lambda: nn.Conv2d(1, 3, 3), relu, lambda: nn.MaxPool2d(3), width=12), rows(1, 8, 8)),
-    "3d": module(
-        pooled(lambda: nn.Conv3d(1, 2, 2), relu, lambda: nn.MaxPool3d(2), width=4), rows(1, 4, 5, 3)
-    ),
-    "settings": module(
-        pooled(
-            lambda: nn.Conv2d(1, 2, 2, stride=(1, 2), padding=1, dilation=(2, 1)),
-            relu,
-            lambda: nn.MaxPool2d(3, stride=(3, 2), padding=1, dilation=(1, 2), ceil_mode=True),
-            width=12,
-        ),
-        rows(1, 7, 6),
-    ),
-    "overlapping": module(
-        pooled(lambda: nn.Conv2d(1, 2, 1), relu, lambda: nn.MaxPool2d(3, 2), width=18), rows(1, 8, 8)
-    ),
-    "not_rectified": module(
-        pooled(lambda: nn.Conv2d(1, 2, 2), lambda: nn.MaxPool2d(3), nn.Tanh, width=8), rows(1, 7, 7)
-    ),
-    "rectified_afterwards": module(
-        pooled(lambda: nn.Conv2d(1, 2, 2), lambda: nn.MaxPool2d(3), lambda: nn.ReLU(True), width=8),
-        rows(1, 7, 7),
-    ),
-    "in_place": module(
-        pooled(lambda: nn.Conv2d(1, 2, 2), lambda: nn.ReLU(True), lambda: nn.MaxPool2d(3), width=8),
-        rows(1, 7, 7),
-    ),
-    "groups": module(
-        pooled(lambda: nn.Conv2d(2, 4, 2, groups=2), relu, lambda: nn.MaxPool2d(3), width=16), rows(2, 7, 7)
-    ),
-    "patches_behind_rows": module(lambda: Patches(False), rows(2, 1, 3, 5)),
-    "patches_before_rows": module(lambda: Patches(True), rows(2, 1, 3, 5)),
-}
-
-
-@of(POOLED)
-@pytest.mark.parametrize("ending", ["", "weight", "bias"])
-def test_gradients_through_max_pooling_are_found_from_the_positions_it_chose(case, ending):
-    model = case.make()
-    names = tuple(name for name in parameters_of(model.params) if name.endswith(ending))
-    x = model.inputs(4)
-    check(model, x, (), names)
-    (block,) = some(model, x, None, names)
-    assert block.plan.pooled == {0}
-    columns = cotangents(block.outputs)
-    dense, sparse = (block.gradients(columns, at_all_positions=all) for all in (True, False))
-    assert sparse[names[0]].left.numel() < dense[names[0]].left.numel()
-
-
-TWICE = {
-    "two_kinds_of_pooling": lambda h: F.max_pool2d(h, 3) + F.avg_pool2d(h, 3),
-    "two_sizes_of_pooling": lambda h: torch.cat([F.max_pool2d(h, 3), F.max_pool2d(h, 2)[..., :2, :2]], 1),
-    "rectified_twice": lambda h: F.max_pool2d(h.relu(), 3) + F.relu(h)[..., :2, :2],
-    "pooled_beside_what_is_rectified": lambda h: F.max_pool2d(h.relu(), 3) + h[..., :2, :2],
-    "pooled_before_it_is_used": lambda h: F.max_pool2d(h, 3) * h.mean((-2, -1), keepdim=True),
-    "used_before_it_is_pooled": lambda h: h.sum((-2, -1), keepdim=True) + F.max_pool2d(h, 3),
-    "used_by_name": lambda h: (
-        F.max_pool2d(input=h, kernel_size=3) + torch.mean(input=h, dim=(-2, -1), keepdim=True)
-    ),
-}
-
-
-@pytest.mark.parametrize("after", TWICE.values(), ids=TWICE.keys())
-def test_outputs_that_are_not_only_pooled_have_gradients_at_all_positions(after):
-    def fn(params, x):
-        return F.linear(after(F.conv2d(x, params["w"], params["b"])).flatten(1), params["v"])
-
-    width = after(torch.ones(1, 2, 6, 6)).numel()
-    params = {"w": randn(2, 1, 2, 2), "b": randn(2), "v": randn(2, width)}
-    model = from_function(fn, params, rows(1, 7, 7), "")
-    check(model, model.inputs(3), ())
-    (block,) = some(model, model.inputs(3), None)
-    assert not block.plan.pooled
-
-
-def test_outputs_that_are_written_into_have_gradients_at_all_positions():
-    def fn(params, x):
-        h = F.conv2d(x, params["w"])
-        h[:, :, :3] = 0
-        return F.linear(F.max_pool2d(h, 3).flatten(1), params["v"])
-
-    params = {"w": randn(2, 1, 2, 2), "v": randn(2, 8)}
-    model = from_function(fn, params, rows(1, 7, 7), "")
-    check(model, model.inputs(3), ())
-    (block,) = some(model, model.inputs(3), None)
-    assert not block.plan.pooled
-
-
-def test_channels_that_are_pooled_as_if_they_were_places_have_gradients_at_all_positions():
-    def fn(params, x):
-        h = F.max_pool2d(F.conv1d(x, params["w"]), 2)  # (N, C, L): places C x L, of N channels
-        return F.linear(h.flatten(1), params["v"])
-
-    model = from_function(fn, {"w": randn(4, 1, 2), "v": randn(2, 8)}, rows(1, 9), "")
-    check(model, model.inputs(3), ())
-    (block,) = some(model, model.inputs(3), None)
-    assert not block.plan.pooled
-
-
-class Cubed(torch.autograd.Function):
-    """A function that no mode can see."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * ctx.saved_tensors[0] ** 2 * gradient
-
-
-def test_a_use_beside_pooling_that_is_not_seen_is_found_out_by_its_gradients():
-    def fn(params, x):
-        h = F.conv2d(x, params["w"])
-        return F.linear((F.max_pool2d(h, 3) + Cubed.apply(h)[..., :2, :2]).flatten(1), params["v"])
-
-    model = from_function(fn, {"w": randn(2, 1, 2, 2), "v": randn(2, 8)}, rows(1, 7, 7), "")
-    check(model, model.inputs(3), ())
-    (block,) = some(model, model.inputs(3), None)
-    assert not block.plan.pooled
-
-
-@pytest.mark.parametrize("other", [torch.exp, F.relu, lambda h: F.max_pool2d(h, 2)])
-def test_what_is_pooled_may_be_used_otherwise_for_some_batches(other):
-    def fn(params, x):
-        h = F.conv2d(x["x"], params["w"]).relu()
-        pooled = F.max_pool2d(h, 3)
-        return F.linear((pooled + other(h)[..., :2, :2] if x["both"] > 0 else pooled).flatten(1), params["v"])
-
-    model = from_function(fn, {"w": randn(2, 1, 2, 2), "v": randn(2, 8)}, None, "")
-    for both in (-1.0, 1.0, -1.0, 1.0):
-        x = {"x": randn(4, 1, 7, 7), "both": torch.tensor(both, dtype=F64)}
-        check(model, x, ())
-        (block,) = some(model, x, None)
-        assert (block.taped.calls[0].pooled is None) == (both > 0)
 
 
 @of(OTHERS)

@@ -145,19 +145,6 @@ def test_outputs_have_the_covariance_of_the_jacobian_around_that_of_the_paramete
     assert_close(found.std, found.variance.sqrt())
 
 
-def max_pooled():
-    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 4))
-
-
-@every_covariance
-def test_a_convolution_before_max_pooling_is_one_like_any_other(make):
-    model = zoo.from_module(max_pooled, zoo.rows(1, 5, 5), "4")
-    x, q = model.inputs(NUM_ROWS), Gaussian(model.params, make(model.params))
-    mean, joint = model.run(model.params, x), expected_joint(model, q, x)
-    assert_is(predict_linearized(model.fn, model.params, q, x), mean, joint)
-    assert_close(predict_linearized(model.fn, None, q, x, joint=True).joint_covariance, joint)
-
-
 @every_covariance
 @pytest.mark.parametrize("name", ["nested", "mlp", "conv", "keywords"])
 def test_leaves_that_are_not_covered_are_held(name, make):

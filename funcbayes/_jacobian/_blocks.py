@@ -13,7 +13,7 @@ from .._functional import Model
 from .._tree import Params, index, map_leaves, named_leaves, num_rows
 from ._gradients import RowGradients
 from ._others import gradients_of_others
-from ._plan import Plan, gradients_of_layers, plan_for, worth_pooling
+from ._plan import Plan, gradients_of_layers, plan_for
 from ._taped import Taped, signature_of, tape
 
 # Blocks of rows whose intermediates stay in the caches are fastest, so this is far less than memory has.
@@ -46,21 +46,15 @@ class Block:
         """``(M, N, *event)``, without a graph."""
         return self.taped.outputs.detach()
 
-    def gradients(self, columns: Tensor, *, at_all_positions: bool = True) -> dict[str, RowGradients]:
-        """Gradients by leaf for cotangents ``(K, M, N, *event)``; leaves without any are left out.
-
-        Args:
-            columns: The cotangents.
-            at_all_positions: Whether a layer's positions are wanted, even those where a gradient is zero.
-        """
+    def gradients(self, columns: Tensor) -> dict[str, RowGradients]:
+        """Gradients by leaf for cotangents ``(K, M, N, *event)``; leaves without any are left out."""
         shapes = {
             name: leaf.shape if self.num_members is None else leaf.shape[1:]
             for name, leaf in self.taped.leaves.items()
         }
         others = self.plan.others
         with torch.inference_mode(False):
-            pooled = () if at_all_positions else worth_pooling(self.plan, self.taped, len(columns))
-            found = gradients_of_layers(self.plan, self.taped, columns, shapes, pooled)
+            found = gradients_of_layers(self.plan, self.taped, columns, shapes)
             return found | gradients_of_others(
                 self.fn, self.params, others, self.x, columns, self.num_members
             )
@@ -110,7 +104,7 @@ def blocks(
         if way != plan.calls:  # it depends on the data
             plan = plan_for(fn, single, names, own, call, way)
         if way != plan.calls:  # and even on the row
-            plan = replace(plan, layers=(), rows=(), others=tuple(names), calls=way, pooled=frozenset())
+            plan = replace(plan, layers=(), rows=(), others=tuple(names), calls=way)
         yield Block(fn, params, own, plan, taped, num_members, part, columns)
 
 

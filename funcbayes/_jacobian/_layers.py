@@ -46,35 +46,6 @@ def _convolution(call: LayerCall, value: Tensor, gradient: Tensor, leaves: dict[
     return _weight_and_bias(call, left, right, left, leaves, is_left_gradient=True)
 
 
-def pooled_row_gradients(
-    call: LayerCall, value: Tensor, gradient: Tensor, positions: Tensor, leaves: dict[str, torch.Size]
-) -> Found:
-    """Gradients of the leaves of a convolution whose output is max-pooled: from the positions chosen alone.
-
-    Each channel has chosen its own, so that each is a group of its own.
-
-    Args:
-        call: The convolution.
-        value: What its weight is applied to, ``(M, N, S, *own)``.
-        gradient: Gradients of the output at the positions chosen, ``(K, M, N, S, C, *sizes)``.
-        positions: Which these are in the output, ``(M, N, S, C, *sizes)``.
-        leaves: Shapes by name.
-    """
-    left = gradient.flatten(5).transpose(3, 4).flatten(4).unsqueeze(-1)  # (K, M, N, C, S T, 1)
-    if not call.weight:
-        return _weight_and_bias(call, left, None, left, leaves, is_left_gradient=True)
-    groups, entries = call.settings.get("groups") or 1, positions.shape[2]
-    seen = windows(value, call.weight_shape, call.settings, groups)  # (M, N, G, S T', R)
-    first = torch.arange(entries, device=positions.device) * (seen.shape[3] // max(entries, 1))
-    chosen = positions.flatten(4) + first[:, None, None]  # (M, N, S, C, T)
-    chosen = chosen.unflatten(3, (groups, -1)).permute(0, 3, 1, 4, 2, 5)  # (M, G, N, C / G, S, T)
-    seen = seen.permute(0, 2, 4, 1, 3)  # (M, G, R, N, S T'), as it lies in memory
-    places = chosen.flatten(3).unsqueeze(2).expand(-1, -1, seen.shape[2], -1, -1)
-    right = seen.gather(4, places).unflatten(4, (chosen.shape[3], -1))  # (M, G, R, N, C / G, S T)
-    right = right.permute(0, 3, 1, 4, 5, 2).flatten(2, 3).unsqueeze(0)  # (1, M, N, C, S T, R)
-    return _weight_and_bias(call, left, right, left, leaves, is_left_gradient=True)
-
-
 def _transposed(call: LayerCall, value: Tensor, gradient: Tensor, leaves: dict[str, torch.Size]) -> Found:
     # The adjoint of a convolution: there the input is what is here the gradient, and the first axis of the
     # weight belongs to the input. A position is one of the input.

@@ -108,6 +108,8 @@ def _one_by_one(
                 allow_unused=True,
                 materialize_grads=True,
             )
+            if output.requires_grad  # which it does not where no leaf has a use
+            else [torch.zeros_like(leaf) for leaf in given.values()]
             for column in columns
         ]
         for name, gradients in zip(given, zip(*pulled, strict=True), strict=True):

@@ -1,7 +1,7 @@
 """Where the gradients of each leaf come from, and where rows are inside a model: found out once a model."""
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from .._remember import Remembered
 from .._tree import Params, map_leaves, named_leaves, num_rows, parameters_of, tensors
 from .._warning import levels_to_the_user
 from ._gradients import RowGradients, in_one_dtype
-from ._layers import pooled_row_gradients, row_gradients
+from ._layers import row_gradients
 from ._tape import LayerCall, RowsMixError
 from ._taped import Signature, Taped, signature_of, tape
 
@@ -41,7 +41,6 @@ class Plan:
         numel: Numbers that one row has in the outputs of the layers that are differentiated.
         windows: Numbers that one row has in the inputs of all layers taken, as their weights see them.
         formed: Numbers in the other leaves, whose gradients are formed.
-        pooled: Calls whose gradients may be found from what max-pooling makes of their output.
     """
 
     layers: tuple[tuple[str, ...], ...]
@@ -52,7 +51,6 @@ class Plan:
     numel: int
     windows: int
     formed: int
-    pooled: frozenset[int] = frozenset()
 
     def numbers(self, columns: int) -> int:
         """How many numbers one row takes while gradients are found for so many columns."""
@@ -119,21 +117,10 @@ def by_rows(value: Tensor, rows: Rows, leading: int, count: int) -> Tensor:
 
 
 def gradients_of_layers(
-    plan: Plan,
-    taped: Taped,
-    columns: Tensor,
-    shapes: dict[str, torch.Size],
-    pooled: Collection[int] = (),
+    plan: Plan, taped: Taped, columns: Tensor, shapes: dict[str, torch.Size]
 ) -> dict[str, RowGradients]:
-    """Gradients of the leaves that layers show, for columns ``(K, M, N, *event)``.
-
-    Those of the layers ``pooled`` have only the positions that max-pooling has chosen.
-    """
-    edges: dict[int, GradientEdge] = {}
-    for i, leaves in enumerate(plan.layers):
-        chosen = taped.calls[i].pooled if i in pooled else None
-        if leaves:
-            edges[i] = taped.calls[i].edge if chosen is None else chosen.edge
+    """Gradients of the leaves that layers show, for columns ``(K, M, N, *event)``."""
+    edges = {i: taped.calls[i].edge for i, leaves in enumerate(plan.layers) if leaves}
     if not edges or not len(columns) or not taped.outputs.requires_grad:
         return {}
     pulled = _pulled_back(taped.outputs, edges, columns)
@@ -142,36 +129,15 @@ def gradients_of_layers(
     for i, gradient in pulled.items():
         call, rows = taped.calls[i], plan.rows[i]
         assert rows is not None
-        axis, chosen = call.output_axis, call.pooled if i in pooled else None
-        if chosen is not None and chosen.is_passed is not None:
-            gradient = torch.where(chosen.is_passed, gradient, 0)
+        axis = call.output_axis
         gradient = gradient.unsqueeze(1) if axis is None else gradient.movedim(axis + 1, 1)
         value = by_rows(call.value.expand(members, *call.value.shape[1:]), rows, 1, count)
         gradient = by_rows(gradient.expand(-1, members, *gradient.shape[2:]), rows, 2, count)
         if value.is_floating_point():  # of another dtype under autocast
             value, gradient = in_one_dtype(value, gradient)
-        if chosen is None:
-            of_layer = row_gradients(call, value, gradient, shapes)
-        else:
-            positions = by_rows(chosen.positions.unsqueeze(0), rows, 1, count)
-            of_layer = pooled_row_gradients(call, value, gradient, positions, shapes)
+        of_layer = row_gradients(call, value, gradient, shapes)
         found |= {name: of_layer[name] for name in plan.layers[i]}
     return found
-
-
-def worth_pooling(plan: Plan, taped: Taped, num_columns: int) -> list[int]:
-    """Calls whose gradients are found faster from the positions that max-pooling has chosen.
-
-    There each channel sees windows of its own: fewer numbers, it should be, than gradients at all positions.
-    """
-
-    def is_worth(call: LayerCall) -> bool:
-        if call.pooled is None:  # this time, or for several networks at once
-            return False
-        chosen, width = call.pooled.positions.shape[2:].numel(), call.weight_shape[1:].numel()
-        return chosen * width < num_columns * call.pooled.num_positions
-
-    return [i for i in sorted(plan.pooled) if is_worth(taped.calls[i])]
 
 
 def _pulled_back(outputs: Tensor, edges: dict[int, GradientEdge], columns: Tensor) -> dict[int, Tensor]:
@@ -229,9 +195,6 @@ def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str, *,
     shapes = {name: leaf.shape for name, leaf in together.leaves.items()}
     plan = Plan(layers, rows, (), signature, outputs[0].shape[1:], 0, 0, 0)
     wrong = _leaves_with_other_gradients(plan, together, shapes)
-    candidates = [i for i, layer in enumerate(together.calls) if layers[i] and layer.pooled is not None]
-    wrong_pooled = _leaves_with_other_gradients(plan, together, shapes, candidates) if candidates else wrong
-    pooled = frozenset(i for i in candidates if not wrong_pooled & set(layers[i]))
     layers = tuple(tuple(name for name in leaves if name not in wrong) for leaves in layers)
     seen = {name for leaves in layers for name in leaves}
     others = tuple(name for name in names if name not in seen)
@@ -249,8 +212,7 @@ def _make(fn: Model, params: Params, names: Sequence[str], x: Any, call: str, *,
                 else layer.weight_shape[2:].numel()
             )
             windows += layer.value.numel() // 2 * own
-    formed = _numel(params, others)
-    return Plan(layers, rows, others, signature, plan.event, numel, windows, formed, pooled)
+    return Plan(layers, rows, others, signature, plan.event, numel, windows, _numel(params, others))
 
 
 def _numel(params: Params, names: Sequence[str]) -> int:
@@ -304,9 +266,7 @@ def _rows_of(i: int, layer: LayerCall, alone: Sequence[Taped], together: Taped) 
     return found if is_fine else None
 
 
-def _leaves_with_other_gradients(
-    plan: Plan, taped: Taped, shapes: dict[str, torch.Size], pooled: Collection[int] = ()
-) -> set[str]:
+def _leaves_with_other_gradients(plan: Plan, taped: Taped, shapes: dict[str, torch.Size]) -> set[str]:
     """Leaves whose gradients, for a random cotangent of each row, are not what layers say.
 
     They are used in some other way, too, or rows are not where they seemed to be.
@@ -333,7 +293,7 @@ def _leaves_with_other_gradients(
     ]
     norms = [float(gradient.norm()) for gradients in of_rows for gradient in gradients]
     noise = 30 * torch.finfo(outputs.dtype).eps * max(float(column.norm()), *norms)
-    found, tolerance = gradients_of_layers(plan, taped, columns, shapes, pooled), _tolerance(taped)
+    found, tolerance = gradients_of_layers(plan, taped, columns, shapes), _tolerance(taped)
     wrong = set()
     for i, name in enumerate(names):
         right = torch.stack([gradients[i].to_dense().flatten() for gradients in of_rows])

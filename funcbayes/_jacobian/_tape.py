@@ -5,7 +5,7 @@ object, so nothing has to be known of modules, and a function of the user's own 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,34 +39,6 @@ LAYERS: dict[Any, tuple[str, tuple[str, ...], int]] = {
 }
 
 
-_RECTIFIERS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-# Max-pooling: the function that gives positions, too, and its number of spatial axes.
-_POOLING: dict[Any, tuple[Callable[..., tuple[Tensor, Tensor]], int]] = {
-    F.max_pool1d: (F.max_pool1d_with_indices, 1),
-    F.max_pool2d: (F.max_pool2d_with_indices, 2),
-    F.max_pool3d: (F.max_pool3d_with_indices, 3),
-}
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Max-pooling of a convolution's output, rectified before or not, which is used in no other way.
-
-    Then the gradient of the output is zero but at the positions that were chosen.
-
-    Attributes:
-        edge: Where in the graph the pooled output ``(B, C, *sizes)`` is.
-        positions: Which position of the output each of its numbers is, ``(B, C, *sizes)``.
-        is_passed: Whether the rectifier passes a gradient on to it; ``None`` without a rectifier.
-        num_positions: How many positions the output has.
-    """
-
-    edge: GradientEdge
-    positions: Tensor
-    is_passed: Tensor | None
-    num_positions: int
-
-
 @dataclass(frozen=True)
 class LayerCall:
     """One call of a layer that has a chosen leaf as its weight or its bias.
@@ -83,7 +55,6 @@ class LayerCall:
         output: A copy of the output ``(M, ...)``, if the tape keeps outputs.
         settings: Further arguments by name.
         weight_shape: Shape of the weight, of one member.
-        pooled: What max-pooling makes of the output, if nothing else is made of it; for one network.
     """
 
     kind: str
@@ -96,22 +67,11 @@ class LayerCall:
     output: Tensor | None
     settings: Mapping[str, Any] = field(default_factory=dict)
     weight_shape: torch.Size = torch.Size()
-    pooled: Pooled | None = None
 
     @property
     def leaves(self) -> tuple[str, ...]:
         """Names of the chosen leaves."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
-
-
-@dataclass(frozen=True)
-class _Followed:
-    """A tensor on the way from a convolution to max-pooling: kept, so that no other has its identity."""
-
-    tensor: Tensor
-    call: int
-    is_rectified: bool
-    is_used: bool = False
 
 
 class Tape(Interception):
@@ -126,18 +86,14 @@ class Tape(Interception):
     """
 
     def __init__(self, names: Mapping[int, str], *, keep_outputs: bool = False) -> None:
-        pooling = {**dict.fromkeys(_RECTIFIERS, _rectify), **dict.fromkeys(_POOLING, _pool)}
-        super().__init__({**Unfused().handlers, **dict.fromkeys(LAYERS, _note), **pooling})
+        super().__init__({**Unfused().handlers, **dict.fromkeys(LAYERS, _note)})
         self.names, self.keep_outputs = names, keep_outputs
         self.calls: list[LayerCall] = []
         self.others: set[str] = set()
-        self.followed: dict[int, _Followed] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Take note of what a function is given."""
         result = super().__torch_function__(func, types, args, kwargs)
-        if self.followed and func not in _RECTIFIERS and func not in _POOLING:
-            self.note_uses((*args, *(kwargs or {}).values()), result)
         if func not in LAYERS and func is not F.multi_head_attention_forward:
             self.note_others((*args, *(kwargs or {}).values()), result)
         return result
@@ -145,38 +101,8 @@ class Tape(Interception):
     def note_others(self, given: Iterable[Any], result: Any) -> None:
         """Write down the leaves among arguments of which a result is a differentiable function."""
         used = {self.names[id(value)] for value in flat(given) if id(value) in self.names}
-        if used and _is_differentiable(result):
+        if used and any(isinstance(t, Tensor) and physical(t).requires_grad for t in flat([result])):
             self.others |= used
-
-    def note_uses(self, given: Iterable[Any], result: Any) -> None:
-        """Give up pooling where something else is made of what it is made of, or that is written into."""
-        for value in flat(given):
-            found = self.followed.get(id(value))
-            if found is not None and (result is None or _is_differentiable(result)):
-                self.let_go(found)
-
-    def let_go(self, found: _Followed) -> None:
-        """Forget that a convolution is pooled."""
-        self.calls[found.call] = replace(self.calls[found.call], pooled=None)
-        self.followed = {key: other for key, other in self.followed.items() if other.call != found.call}
-
-    def follow(self, tensor: Tensor, call: int, *, is_rectified: bool) -> None:
-        """See what becomes of a convolution's output."""
-        self.followed[id(tensor)] = _Followed(tensor, call, is_rectified)
-
-    def taken(self, tensor: Any) -> _Followed | None:
-        """What is followed, if this is its first use."""
-        found = self.followed.get(id(tensor))
-        if found is not None and found.is_used:
-            self.let_go(found)
-            return None
-        if found is not None:
-            self.followed[id(tensor)] = replace(found, is_used=True)
-        return found
-
-
-def _is_differentiable(result: Any) -> bool:
-    return any(isinstance(t, Tensor) and physical(t).requires_grad for t in flat([result]))
 
 
 def flat(values: Iterable[Any]) -> Iterator[Any]:
@@ -233,29 +159,6 @@ def _note(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
             shape,
         )
     )
-    if kind == "convolution" and level is None and output.ndim == ndim + 2:
-        mode.follow(output, len(mode.calls) - 1, is_rectified=False)
-    return output
-
-
-def _rectify(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    found = mode.taken(args[0] if args else kwargs.get("input"))
-    output = func(*args, **kwargs)
-    if found is not None:
-        mode.follow(output, found.call, is_rectified=True)
-    return output
-
-
-def _pool(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    found = mode.taken(args[0] if args else kwargs.get("input"))
-    pool, ndim = _POOLING[func]
-    if found is None or mode.calls[found.call].ndim != ndim:  # rows may be pooled as if they were channels
-        return func(*args, **kwargs)
-    output, positions = pool(*args, **kwargs)
-    is_passed = output > 0 if found.is_rectified else None
-    num_positions = found.tensor.shape[2:].numel()
-    pooled = Pooled(get_gradient_edge(output), positions, is_passed, num_positions)
-    mode.calls[found.call] = replace(mode.calls[found.call], pooled=pooled)
     return output
 
 

@@ -189,7 +189,7 @@ def go_through(problem: Problem, columns: Columns, sums: Sequence[Sums]) -> Data
         The log likelihood, fields ``(M,)``.
     """
     total: DataTerm | None = None
-    row, at_all_positions = 0, any(each.needs_all_positions for each in sums)
+    row = 0
     for each in sums:
         each.nbytes = min(BLOCK_BYTES, problem.max_bytes or BLOCK_BYTES)
     for number, x, y in problem.shown_batches():
@@ -209,7 +209,7 @@ def go_through(problem: Problem, columns: Columns, sums: Sequence[Sums]) -> Data
             refuse_infinite(outputs, term, number, problem.call)
             total = term if total is None else total + term
             for i, some in enumerate(columns.make(outputs, own, row, block.num_columns)):
-                gradients = block.gradients(some, at_all_positions=at_all_positions)
+                gradients = block.gradients(some)
                 for each in sums:
                     each.add(gradients, is_first=i == 0)
             row += len(own)

@@ -21,11 +21,9 @@ class Sums(ABC):
 
     Attributes:
         nbytes: Bytes of gradients that may be formed at a time.
-        needs_all_positions: Whether a layer's positions are wanted where its gradient is zero, too.
     """
 
     nbytes: int = BLOCK_BYTES
-    needs_all_positions: bool = False
 
     @abstractmethod
     def add(self, gradients: Mapping[str, RowGradients], is_first: bool) -> None:
@@ -55,8 +53,6 @@ class DiagSums(Sums):
 
 class KronSums(Sums):
     """Factors of Kronecker products."""
-
-    needs_all_positions = True  # for the inputs' factor
 
     def __init__(
         self,
