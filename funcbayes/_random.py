@@ -19,7 +19,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ._functorch import is_concrete, is_readable, outside_transforms, unwrap, vmap_level, wrap
+from ._functorch import is_concrete, is_readable, is_traced, outside_transforms, unwrap, vmap_level, wrap
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -61,9 +61,16 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
         return torch.tensor([signed(_mix(k + value * _GOLDEN)) for k in key.tolist()], device=key.device)
     if isinstance(value, Tensor) and not isinstance(key, Tensor) and _are_few(value):
         return torch.tensor([signed(_mix(key + v * _GOLDEN)) for v in value.tolist()], device=value.device)
-    start = key.long() if isinstance(key, Tensor) else signed(key)
-    step = value.long() * signed(_GOLDEN) if isinstance(value, Tensor) else signed(value * _GOLDEN)
-    return _without_axis(_mix_tensor, start + step)  # type: ignore[arg-type]  # one is a tensor
+    if not isinstance(value, Tensor):
+        start, number = key.long() + signed(value * _GOLDEN), None  # type: ignore[union-attr]  # one is a tensor
+    else:
+        start, number = (
+            key.long() if isinstance(key, Tensor) else torch.full_like(value, signed(key), dtype=torch.int64),
+            value,
+        )
+    if _is_for_an_operator(start):
+        return _hash_op()(start, number, True)
+    return _without_axis(_mix_tensor, _advanced(start, number))
 
 
 def _are_few(keys: Tensor) -> bool:
@@ -81,6 +88,19 @@ def _without_axis(elementwise: Callable[[Tensor], Tensor], values: Tensor) -> Te
     with outside_transforms():
         found = elementwise(physical)
     return wrap(found, axis, level)
+
+
+def _advanced(start: Tensor, number: Tensor | None) -> Tensor:
+    """State of SplitMix64 as many steps after ``start`` as a number says, modulo ``2^64``."""
+    return start if number is None else start + number.long() * signed(_GOLDEN)
+
+
+def _is_for_an_operator(key: Tensor) -> bool:
+    """Whether hashing is written down, for a CPU, where arithmetic may be compiled as C++.
+
+    C++ leaves open what signed integers do beyond their range, and its compilers draw conclusions from that.
+    """
+    return is_traced() and key.device.type == "cpu"
 
 
 def _mix(state: int) -> int:
@@ -256,10 +276,12 @@ def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: b
 
 def _counted(key: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """Stirred counters ``(*k, *s)``, from a start that is a function of a key and the number of a stream."""
-    counters = torch.arange(1, math.prod(shape) + 1, device=key.device).mul_(signed(_GOLDEN))
+    counters = torch.arange(1, math.prod(shape) + 1, device=key.device).reshape(shape)
     # Not from the key itself, which would give the keys that are folded out of it.
-    start = key.long() ^ _start_of(stream)
-    return _stirred(start.reshape((*key.shape, *(1 for _ in shape))) + counters.reshape(shape))
+    start = (key.long() ^ _start_of(stream)).reshape((*key.shape, *(1 for _ in shape)))
+    if _is_for_an_operator(start):
+        return _hash_op()(start, counters, False)
+    return _stirred(start + counters.mul_(signed(_GOLDEN)))
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -272,6 +294,40 @@ def _unit(state: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float64:
         return _shift_right(state ^ _shift_right(state, 31), 11).to(dtype) * 2.0**-53
     return _shift_right(state, 40).to(dtype) * 2.0**-24
+
+
+def _hash_op() -> torch.library.CustomOpDef:
+    with _registration:
+        return _register_hash_op()
+
+
+@functools.cache
+def _register_hash_op() -> torch.library.CustomOpDef:
+    @torch.library.custom_op(
+        "funcbayes::hash", mutates_args=(), schema="(Tensor start, Tensor? number, bool entire) -> Tensor"
+    )
+    def hashed(start: Tensor, number: Tensor | None, entire: bool) -> Tensor:
+        state = _advanced(start, number)
+        return _mix_tensor(state) if entire else _stirred(state)
+
+    @hashed.register_fake
+    def _(start: Tensor, number: Tensor | None, entire: bool) -> Tensor:
+        shape = start.shape if number is None else torch.broadcast_shapes(start.shape, number.shape)
+        return start.new_empty(shape)
+
+    @hashed.register_vmap
+    def _(info, in_dims, start, number, entire):  # noqa: ANN001, ANN202
+        given = [(t, axis) for t, axis in ((start, in_dims[0]), (number, in_dims[1])) if t is not None]
+        ndim = max(t.ndim - (axis is not None) for t, axis in given)
+        made = []
+        for t, axis in given:
+            if axis is not None:  # in front, with axes of one where it has fewer than the other
+                t = t.movedim(axis, 0)
+                t = t.reshape(t.shape[0], *(1 for _ in range(ndim + 1 - t.ndim)), *t.shape[1:])
+            made.append(t)
+        return hashed(made[0], made[1] if len(made) == 2 else None, entire), 0
+
+    return hashed
 
 
 def _noise_op() -> torch.library.CustomOpDef:
