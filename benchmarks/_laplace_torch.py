@@ -70,18 +70,25 @@ def fitted(net: nn.Module, x: Tensor, y: Tensor, structure: str, backend: Any, s
 
 
 def fastest(
-    ways: dict[str, Callable[[], object]], check: Callable[[object], None], *, is_first_enough: bool
-) -> str:
-    """Name of the fastest of several ways that work and agree, by one timing, after a warm-up if it is short.
+    makers: dict[str, Callable[[], Callable[[], object]]],
+    check: Callable[[object], None],
+    *,
+    is_first_enough: bool,
+) -> tuple[str, Callable[[], object]]:
+    """The fastest of several ways that work and agree, by one timing, after a warm-up if it is short.
 
     Args:
-        ways: By name.
-        is_first_enough: Whether to leave the others once one works and agrees.
+        makers: By name, what makes a way, which is not timed.
         check: Raises ``AssertionError`` if what a way gives is not what it should be.
+        is_first_enough: Whether to leave the others once one works and agrees.
+
+    Returns:
+        Its name, and itself.
     """
-    times, reasons = {}, []
-    for name, way in ways.items():
+    times, ways, reasons = {}, {}, []
+    for name, make in makers.items():
         try:
+            ways[name] = way = make()
             for _ in range(2):
                 began = time.perf_counter()
                 result = way()
@@ -97,7 +104,8 @@ def fastest(
             break
     if not times:
         raise RuntimeError("No backend works and agrees. " + " ".join(reasons))
-    return min(times, key=lambda name: times[name])
+    name = min(times, key=lambda name: times[name])
+    return name, ways[name]
 
 
 def _small_lenet() -> nn.Module:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.utils.benchmark import Timer
 
 import funcbayes
 
+_T = TypeVar("_T")
 # A warm-up of long calls ends after so many seconds, but not before so many calls.
 _WARM_UP_SECONDS, _FEWEST = 6.0, 7
 _SECONDS = 2.0  # of timing at least, so that quick calls are timed more often than they have to be
@@ -141,22 +143,20 @@ def peak_mb(claim: str, *case: str, in_use_only: bool = False) -> float | None:
     return float(last[0]) if child.returncode == 0 and last[0] else None
 
 
-def apart(measure: Callable[..., Result], *arguments: object) -> Result:
-    """Measure in a process of its own, whose memory is that of this case alone and kept as glibc keeps it.
+def apart(measure: Callable[..., _T], *arguments: object) -> _T:
+    """Measure in a process of its own, where glibc keeps memory as it does by itself.
 
-    What is kept of cases before makes later ones faster, and theirs may gain from blocks that funcbayes has
-    told glibc to keep, which it does not where the environment has an option of malloc.
+    What is kept of cases before makes later ones faster; so do, whoever's they are, the large blocks that
+    funcbayes tells glibc to keep, which it does not where the environment has an option of malloc.
     """
-    before = os.environ.get("GLIBC_TUNABLES")
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.check=0"  # the default, which changes nothing else
+    is_set = "GLIBC_TUNABLES" in os.environ
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.check=0")  # as by default
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return pool.submit(measure, *arguments).result()
     finally:
-        if before is None:
+        if not is_set:
             del os.environ["GLIBC_TUNABLES"]
-        else:
-            os.environ["GLIBC_TUNABLES"] = before
 
 
 def environment(device: str) -> dict[str, str | int]:

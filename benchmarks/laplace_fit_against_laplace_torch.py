@@ -6,11 +6,12 @@ rows. "Theirs" is `Laplace(net, "classification", "all", structure, backend=...)
 being the faster one, for the case, of curvlinops and BackPACK that gives a posterior precision with the
 determinant of ours. (BackPACK sums the inputs of a convolution over its positions, and does not average
 them; for diagonals curvlinops takes minutes, and is asked only where BackPACK cannot.) "Ours" is one
-`curvature.ggn`. Memory is that of one fit at its peak.
+`curvature.ggn`. Each case has a process of its own. Memory is that of one fit at its peak.
 """
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 import funcbayes as fb
 
 from . import _laplace_torch
-from ._measure import How, Result, compare, median_of, peak_mb
+from ._measure import How, Result, apart, compare, median_of, peak_mb
 
 ROWS = {"mlp-small": 1024, "lenet": 256, "resnet": 16}
 AT_LEAST = {"kron": 2.0, "diag": 1.5, "full": 1.3}
@@ -30,13 +31,22 @@ def run(how: How) -> Iterator[Result]:
     for structure, at_least in AT_LEAST.items():
         results = []
         for name in ROWS:
-            results.append(_one(structure, name, how.repeats))
+            result, backend = apart(_timed, structure, name, how.repeats)
+            peaks = {
+                "theirs_mb": peak_mb(CLAIM, "theirs", structure, name, backend),
+                "ours_mb": peak_mb(CLAIM, "ours", structure, name),
+            }
+            results.append(replace(result, **peaks))
             yield results[-1]
         yield median_of(f"{structure}, median over networks", results, at_least)
 
 
-def _one(structure: str, name: str, repeats: int) -> Result:
-    ways = {backend: _theirs(structure, name, backend) for backend in _laplace_torch.backends(structure)}
+def _timed(structure: str, name: str, repeats: int) -> tuple[Result, str]:
+    """What was timed, and against which backend."""
+    makers = {
+        backend: functools.partial(_theirs, structure, name, backend)
+        for backend in _laplace_torch.backends(structure)
+    }
     ours = _ours(structure, name)
     logdet = _logdet(structure, name, ours())
 
@@ -46,14 +56,9 @@ def _one(structure: str, name: str, repeats: int) -> Result:
             logdet, expected.detach().to(logdet.dtype).reshape(()), rtol=1e-2, atol=0.0
         )
 
-    fastest = _laplace_torch.fastest(ways, check, is_first_enough=structure == "diag")
-    case = f"{structure}, {name}, {fastest}"
-    result = compare(case, ways[fastest], ours, repeats=repeats, warm_up=2, seconds=0.0)
-    peaks = {
-        "theirs_mb": peak_mb(CLAIM, "theirs", structure, name, fastest),
-        "ours_mb": peak_mb(CLAIM, "ours", structure, name),
-    }
-    return Result(**{**vars(result), **peaks})
+    backend, theirs = _laplace_torch.fastest(makers, check, is_first_enough=structure == "diag")
+    case = f"{structure}, {name}, {backend}"
+    return compare(case, theirs, ours, repeats=repeats, warm_up=2, seconds=0.0), backend
 
 
 def prepared(who: str, structure: str, name: str, backend: str = "") -> Callable[[], object]:

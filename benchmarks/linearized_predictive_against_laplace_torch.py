@@ -12,6 +12,7 @@ peak. The last case is of more rows than a Jacobian of the last layer leaves mem
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,24 +34,36 @@ def run(how: How) -> Iterator[Result]:
         for structure, at_least in claimed.items():
             results = []
             for name in NAMES:
-                results.append(apart(_measured, structure, name, rows, how.repeats))
+                results.append(_measured(structure, name, rows, how.repeats))
                 yield results[-1]
             yield median_of(f"{structure}, median over networks, {rows} rows", results, at_least)
         if how.is_quick:
             break
-    yield apart(_measured, "kron", "last", LAST_LAYER_ROWS, how.repeats, 10.0)
+    yield _measured("kron", "last", LAST_LAYER_ROWS, how.repeats, at_least=10.0)
     many = "kron", "last", MANY_ROWS
     ours = _ours(*many)
     alone = compare(
         f"last layer, {MANY_ROWS} rows, ours twice", ours, ours, repeats=2, warm_up=1, seconds=0.0
     )
-    yield Result(**{**vars(alone), "ours_mb": peak_mb(CLAIM, "ours", *map(str, many))})
+    yield replace(alone, ours_mb=peak_mb(CLAIM, "ours", *map(str, many)))
 
 
 def _measured(structure: str, name: str, rows: int, repeats: int, at_least: float | None = None) -> Result:
+    result, backend = apart(_timed, structure, name, rows, repeats)
+    which = structure, name, str(rows)
+    return replace(
+        result,
+        at_least=at_least,
+        theirs_mb=peak_mb(CLAIM, "theirs", *which, backend),
+        ours_mb=peak_mb(CLAIM, "ours", *which),
+    )
+
+
+def _timed(structure: str, name: str, rows: int, repeats: int) -> tuple[Result, str]:
+    """What was timed, and against which backend."""
     ours = _ours(structure, name, rows)
-    ways = {
-        backend: _made_when_called(functools.partial(_theirs, structure, name, rows, backend))
+    makers = {
+        backend: functools.partial(_theirs, structure, name, rows, backend)
         for backend in _laplace_torch.backends()
     }
     expected = ours()
@@ -58,16 +71,10 @@ def _measured(structure: str, name: str, rows: int, repeats: int, at_least: floa
     def check(theirs: Any) -> None:
         torch.testing.assert_close(expected, theirs, rtol=2e-2, atol=1e-3)
 
-    fastest = _laplace_torch.fastest(ways, check, is_first_enough=False)
+    backend, theirs = _laplace_torch.fastest(makers, check, is_first_enough=False)
     kind = f"last layer, {CLASSES} classes" if name == "last" else f"{structure}, {name}"
-    case = f"{kind}, {rows} rows, {fastest}"
-    result = compare(case, ways[fastest], ours, repeats=repeats, at_least=at_least, warm_up=2, seconds=0.0)
-    which = structure, name, str(rows)
-    peaks = {
-        "theirs_mb": peak_mb(CLAIM, "theirs", *which, fastest),
-        "ours_mb": peak_mb(CLAIM, "ours", *which),
-    }
-    return Result(**{**vars(result), **peaks})
+    case = f"{kind}, {rows} rows, {backend}"
+    return compare(case, theirs, ours, repeats=repeats, warm_up=2, seconds=0.0), backend
 
 
 def prepared(who: str, structure: str, name: str, rows: str, backend: str = "") -> Callable[[], Tensor]:
@@ -94,11 +101,6 @@ def _theirs(structure: str, name: str, rows: int, backend: str) -> Callable[[], 
             return la(new).detach()
 
     return predict
-
-
-def _made_when_called(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
-    made = functools.cache(make)
-    return lambda: made()()
 
 
 def _case(name: str, rows: int) -> tuple[nn.Module, list[str], Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from torch import nn
-from torch.func import grad, vmap
+from torch.func import grad
 from torch.testing import assert_close
 from zoo import (
     LOOPED_MODELS,
@@ -24,7 +24,6 @@ from zoo import (
 
 import funcbayes as fb
 from funcbayes import vi
-from funcbayes._random import dropout_mask, fold
 from funcbayes.likelihoods import Categorical, Normal
 
 # What a program has to take: every way in which draws are made of a posterior.
@@ -322,25 +321,7 @@ def test_a_model_with_random_numbers_of_its_own_is_not_trained_by_programs():
 # With a compiler.
 
 
-needs_a_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler of C++")
-
-
-@needs_a_compiler
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler
-def test_what_is_hashed_by_compiled_code_is_what_is_hashed_without():
-    # Integers that wrap around, which C++ leaves open: of counters, with and without the end of a vector, and
-    # compared with zero, where the factor of a product might be left out.
-    def hashed(key):
-        keys = fold(key, torch.arange(24))
-        masks = [dropout_mask(keys[:2], 0, (n,), rate) for n in (3, 24, 100) for rate in (0.3, 0.5)]
-        of_rows = vmap(lambda k: dropout_mask(k, 1, (5, 4), 0.5))(fold(keys, "rows"))
-        return keys, *masks, of_rows, fold(7, torch.arange(20)), fold(key, -5)
-
-    key = torch.tensor(-8123456789123456789)
-    assert_close(torch.compile(hashed)(key), hashed(key), rtol=0, atol=0)
-
-
-@needs_a_compiler
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler of C++")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_a_step_by_compiled_code_draws_what_is_drawn_without():
     # Keys are hashed in integers that wrap around, of masks and of draws, which `arange` counts.
