@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ._measure import Unavailable
+from ._measure import Unavailable, apart
 from ._models import MODELS, inputs
 
 _LONG = 10  # seconds, from which on one call is enough to tell
@@ -29,10 +29,10 @@ def load() -> Any:
     return laplace
 
 
-def backends(structure: str = "kron") -> dict[str, Any]:
+def backends() -> dict[str, Any]:
     """Those that can be imported, by name, in the order of asking."""
     curvature = load().curvature
-    names = ("BackPackGGN", "CurvlinopsGGN") if structure == "diag" else ("CurvlinopsGGN", "BackPackGGN")
+    names = ("AsdlGGN", "BackPackGGN", "CurvlinopsGGN")
     return {name: getattr(curvature, name) for name in names if hasattr(curvature, name)}
 
 
@@ -69,43 +69,40 @@ def fitted(net: nn.Module, x: Tensor, y: Tensor, structure: str, backend: Any, s
     return la
 
 
-def fastest(
-    makers: dict[str, Callable[[], Callable[[], object]]],
-    check: Callable[[object], None],
-    *,
-    is_first_enough: bool,
-) -> tuple[str, Callable[[], object]]:
-    """The fastest of several ways that work and agree, by one timing, after a warm-up if it is short.
+def seconds_of(call: Callable[[], object], check: Callable[[Any], None]) -> float:
+    """Of one call, after another one if that is short; ``check`` is given what it returns."""
+    seconds = _LONG
+    for _ in range(2):
+        began = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - began
+        if seconds > _LONG:
+            break
+    check(result)
+    return seconds
+
+
+def fastest(seconds: Callable[[str], float], last_resort: str | None = None) -> str:
+    """Name of the fastest backend of those that work and agree.
+
+    Each is tried in a process of its own: some need more memory for some networks than there is.
 
     Args:
-        makers: By name, what makes a way, which is not timed.
-        check: Raises ``AssertionError`` if what a way gives is not what it should be.
-        is_first_enough: Whether to leave the others once one works and agrees.
-
-    Returns:
-        Its name, and itself.
+        seconds: What one takes, given its name; raises an error if it does not work or agree. It is sent to
+            other processes.
+        last_resort: One that is tried only if no other works.
     """
-    times, ways, reasons = {}, {}, []
-    for name, make in makers.items():
-        try:
-            ways[name] = way = make()
-            for _ in range(2):
-                began = time.perf_counter()
-                result = way()
-                seconds = time.perf_counter() - began
-                if seconds > _LONG:
-                    break
-            check(result)
-        except Exception as error:  # not every backend takes every network
-            reasons.append(f"{name}: {error}")
-            continue
-        times[name] = seconds
-        if is_first_enough:
+    times, reasons = {}, []
+    for name in sorted(backends(), key=lambda name: name == last_resort):
+        if times and name == last_resort:
             break
+        try:
+            times[name] = apart(seconds, name)
+        except Exception as error:  # not every backend takes every network
+            reasons.append(f"{name}: {type(error).__name__}: {error}")
     if not times:
         raise RuntimeError("No backend works and agrees. " + " ".join(reasons))
-    name = min(times, key=lambda name: times[name])
-    return name, ways[name]
+    return min(times, key=lambda name: times[name])
 
 
 def _small_lenet() -> nn.Module:

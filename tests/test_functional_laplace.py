@@ -164,6 +164,19 @@ def test_functional_refuses(options, error, message):
         fb.laplace.functional(model.fn, model.params, classes(model, 6), Categorical(), **options)
 
 
+def test_gradients_that_are_not_finite_are_refused_with_their_batch():
+    def fn(params, x):
+        return nn.functional.linear(x, params["w"]).abs().sqrt()  # of slope infinity at 0
+
+    params, x, y = {"w": randn(2, 2)}, randn(3, 2), torch.zeros(3, 2, dtype=F64)
+    batches = [(x, y), (0 * x, y)]
+    with pytest.raises(RuntimeError, match=r"gradients in `laplace.functional` are not finite in batch 1"):
+        fb.laplace.functional(fn, params, batches, Normal(1.0))
+    labels = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"`laplace.functional\(data=...\), batch 1` should"):
+        fb.laplace.functional(fn, params, [(x, labels), (x, labels + 7)], Categorical())
+
+
 def test_a_subset_of_a_loader_is_refused():
     model = zoo.MODELS["mlp"]()
     with pytest.raises(ValueError, match=r"num_points=\.\.\..*data in tensors"):

@@ -1735,6 +1735,16 @@ def test_an_indefinite_hessian_is_refused_with_its_smallest_eigenvalue(structure
         log_marginal_likelihood(params, c, tree)
 
 
+def test_a_low_rank_hessian_tells_of_the_negative_eigenvalues_that_it_leaves_out():
+    fn, params, data = small()
+    smallest = float(torch.linalg.eigvalsh(dense(curvature_of("full", "hessian")))[0])
+    match = rf"curvature.hessian` is indefinite, .* of {smallest:.3g} or less.*`curvature.ggn`"
+    rank = sum(leaf.numel() for leaf in params.values())  # so that all eigenvalues are seen
+    with pytest.warns(UserWarning, match=match):
+        c = curvature.hessian(fn, params, data, Categorical(), "low_rank", rank=rank, seed=0)
+    assert bool((c.eigenvalues > 0).all())
+
+
 def test_evidence_of_an_indefinite_hessian_has_no_maximum_to_find():
     # It grows without end where the prior makes an eigenvalue zero.
     _, params, _ = small()
@@ -1812,6 +1822,14 @@ def test_searches_that_mean_nothing_are_refused(options, match):
         minimize_validation_nll(fn, params, c, data, Categorical(), **options)
 
 
+def test_a_search_names_the_batch_in_which_numbers_are_not_finite():
+    fn, params, (x, y) = small()
+    with pytest.raises(RuntimeError, match=r"batch 1 in `laplace.minimize_validation_nll` is nan"):
+        minimize_validation_nll(fn, params, curvature_of(), [(x, y), (x / 0, y)], Categorical())
+    with pytest.raises(ValueError, match=r"laplace.minimize_validation_nll\(data=...\), batch 1` should"):
+        minimize_validation_nll(fn, params, curvature_of(), [(x, y), (x, y + 9)], Categorical())
+
+
 def test_searches_for_likelihoods_without_a_closed_form_are_refused():
     fn, params, (x, y) = small()
     counts = randn(len(x), 2).abs().round()
@@ -1842,6 +1860,15 @@ FITS = {
     "precision": ({"prior_precision": 0.0}, r"laplace.fit\(prior_precision=...\)` should be positive"),
     "noise": ({"noise_std": 0.0}, r"laplace.fit\(noise_std=...\)` should be positive"),
     "where": ({"where": "nothing"}, "should choose at least one parameter"),
+    "rank": ({"rank": 3}, r"laplace.fit\(rank=3\)` goes with `structure='low_rank'`, got 'kron'"),
+    "rank_of_a_hessian": (
+        {"curvature": "hessian", "structure": "full", "rank": 3},
+        r"rank=3\)` goes with `structure='low_rank'`, got 'full'",
+    ),
+    "sharing": (
+        {"structure": "diag", "weight_sharing": "reduce"},
+        r"weight_sharing='reduce'\)` goes with `structure='kron'`, got 'diag'",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ import zoo
 from test_links import NAIVE
 from torch import nn
 from torch.distributions import MultivariateNormal
+from torch.func import jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from zoo import F64, LOOPED_MODELS, MODELS, covering, randn, randn_like, seeded, shifted, stacked
@@ -638,6 +639,35 @@ def test_the_predictive_of_a_linear_model_is_that_of_conjugate_regression():
 
 
 # Draws of functions.
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank update beside it (Hu et al. 2022)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.lora_a, self.lora_b = nn.Linear(4, 5), nn.Linear(4, 2, False), nn.Linear(2, 5, False)
+
+    def forward(self, x):
+        return self.base(x) + 0.5 * self.lora_b(self.lora_a(x))
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "low_rank", "full"])
+def test_of_low_rank_updates_alone_the_covariance_is_that_of_their_jacobian(structure):
+    net = nn.Sequential(Adapted(), nn.Tanh(), Adapted(), nn.Linear(5, 3)).double()
+    net[2].base, net[2].lora_a = nn.Linear(5, 5).double(), nn.Linear(5, 2, False).double()
+    fn, params = fb.make_functional(net)
+    params = randn_like(params)
+    data, x = (randn(20, 4), torch.arange(20) % 3), randn(6, 4)
+    posterior = fb.laplace.fit(fn, params, data, Categorical(), structure=structure, where="*lora*")
+    names = list(posterior.mean)
+    assert names == [f"{i}.lora_{side}.weight" for i in (0, 2) for side in "ab"]
+    jacobian = jacrev(lambda some: fn({**params, **some}, x))({name: params[name] for name in names})
+    flat = torch.cat([jacobian[name].flatten(2) for name in names], 2)
+    expected = flat @ posterior.covariance.to_dense() @ flat.mT
+    prediction = fb.predict_linearized(fn, params, posterior, x)
+    assert_close(prediction.output_covariance, expected)
+    assert_close(prediction.output_mean, fn(params, x))
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])

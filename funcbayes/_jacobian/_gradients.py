@@ -46,6 +46,10 @@ class RowGradients(ABC):
     def counts(self) -> tuple[int, int, int]:
         """``M, N, K``."""
 
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether what they are made of is finite."""
+
     def blocks(self, nbytes: int = BLOCK_BYTES) -> Iterator["RowGradients"]:
         """The gradients, so many rows at a time that :meth:`matrices` has some ``nbytes``."""
         members, num_rows, columns = self.counts
@@ -123,6 +127,10 @@ class Outer(RowGradients):
         """``M, N, K``."""
         gradient = self.left if self.is_left_gradient or self.right is None else self.right
         return gradient.shape[1], gradient.shape[2], gradient.shape[0]
+
+    def is_finite(self) -> bool:
+        """Whether both sides are finite."""
+        return all(bool(side.isfinite().all()) for side in (self.left, self.right) if side is not None)
 
     @property
     def num_positions(self) -> int:
@@ -256,6 +264,10 @@ class Formed(RowGradients):
         """``M, N, K``."""
         return self.values.shape[0], self.values.shape[1], self.values.shape[2]
 
+    def is_finite(self) -> bool:
+        """Whether all are finite."""
+        return bool(self.values.isfinite().all())
+
     def rows(self, part: slice) -> "Formed":
         """The gradients of some of the rows."""
         return Formed(self.values[:, part], self.shape)
@@ -302,6 +314,10 @@ class Looked(RowGradients):
     def counts(self) -> tuple[int, int, int]:
         """``M, N, K``."""
         return self.gradients.shape[1], self.gradients.shape[2], self.gradients.shape[0]
+
+    def is_finite(self) -> bool:
+        """Whether all are finite."""
+        return bool(self.gradients.isfinite().all())
 
     def rows(self, part: slice) -> "Looked":
         """The gradients of some of the rows."""

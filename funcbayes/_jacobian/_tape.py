@@ -126,7 +126,8 @@ def _note(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
             "BatchNorm normalises by the batch (training mode), so that the outputs of a row depend on the "
             "other rows, which have no curvature of their own then. Use running statistics: evaluation mode."
         )
-    output = func(*args, **kwargs)
+    is_plain = func is F.batch_norm and given["input"].dtype == given["running_mean"].dtype
+    output = _normalised(given) if is_plain else func(*args, **kwargs)
     weight, bias = (mode.names.get(id(given[key])) if given.get(key) is not None else None for key in _KEYS)
     if (weight is None and bias is None) or given.get("max_norm") is not None:
         return output
@@ -163,6 +164,19 @@ def _note(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 
 _KEYS = ("weight", "bias")
+
+
+def _normalised(given: Mapping[str, Any]) -> Tensor:
+    """BatchNorm with running statistics, as a product and a sum.
+
+    Gradients are products, too; for several columns those of torch's own function are copied twice.
+    """
+    value, mean, weight, bias = given["input"], given["running_mean"], *map(given.get, _KEYS)
+    scale = (given["running_var"] + given.get("eps", 1e-5)).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (-1, *(1 for _ in value.shape[2:]))
+    return value * scale.reshape(shape) + shift.reshape(shape)
 
 
 def _members_first(value: Tensor, level: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -11,6 +12,7 @@ from .._checks import positive_int
 from .._jacobian import UnmappableError
 from .._random import Seed, resolve_seed
 from .._tree import Params, Where, index, named_leaves, stack
+from .._warning import levels_to_the_user
 from ..likelihoods import Likelihood
 from ..training._data import Data
 from ._columns import Columns, empirical_columns, fisher_columns, ggn_columns
@@ -24,6 +26,7 @@ from ._sums import DiagSums, FullSums, KronSums, TurnedSums, WeightSharing
 Kind = Literal["ggn", "fisher", "empirical_fisher", "hessian"]
 Structure = Literal["diag", "kron", "low_rank", "full"]
 _UNIT_VECTORS = 64  # multiplied at a time
+_RANK = 20
 
 
 def ggn(
@@ -36,7 +39,7 @@ def ggn(
     *,
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
-    rank: int = 20,
+    rank: int = _RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -124,7 +127,7 @@ def fisher(
     mc_samples: int = 1,
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
-    rank: int = 20,
+    rank: int = _RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -197,7 +200,7 @@ def empirical_fisher(
     *,
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
-    rank: int = 20,
+    rank: int = _RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -264,7 +267,7 @@ def hessian(
     structure: Structure = "full",
     where: Where | None = None,
     *,
-    rank: int = 20,
+    rank: int = _RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -282,7 +285,7 @@ def hessian(
         data: As for :func:`ggn`.
         likelihood: As for :func:`ggn`.
         structure: ``"full"``, ``"diag"``, or ``"low_rank"``, the largest eigenvalues, of which negative ones
-            are left out.
+            are left out, with a warning.
         where: As for :func:`ggn`.
         rank: As for :func:`ggn`.
         seed: As for :func:`ggn`.
@@ -332,7 +335,7 @@ def found_by(
     mc_samples: int = 1,
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
-    rank: int = 20,
+    rank: int = _RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -359,6 +362,7 @@ def found_by(
         progress=progress,
     )
     if kind == "hessian":
+        _check_rank(rank, structure, call)
         return _of_products(problem, structure, rank, seed)
     if kind == "fisher":
         assert seed is not None
@@ -366,6 +370,11 @@ def found_by(
     else:
         columns = (ggn_columns if kind == "ggn" else empirical_columns)(likelihood)
     return _of_columns(problem, columns, structure, weight_sharing, eigenvalue_correction, rank, seed)
+
+
+def _check_rank(rank: int, structure: Structure, call: str) -> None:
+    if rank != _RANK and structure != "low_rank":
+        raise ValueError(f"`{call}(rank={rank})` goes with `structure='low_rank'`, got {structure!r}.")
 
 
 @torch.inference_mode(False)
@@ -378,7 +387,7 @@ def _of_products(problem: Problem, structure: Structure, rank: int, seed: Seed |
             return hessian_product(problem, vectors)
 
         if structure == "low_rank":
-            return _low_rank(problem, product, rank, seed)
+            return _low_rank(problem, product, rank, seed, may_be_indefinite=True)
         return _by_unit_vectors(problem, product, structure)
 
     return _one_by_one(problem, of_one)
@@ -406,6 +415,11 @@ def _of_columns(
         raise ValueError(
             f"`{problem.call}(eigenvalue_correction=True)` goes with `structure='kron'`, got {structure!r}."
         )
+    if weight_sharing == "reduce" and structure != "kron":
+        raise ValueError(
+            f"`{problem.call}(weight_sharing='reduce')` goes with `structure='kron'`, got {structure!r}."
+        )
+    _check_rank(rank, structure, problem.call)
     if structure == "low_rank" or eigenvalue_correction:
         problem = problem.for_passes(in_order=columns.by_row)
     if structure == "low_rank":
@@ -466,6 +480,8 @@ def _low_rank(
     product: Callable[[Vectors], tuple[Vectors, DataTerm]],
     rank: int,
     seed: Seed | None,
+    *,
+    may_be_indefinite: bool = False,
 ) -> LowRank:
     assert seed is not None
     terms: list[DataTerm] = []
@@ -476,7 +492,18 @@ def _low_rank(
         return found
 
     # The outputs of a linear model, with one noise for all, each have the same eigenvalues.
-    values, vectors = largest_eigenpairs(image, problem.leaves, rank, seed, multiplicity=problem.num_outputs)
+    values, vectors, least = largest_eigenpairs(
+        image, problem.leaves, rank, seed, multiplicity=problem.num_outputs
+    )
+    if may_be_indefinite and least < 0:
+        warnings.warn(
+            f"The Hessian in `{problem.call}` is indefinite, with an eigenvalue of {least:.3g} or less. "
+            "`structure='low_rank'` leaves out what is negative, so a posterior with a prior precision below "
+            f"{-least:.3g} is too narrow or none. `curvature.ggn` has no such eigenvalues, and `'full'` "
+            "tells whether a prior is enough.",
+            UserWarning,
+            stacklevel=levels_to_the_user(),
+        )
     kept = values > 0
     values, vectors = values[kept], vectors[kept]
     parts = vectors.mT.split([leaf.numel() for leaf in problem.leaves.values()])

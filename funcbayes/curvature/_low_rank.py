@@ -18,7 +18,7 @@ def largest_eigenpairs(
     seed: Seed,
     *,
     multiplicity: int = 1,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float]:
     """Largest eigenvalues and their eigenvectors, by block Lanczos iteration with full reorthogonalisation.
 
     Golub & Underwood (1977), "The block Lanczos method for computing eigenvalues". The Krylov space has
@@ -36,7 +36,8 @@ def largest_eigenpairs(
 
     Returns:
         Eigenvalues ``(R,)``, largest first, without those that are zero but for rounding, and eigenvectors
-        as rows ``(R, P)``, in at least single precision.
+        as rows ``(R, P)``, in at least single precision; and the least eigenvalue that was seen if it is
+        negative, and not by rounding, or zero. The matrix has one that is no larger.
     """
     sizes = {name: leaf.numel() for name, leaf in like.items()}
     first = next(iter(like.values()))
@@ -74,9 +75,12 @@ def largest_eigenpairs(
             fresh = _orthonormal(_beside(_beside(start(number), done), done), 0.0)
         fresh = fresh[: most - size]
     values, turn = torch.linalg.eigh(projected[:size, :size])
+    negligible = 100 * torch.finfo(dtype).eps * float(values.abs().max())
+    least = float(values[0])
     values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
-    kept = values.abs() > 100 * torch.finfo(dtype).eps * values.abs().max()
-    return values[kept].to(dtype), turn[:, kept].mT.to(dtype) @ basis[:size]
+    kept = values.abs() > negligible
+    vectors = turn[:, kept].mT.to(dtype) @ basis[:size]
+    return values[kept].to(dtype), vectors, least if least < -negligible else 0.0
 
 
 def _beside(rows: Tensor, basis: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Sums over rows and columns of what each structure keeps of the gradients."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -264,5 +265,6 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
     return torch.stack([torch.block_diag(*of_member) for of_member in blocks])
 
 
-def _all_finite(sums: object) -> bool:
-    return all(bool(total.isfinite().all()) for total in sums)  # type: ignore[attr-defined]
+def _all_finite(sums: Iterable[Tensor]) -> bool:
+    largest = torch._foreach_norm([total for total in sums if total.numel()], math.inf)
+    return not largest or bool(torch.stack([norm.double() for norm in largest]).isfinite().all())

@@ -221,12 +221,18 @@ def _gathered(problem: Problem) -> tuple[dict[str, list[RowGradients]], DataTerm
             max_bytes=problem.max_bytes,
         ):
             outputs, own = block.outputs, y[block.rows]
-            problem.likelihood.check(outputs[0], own, call=f"{_CALL}(data=...)")
+            problem.likelihood.check(outputs[0], own, call=problem.quoted(number))
             term = data_term(problem.likelihood, outputs, own, columns.noise_power)
             refuse_infinite(outputs, term, number, _CALL)
             total = term if total is None else total + term
             for some in columns.make(outputs, own, 0, block.num_columns):
-                found.append(block.gradients(some))
+                gradients = block.gradients(some)
+                if not all(gradient.is_finite() for gradient in gradients.values()):
+                    raise RuntimeError(
+                        f"The gradients in `{_CALL}` are not finite in batch {number}, though its loss is. "
+                        "float64, or smaller outputs, may help."
+                    )
+                found.append(gradients)
                 counts.append((1, some.shape[2], some.shape[0]))
     assert total is not None
     zero = {name: leaf.detach().new_zeros(()) for name, leaf in problem.leaves.items()}

@@ -26,8 +26,8 @@ from .._random import Seed, resolve_seed
 from .._tree import Params, named_leaves
 from ..covariances._flat import as_double, ravel_columns
 from ..curvature import Curvature, Diag, EigenKron, Full, Kron, LowRank
-from ..curvature._data_term import noise_of
-from ..curvature._pass import Problem
+from ..curvature._data_term import data_term, noise_of
+from ..curvature._pass import Problem, refuse_infinite
 from ..likelihoods import Bernoulli, Categorical, Likelihood, Normal
 from ..training._data import Data
 from ._posterior import checked_leaves
@@ -99,7 +99,7 @@ def minimize_validation_nll(
         TypeError: If an argument is of the wrong kind.
         ValueError: If the grid is empty or not positive, or data are empty.
         NotImplementedError: If the likelihood has no closed form under a linearised model.
-        RuntimeError: If no score is finite.
+        RuntimeError: If outputs or the log likelihood of a batch are not finite; or no score is.
 
     Example:
         >>> import torch, funcbayes as fb
@@ -135,10 +135,11 @@ def minimize_validation_nll(
     usable = precisions > -lowest.cpu()  # under the others there is no posterior
     totals, count = torch.where(usable, 0.0, torch.inf).double(), 0
     with torch.no_grad():
-        for _, x, y in problem.batches():
+        for number, x, y in problem.batches():
             for jacobian in jacobians(fn, params, problem.names, x, call=_CALL, max_bytes=problem.max_bytes):
                 outputs, own = jacobian.block.outputs[0], y[jacobian.block.rows]
-                likelihood.check(outputs, own, call=f"{_CALL}(data=...)")
+                likelihood.check(outputs, own, call=problem.quoted(number))
+                refuse_infinite(outputs[None], data_term(likelihood, outputs[None], own, 0), number, _CALL)
                 flat = outputs.reshape(len(outputs), -1)
                 parts: dict[int, list[Tensor]] = {g: [] for g in usable.nonzero().flatten().tolist()}
                 for piece in jacobian.pieces() if form == "variance" else [jacobian]:
