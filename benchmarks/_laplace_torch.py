@@ -15,6 +15,7 @@ from ._measure import Unavailable, apart
 from ._models import MODELS, inputs
 
 _LONG = 10  # seconds, from which on one call is enough to tell
+_SHORT, _MOST = 60, 600  # seconds for one backend where another one works, and where none has yet
 
 
 def load() -> Any:
@@ -82,22 +83,21 @@ def seconds_of(call: Callable[[], object], check: Callable[[Any], None]) -> floa
     return seconds
 
 
-def fastest(seconds: Callable[[str], float], last_resort: str | None = None) -> str:
+def fastest(seconds: Callable[[str], float]) -> str:
     """Name of the fastest backend of those that work and agree.
 
-    Each is tried in a process of its own: some need more memory for some networks than there is.
+    Each is tried in a process of its own, and not for long: for some networks some need more memory than
+    there is, or take a hundred times as long as others.
 
     Args:
         seconds: What one takes, given its name; raises an error if it does not work or agree. It is sent to
             other processes.
-        last_resort: One that is tried only if no other works.
     """
     times, reasons = {}, []
-    for name in sorted(backends(), key=lambda name: name == last_resort):
-        if times and name == last_resort:
-            break
+    for name in backends():
+        patience = max(_SHORT, 30 * min(times.values())) if times else _MOST
         try:
-            times[name] = apart(seconds, name)
+            times[name] = apart(seconds, name, seconds=patience)
         except Exception as error:  # not every backend takes every network
             reasons.append(f"{name}: {type(error).__name__}: {error}")
     if not times:

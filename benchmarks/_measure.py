@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ _T = TypeVar("_T")
 # A warm-up of long calls ends after so many seconds, but not before so many calls.
 _WARM_UP_SECONDS, _FEWEST = 6.0, 7
 _SECONDS = 2.0  # of timing at least, so that quick calls are timed more often than they have to be
+_REST = 0.05  # seconds in which the threads of another process go to sleep
 
 
 @dataclass(frozen=True)
@@ -79,30 +81,89 @@ def compare(
     The engine learns from its first calls which mechanism is fastest, so these belong to the warm-up, which
     ends early where calls are long. There are as many timings as ``repeats`` or, of quick calls, more.
     """
+    return _in_turns(case, [_timed(theirs), _timed(ours)], repeats, at_least, warm_up, seconds, of_interval)
+
+
+def compare_apart(
+    case: str,
+    make_theirs: Callable[[], Callable[[], object]],
+    make_ours: Callable[[], Callable[[], object]],
+    *,
+    repeats: int,
+    warm_up: int = 25,
+    seconds: float = 0.1,
+) -> Result:
+    """The same, each way in a process of its own, because both have to share one's memory otherwise.
+
+    There what one has kept makes the other one faster; in particular the large blocks that funcbayes tells
+    the C library to keep for the whole process.
+
+    Args:
+        make_theirs: Makes their way; like the other one it is sent to another process.
+        make_ours: Makes ours.
+        case: As for :func:`compare`, and the rest.
+        repeats: As there.
+        warm_up: As there.
+        seconds: As there.
+    """
+    with ExitStack() as stack:
+        sides = []
+        for make in (make_theirs, make_ours):
+            pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+            pool.submit(_hold, make).result()
+            sides.append(lambda number, pool=pool: pool.submit(_time_held, number).result())
+        return _in_turns(case, sides, repeats, None, warm_up, seconds, False)
+
+
+_held: list[Callable[[int], float]] = []
+
+
+def _hold(make: Callable[[], Callable[[], object]]) -> None:
+    _held[:] = [_timed(make())]
+
+
+def _time_held(number: int) -> float:
+    time.sleep(_REST)
+    return _held[0](number)
+
+
+def _timed(call: Callable[[], object]) -> Callable[[int], float]:
+    """Gives the mean seconds of a number of calls."""
+    timer = Timer("f()", globals={"f": call}, num_threads=torch.get_num_threads())
+    return lambda number: timer.timeit(number).mean
+
+
+def _in_turns(
+    case: str,
+    sides: list[Callable[[int], float]],
+    repeats: int,
+    at_least: float | None,
+    warm_up: int,
+    seconds: float,
+    of_interval: bool,
+) -> Result:
+    """Two ways, theirs first, each of which gives the mean seconds of a number of calls."""
+    theirs, ours = sides
     once = [_warmed_up(theirs, most=3, fewest=1), _warmed_up(ours, most=warm_up, fewest=_FEWEST)]
-    threads = torch.get_num_threads()
-    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in (theirs, ours)]
     numbers = [max(1, int(seconds / each)) for each in once]
     pairs = []
     began = time.perf_counter()
     while len(pairs) < repeats or time.perf_counter() - began < _SECONDS:
-        pairs.append([timer.timeit(number).mean for timer, number in zip(timers, numbers, strict=True)])
+        pairs.append([side(number) for side, number in zip(sides, numbers, strict=True)])
     ratios = sorted(a / b for a, b in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
     theirs_ms, ours_ms = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
     return Result(case, middle, low, high, theirs_ms, ours_ms, at_least, of_interval=of_interval)
 
 
-def _warmed_up(call: Callable[[], object], *, most: int, fewest: int) -> float:
+def _warmed_up(side: Callable[[int], float], *, most: int, fewest: int) -> float:
     """Seconds of the last of several calls."""
-    began = now = time.perf_counter()
+    began = time.perf_counter()
     for number in range(1, most + 1):
-        before = time.perf_counter()
-        call()
-        now = time.perf_counter()
-        if number >= fewest and now - began > _WARM_UP_SECONDS:
+        last = side(1)
+        if number >= fewest and time.perf_counter() - began > _WARM_UP_SECONDS:
             break
-    return now - before
+    return last
 
 
 class Unavailable(Exception):
@@ -143,20 +204,15 @@ def peak_mb(claim: str, *case: str, in_use_only: bool = False) -> float | None:
     return float(last[0]) if child.returncode == 0 and last[0] else None
 
 
-def apart(measure: Callable[..., _T], *arguments: object) -> _T:
-    """Measure in a process of its own, where glibc keeps memory as it does by itself.
-
-    What is kept of cases before makes later ones faster; so do, whoever's they are, the large blocks that
-    funcbayes tells glibc to keep, which it does not where the environment has an option of malloc.
-    """
-    is_set = "GLIBC_TUNABLES" in os.environ
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.check=0")  # as by default
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure, *arguments).result()
-    finally:
-        if not is_set:
-            del os.environ["GLIBC_TUNABLES"]
+def apart(call: Callable[..., _T], *arguments: object, seconds: float) -> _T:
+    """What a function gives in a process of its own, which may fail, or ``TimeoutError``."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(call, *arguments).result(seconds)
+        except TimeoutError:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def environment(device: str) -> dict[str, str | int]:

@@ -5,8 +5,8 @@ posterior at least 30 times, with a diagonal one 10; and of a last layer of 1000
 shown beside, of which nothing is claimed: with few rows the calls of torch are most of either time, while
 theirs takes time, and memory, that grow as the square of the rows. "Theirs" is `la(x)`, the probit
 predictive, as by default, with the fastest, for the case, of the backends ASDL, BackPACK and curvlinops that
-take the network in the memory there is; "ours" is the same by `predict_linearized`. Both have to give the same
-probabilities, to 0.001, because Kronecker factors of convolutions by BackPACK are others. Each case has a
+take the network in the memory there is; "ours" is the same by `predict_linearized`. Both have to give the
+same probabilities, to 0.001, because Kronecker factors of convolutions by BackPACK are others. Each has a
 process of its own. Memory is that of one prediction at its peak. The last case is of more rows than a
 Jacobian of the last layer leaves memory for.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import funcbayes as fb
 
 from . import _laplace_torch
-from ._measure import How, Result, apart, compare, median_of, peak_mb
+from ._measure import How, Result, compare, compare_apart, median_of, peak_mb
 
 NAMES = ("mlp-small", "lenet", "resnet")
 AT_LEAST = {8: {"kron": None, "diag": None}, 32: {"kron": 30.0, "diag": 10.0}}  # by rows
@@ -51,7 +51,11 @@ def run(how: How) -> Iterator[Result]:
 
 def _measured(structure: str, name: str, rows: int, repeats: int, at_least: float | None = None) -> Result:
     backend = _laplace_torch.fastest(functools.partial(_seconds, structure, name, rows))
-    result = apart(_timed, structure, name, rows, backend, repeats)
+    kind = f"last layer, {CLASSES} classes" if name == "last" else f"{structure}, {name}"
+    theirs = functools.partial(_theirs, structure, name, rows, backend)
+    ours = functools.partial(_ours, structure, name, rows)
+    case = f"{kind}, {rows} rows, {backend}"
+    result = compare_apart(case, theirs, ours, repeats=repeats, warm_up=2, seconds=0.0)
     which = structure, name, str(rows)
     return replace(
         result,
@@ -68,13 +72,6 @@ def _seconds(structure: str, name: str, rows: int, backend: str) -> float:
         torch.testing.assert_close(expected, theirs, rtol=2e-2, atol=1e-3)
 
     return _laplace_torch.seconds_of(_theirs(structure, name, rows, backend), check)
-
-
-def _timed(structure: str, name: str, rows: int, backend: str, repeats: int) -> Result:
-    kind = f"last layer, {CLASSES} classes" if name == "last" else f"{structure}, {name}"
-    theirs, ours = _theirs(structure, name, rows, backend), _ours(structure, name, rows)
-    case = f"{kind}, {rows} rows, {backend}"
-    return compare(case, theirs, ours, repeats=repeats, warm_up=2, seconds=0.0)
 
 
 def prepared(who: str, structure: str, name: str, rows: str, backend: str = "") -> Callable[[], Tensor]:

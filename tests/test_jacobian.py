@@ -518,6 +518,11 @@ OTHERS: dict[str, Case] = {
     "time_before_rows_zero": module(
         lambda: Folded(True, 0.0), rows(3, 2, 3, 3), ("head.bias", "head.weight")
     ),
+    "prelu": module(
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.PReLU(3), nn.Flatten(), nn.Linear(12, 2), nn.PReLU()),
+        rows(2, 3, 3),
+        ("1.weight", "4.weight"),
+    ),
     "of_each_row": function(of_each_row, WB, rows(3), ("b", "w")),
     "force": function(force, WBV, rows(3), ("b", "v", "w")),
 }

@@ -18,7 +18,7 @@ _switches = threading.Lock()  # those of torch are the whole process's
 
 
 class Unfused(Interception):
-    """Attention, recurrent layers and weight normalisation without fused kernels.
+    """Attention, recurrent layers, weight normalisation and PReLU without fused kernels.
 
     And embeddings whose padding has no derivative in forward mode either, as it has none in backward mode:
     otherwise ``J v`` and ``J^T u`` would be of different matrices.
@@ -31,6 +31,7 @@ class Unfused(Interception):
                 F.scaled_dot_product_attention: _attention,
                 F.embedding: _without_padding,
                 torch._weight_norm: _weight_norm,
+                **dict.fromkeys((F.prelu, torch.Tensor.prelu), _prelu),
                 **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
             }
         )
@@ -56,6 +57,15 @@ def _without_padding(
 def _weight_norm(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
     given = dict(zip(("v", "g", "dim"), args, strict=False)) | kwargs
     return given["v"] * (given["g"] / torch.norm_except_dim(given["v"], 2, given.get("dim", 0)))
+
+
+def _prelu(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
+    # Its rule for `vmap` does not take rows that are mapped over twice.
+    given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+    value, slope = given["input"], given["weight"]
+    if slope.numel() > 1:  # one for each channel
+        slope = slope.reshape(-1, *(1 for _ in value.shape[2:]))
+    return torch.where(value > 0, value, slope * value)
 
 
 def _recurrent(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
