@@ -63,11 +63,10 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
         return torch.tensor([signed(_mix(key + v * _GOLDEN)) for v in value.tolist()], device=value.device)
     if not isinstance(value, Tensor):
         start, number = key.long() + signed(value * _GOLDEN), None  # type: ignore[union-attr]  # one is a tensor
+    elif isinstance(key, Tensor):
+        start, number = key.long(), value
     else:
-        start, number = (
-            key.long() if isinstance(key, Tensor) else torch.full_like(value, signed(key), dtype=torch.int64),
-            value,
-        )
+        start, number = torch.full_like(value, signed(key), dtype=torch.int64), value
     if _is_for_an_operator(start):
         return _hash_op()(start, number, True)
     return _without_axis(_mix_tensor, _advanced(start, number))
@@ -303,6 +302,7 @@ def _hash_op() -> torch.library.CustomOpDef:
 
 @functools.cache
 def _register_hash_op() -> torch.library.CustomOpDef:
+    # SplitMix64 `number` steps after `start`, or all of it but the last step of its finalizer.
     @torch.library.custom_op(
         "funcbayes::hash", mutates_args=(), schema="(Tensor start, Tensor? number, bool entire) -> Tensor"
     )

@@ -16,7 +16,7 @@ from ._others import gradients_of_others
 from ._plan import Plan, gradients_of_layers, plan_for
 from ._taped import Taped, signature_of, tape
 
-# Blocks of rows whose intermediates stay in the caches are fastest, so this is far less than memory has.
+# Smaller blocks take more calls for the same; the intermediates of larger ones leave the caches.
 DEFAULT_BYTES = 128 << 20
 # If a single row has more than this, it sees fewer columns at a time.
 ROW_BYTES = 512 << 20
