@@ -16,8 +16,8 @@ from ._others import gradients_of_others
 from ._plan import Plan, gradients_of_layers, plan_for
 from ._taped import Taped, signature_of, tape
 
-# Smaller blocks take more calls for the same; the intermediates of larger ones leave the caches.
-DEFAULT_BYTES = 128 << 20
+# Smaller blocks take more calls for the same, and larger ones are hardly faster.
+DEFAULT_BYTES = 256 << 20
 # If a single row has more than this, it sees fewer columns at a time.
 ROW_BYTES = 512 << 20
 

@@ -79,8 +79,7 @@ def ggn(
         batch_size: Rows a batch, for data in tensors; ``None`` leaves it to ``max_bytes``.
         stacked: Whether ``params`` are those of several networks, every leaf with a leading axis ``K``; all
             are gone through in one pass, but for ``"low_rank"``, and the result has a leading axis, too.
-        max_bytes: Bytes that the gradients of a block of rows may take; ``None`` for 128 MiB, which suits
-            caches, and 256 MiB for ``"low_rank"``.
+        max_bytes: Bytes that the gradients of a block of rows may take; ``None`` for 256 MiB.
         progress: Whether to show a bar over the batches.
 
     Returns:
