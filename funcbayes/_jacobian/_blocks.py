@@ -1,5 +1,6 @@
 """A batch seen a block of rows at a time: outputs, and gradients of leaves for any columns."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +42,7 @@ class Block:
     rows: slice
     num_columns: int
 
-    @property
+    @functools.cached_property
     def outputs(self) -> Tensor:
         """``(M, N, *event)``, without a graph."""
         return self.taped.outputs.detach()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A block of gradients that are formed has at most so many bytes.
@@ -235,7 +236,7 @@ class Outer(RowGradients):
         variance = variance.unflatten(1, (left.shape[3], -1))  # (M, G, L, R)
         variance = variance.mT if self.is_left_gradient else variance
         if variance.shape[1] == 1:
-            return gradient, (other.squeeze(2).square() @ variance.squeeze(1)).unsqueeze(2)
+            return gradient, torch.bmm(other.squeeze(2).square(), variance.squeeze(1)).unsqueeze(2)
         return gradient, torch.einsum("mngo,mgoi->mngi", other.square(), variance)
 
     def _is_cheaper_formed(self) -> bool:
@@ -399,7 +400,8 @@ def _in_basis(side: Tensor, basis: Tensor) -> Tensor:
     if positions_are_last(side):
         return product(basis.mT[None, :, None, None], side.mT).mT
     if len(basis) == 1:
-        return product(side.flatten(0, -2), basis[0]).unflatten(0, side.shape[:-1])
+        side, basis = in_one_dtype(side, basis)
+        return F.linear(side, basis[0].mT)
     values = side.movedim(1, 0)
     return product(values.flatten(1, 4), basis).unflatten(1, values.shape[1:5]).movedim(0, 1)
 
