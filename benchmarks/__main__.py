@@ -8,8 +8,10 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import pathlib
 import sys
+from typing import Any
 
 import torch
 
@@ -55,12 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n" + _measure.table(results), flush=True)
         if args.pictures is not None and (path := _pictures.draw(name, results, args.pictures)):
             print(f"\n{path}", flush=True)
-        report[name] = [dataclasses.asdict(result) | {"holds": result.holds} for result in results]
+        report[name] = [
+            _of_numbers(dataclasses.asdict(result)) | {"holds": result.holds} for result in results
+        ]
         broken += sum(not result.holds for result in results)
     args.json.write_text(json.dumps(report, indent=2) + "\n")
     found = f"{broken} of the ratios are below what is claimed" if broken else "Every claim holds"
     print(f"\n{found}; results are in {args.json}.")
     return int(broken > 0)
+
+
+def _of_numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """With ``None`` for what is infinite, which JSON does not know."""
+    return {key: None if value == math.inf else value for key, value in result.items()}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ _LONG = 10  # seconds, from which on one call is enough to tell
 _SHORT, _MOST = 60, 600  # seconds for one backend where another one works, and where none has yet
 
 
+class NoneWorksError(Exception):
+    """No backend takes the network, in the memory there is, and agrees."""
+
+
 def load() -> Any:
     """The package; ``Unavailable`` if it cannot be imported."""
     try:
@@ -92,6 +96,9 @@ def fastest(seconds: Callable[[str], float]) -> str:
     Args:
         seconds: What one takes, given its name; raises an error if it does not work or agree. It is sent to
             other processes.
+
+    Raises:
+        NoneWorksError: If there is none.
     """
     times, reasons = {}, []
     for name in backends():
@@ -101,7 +108,7 @@ def fastest(seconds: Callable[[str], float]) -> str:
         except Exception as error:  # not every backend takes every network
             reasons.append(f"{name}: {type(error).__name__}: {error}")
     if not times:
-        raise RuntimeError("No backend works and agrees. " + " ".join(reasons))
+        raise NoneWorksError(" ".join(reasons))
     return min(times, key=lambda name: times[name])
 
 
