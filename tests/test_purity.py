@@ -22,7 +22,10 @@ import funcbayes as fb
 from funcbayes import metrics, plots
 from funcbayes.likelihoods import Bernoulli, Categorical, HeteroscedasticNormal, Normal, Poisson
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The Hessian in .* is indefinite:UserWarning"),
+]
 
 SGD = functools.partial(torch.optim.SGD, lr=0.01)
 NUM_ROWS = 6
