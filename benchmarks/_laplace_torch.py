@@ -5,6 +5,7 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ _LONG = 10  # seconds, from which on one call is enough to tell
 _SHORT, _MOST = 60, 600  # seconds for one backend where another one works, and where none has yet
 
 
-class NoneWorksError(Exception):
-    """No backend takes the network, in the memory there is, and agrees."""
+class OutOfMemoryError(Exception):
+    """No backend that takes the network has the memory."""
 
 
 def load() -> Any:
@@ -98,17 +99,21 @@ def fastest(seconds: Callable[[str], float]) -> str:
             other processes.
 
     Raises:
-        NoneWorksError: If there is none.
+        OutOfMemoryError: If those that take the network need more memory than there is.
+        RuntimeError: If there is none for another reason.
     """
-    times, reasons = {}, []
+    times, errors = {}, {}
     for name in backends():
         patience = max(_SHORT, 30 * min(times.values())) if times else _MOST
         try:
             times[name] = apart(seconds, name, seconds=patience)
         except Exception as error:  # not every backend takes every network
-            reasons.append(f"{name}: {type(error).__name__}: {error}")
+            errors[name] = error
     if not times:
-        raise NoneWorksError(" ".join(reasons))
+        is_killed = any(isinstance(error, BrokenProcessPool | MemoryError) for error in errors.values())
+        is_wrong = any(isinstance(error, AssertionError) for error in errors.values())
+        reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in errors.items())
+        raise (OutOfMemoryError if is_killed and not is_wrong else RuntimeError)(f"None works. {reasons}")
     return min(times, key=lambda name: times[name])
 
 

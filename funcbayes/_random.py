@@ -61,7 +61,7 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
         return torch.tensor([signed(_mix(k + value * _GOLDEN)) for k in key.tolist()], device=key.device)
     if isinstance(value, Tensor) and not isinstance(key, Tensor) and _are_few(value):
         return torch.tensor([signed(_mix(key + v * _GOLDEN)) for v in value.tolist()], device=value.device)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):  # a sum of one constant is safe in compiled code, too
         start, number = key.long() + signed(value * _GOLDEN), None  # type: ignore[union-attr]  # one is a tensor
     elif isinstance(key, Tensor):
         start, number = key.long(), value
@@ -307,7 +307,7 @@ def _register_hash_op() -> torch.library.CustomOpDef:
         "funcbayes::hash", mutates_args=(), schema="(Tensor start, Tensor? number, bool entire) -> Tensor"
     )
     def hashed(start: Tensor, number: Tensor | None, entire: bool) -> Tensor:
-        state = _advanced(start, number)
+        state = _advanced(start, number).contiguous()
         return _mix_tensor(state) if entire else _stirred(state)
 
     @hashed.register_fake

@@ -1803,6 +1803,22 @@ def test_work_is_not_begun_where_an_option_is_refused():
             case.call(fn, params, data)
 
 
+@pytest.mark.parametrize("structure", ["diag", "full"])
+def test_of_leaves_without_numbers_the_curvature_is_empty(structure):
+    params = {"w": randn(2, 3), "none": torch.zeros(0, dtype=F64)}
+    data = randn(4, 3), torch.arange(4) % 2
+    c = curvature.ggn(lambda p, x: F.linear(x, p["w"]), params, data, CLASSES, structure, "none")
+    assert not sum(leaf.numel() for leaf in c.leaves.values())
+
+
+@pytest.mark.filterwarnings("error:The Hessian in")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64])
+def test_a_convex_loss_has_no_indefinite_hessian_in_any_precision(dtype):
+    x, w = (10 * randn(200, 8)).to(dtype), randn(3, 8).to(dtype)
+    data = x, torch.arange(200) % 3
+    curvature.hessian(lambda p, x: F.linear(x, p["w"]), {"w": w}, data, CLASSES, "low_rank", rank=10, seed=0)
+
+
 @combinations("fisher")
 def test_a_curvature_that_is_not_finite_is_refused_though_its_loss_is(kind, structure):
     def fn(params, x):

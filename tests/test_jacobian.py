@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from zoo import F64, from_function, from_module, randn, randn_like, rows, shifted, stacked, tokens
 
+import funcbayes as fb
+from funcbayes._intercept import Unfused
 from funcbayes._jacobian import blocks
 from funcbayes._jacobian._gradients import Formed, Looked, Outer
 from funcbayes._tree import map_named, named_leaves, num_rows, parameters_of
@@ -1008,3 +1010,30 @@ def test_that_rows_are_found_one_by_one_is_said_once():
         block.gradients(cotangents(block.outputs))
     for block in some(model, x, None, max_bytes=1):
         block.gradients(cotangents(block.outputs))  # warnings are errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_batch_norm_is_as_precise_as_that_of_torch(dtype):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).to(dtype).eval()
+    net[1].running_mean.fill_(50)
+    net[0].bias.data.fill_(50)
+    net[1].running_var.fill_(0.3)
+    fn, params = fb.make_functional(net)
+    x = randn(20, 3).to(dtype)
+    (block,) = blocks(fn, params, list(params), x, num_columns=lambda event: event.numel(), call="")
+    assert_close(block.outputs[0], fn(params, x))
+
+
+def test_batch_norm_of_another_number_of_channels_is_refused_as_by_torch():
+    net = nn.Sequential(nn.Conv2d(1, 1, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).eval()
+    fn, params = fb.make_functional(net)
+    with pytest.raises(RuntimeError, match="running_mean should contain 1 elements"):
+        list(blocks(fn, params, ["3.weight"], randn(5, 1, 3, 3).float(), num_columns=len, call=""))
+
+
+def test_prelu_has_the_shape_and_dtype_that_torch_gives():
+    slope = torch.full((1,), 0.25)
+    with Unfused():
+        assert F.prelu(torch.tensor(-2.0), slope).shape == ()
+        assert F.prelu(torch.tensor([-2.0], dtype=torch.bfloat16), slope.bfloat16()).dtype == torch.bfloat16
+        assert_close(F.prelu(torch.tensor([-2.0, 0.0, 3.0]), slope), torch.tensor([-0.5, 0.0, 3.0]))

@@ -1865,6 +1865,10 @@ FITS = {
         {"curvature": "hessian", "structure": "full", "rank": 3},
         r"rank=3\)` goes with `structure='low_rank'`, got 'full'",
     ),
+    "sharing_of_a_hessian": (
+        {"curvature": "hessian", "structure": "full", "weight_sharing": "reduce"},
+        r"weight_sharing='reduce'\)` goes with `structure='kron'`, got 'full'",
+    ),
     "sharing": (
         {"structure": "diag", "weight_sharing": "reduce"},
         r"weight_sharing='reduce'\)` goes with `structure='kron'`, got 'diag'",

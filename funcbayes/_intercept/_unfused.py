@@ -62,9 +62,8 @@ def _weight_norm(mode: Interception, func: Callable[..., Any], args: Args, kwarg
 def _prelu(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
     # Its rule for `vmap` does not take rows that are mapped over twice.
     given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-    value, slope = given["input"], given["weight"]
-    if slope.numel() > 1:  # one for each channel
-        slope = slope.reshape(-1, *(1 for _ in value.shape[2:]))
+    value, slope = given["input"], given["weight"].to(given["input"].dtype)
+    slope = slope.reshape(-1, *(1 for _ in value.shape[2:])) if slope.numel() > 1 else slope.reshape(())
     return torch.where(value > 0, value, slope * value)
 
 

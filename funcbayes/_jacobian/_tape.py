@@ -126,8 +126,7 @@ def _note(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
             "BatchNorm normalises by the batch (training mode), so that the outputs of a row depend on the "
             "other rows, which have no curvature of their own then. Use running statistics: evaluation mode."
         )
-    is_plain = func is F.batch_norm and given["input"].dtype == given["running_mean"].dtype
-    output = _normalised(given) if is_plain else func(*args, **kwargs)
+    output = _normalised(given) if func is F.batch_norm and _is_plain(given) else func(*args, **kwargs)
     weight, bias = (mode.names.get(id(given[key])) if given.get(key) is not None else None for key in _KEYS)
     if (weight is None and bias is None) or given.get("max_norm") is not None:
         return output
@@ -164,6 +163,13 @@ def _note(mode: Any, func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 
 _KEYS = ("weight", "bias")
+
+
+def _is_plain(given: Mapping[str, Any]) -> bool:
+    """Whether BatchNorm needs none of what torch's own does: a wider dtype inside, or to refuse its input."""
+    value, mean = given["input"], given["running_mean"]
+    is_wide = value.dtype == mean.dtype and value.dtype in (torch.float32, torch.float64)
+    return is_wide and value.ndim >= 2 and value.shape[1:2] == mean.shape
 
 
 def _normalised(given: Mapping[str, Any]) -> Tensor:

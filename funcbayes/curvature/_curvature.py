@@ -26,7 +26,7 @@ from ._sums import DiagSums, FullSums, KronSums, TurnedSums, WeightSharing
 Kind = Literal["ggn", "fisher", "empirical_fisher", "hessian"]
 Structure = Literal["diag", "kron", "low_rank", "full"]
 _UNIT_VECTORS = 64  # multiplied at a time
-_RANK = 20
+DEFAULT_RANK = 20
 
 
 def ggn(
@@ -39,7 +39,7 @@ def ggn(
     *,
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
-    rank: int = _RANK,
+    rank: int = DEFAULT_RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -126,7 +126,7 @@ def fisher(
     mc_samples: int = 1,
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
-    rank: int = _RANK,
+    rank: int = DEFAULT_RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -199,7 +199,7 @@ def empirical_fisher(
     *,
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
-    rank: int = _RANK,
+    rank: int = DEFAULT_RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -266,7 +266,7 @@ def hessian(
     structure: Structure = "full",
     where: Where | None = None,
     *,
-    rank: int = _RANK,
+    rank: int = DEFAULT_RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -334,7 +334,7 @@ def found_by(
     mc_samples: int = 1,
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
-    rank: int = _RANK,
+    rank: int = DEFAULT_RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     stacked: bool = False,
@@ -347,6 +347,10 @@ def found_by(
             f"`{call}(structure=...)` of a Hessian should be 'full', 'diag' or 'low_rank', got "
             f"{structure!r}. A Kronecker product is a form of the GGN or the Fisher: `curvature.ggn(..., "
             "structure='kron')`."
+        )
+    if weight_sharing not in get_args(WeightSharing):
+        raise ValueError(
+            f"`{call}(weight_sharing=...)` should be 'expand' or 'reduce', got {weight_sharing!r}."
         )
     mc_samples = positive_int(mc_samples, f"{call}(mc_samples=...)")
     rank = positive_int(rank, f"{call}(rank=...)")
@@ -361,7 +365,7 @@ def found_by(
         progress=progress,
     )
     if kind == "hessian":
-        _check_rank(rank, structure, call)
+        _check_use(rank, weight_sharing, structure, call)
         return _of_products(problem, structure, rank, seed)
     if kind == "fisher":
         assert seed is not None
@@ -371,8 +375,13 @@ def found_by(
     return _of_columns(problem, columns, structure, weight_sharing, eigenvalue_correction, rank, seed)
 
 
-def _check_rank(rank: int, structure: Structure, call: str) -> None:
-    if rank != _RANK and structure != "low_rank":
+def _check_use(rank: int, weight_sharing: WeightSharing, structure: Structure, call: str) -> None:
+    """Refuse options that play no part."""
+    if weight_sharing == "reduce" and structure != "kron":
+        raise ValueError(
+            f"`{call}(weight_sharing='reduce')` goes with `structure='kron'`, got {structure!r}."
+        )
+    if rank != DEFAULT_RANK and structure != "low_rank":
         raise ValueError(f"`{call}(rank={rank})` goes with `structure='low_rank'`, got {structure!r}.")
 
 
@@ -406,19 +415,11 @@ def _of_columns(
     if structure not in get_args(Structure):
         known = ", ".join(map(repr, get_args(Structure)))
         raise ValueError(f"`{problem.call}(structure=...)` should be one of {known}, got {structure!r}.")
-    if weight_sharing not in get_args(WeightSharing):
-        raise ValueError(
-            f"`{problem.call}(weight_sharing=...)` should be 'expand' or 'reduce', got {weight_sharing!r}."
-        )
     if eigenvalue_correction and structure != "kron":
         raise ValueError(
             f"`{problem.call}(eigenvalue_correction=True)` goes with `structure='kron'`, got {structure!r}."
         )
-    if weight_sharing == "reduce" and structure != "kron":
-        raise ValueError(
-            f"`{problem.call}(weight_sharing='reduce')` goes with `structure='kron'`, got {structure!r}."
-        )
-    _check_rank(rank, structure, problem.call)
+    _check_use(rank, weight_sharing, structure, problem.call)
     if structure == "low_rank" or eigenvalue_correction:
         problem = problem.for_passes(in_order=columns.by_row)
     if structure == "low_rank":
@@ -497,9 +498,9 @@ def _low_rank(
     if may_be_indefinite and least < 0:
         warnings.warn(
             f"The Hessian in `{problem.call}` is indefinite, with an eigenvalue of {least:.3g} or less. "
-            "`structure='low_rank'` leaves out what is negative, so a posterior with a prior precision below "
-            f"{-least:.3g} is too narrow or none. `curvature.ggn` has no such eigenvalues, and `'full'` "
-            "tells whether a prior is enough.",
+            "`structure='low_rank'` leaves out what is negative: posteriors are too narrow there, and with a "
+            f"prior precision below {-least:.3g} the whole Hessian has none. `curvature.ggn` has no such "
+            "eigenvalues, and `structure='full'` keeps them.",
             UserWarning,
             stacklevel=levels_to_the_user(),
         )

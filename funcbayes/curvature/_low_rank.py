@@ -77,10 +77,14 @@ def largest_eigenpairs(
     values, turn = torch.linalg.eigh(projected[:size, :size])
     negligible = 100 * torch.finfo(dtype).eps * float(values.abs().max())
     least = float(values[0])
+    rounding = max(
+        torch.finfo(leaf.dtype).eps for leaf in like.values()
+    )  # of products, in half precision too
     values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
     kept = values.abs() > negligible
     vectors = turn[:, kept].mT.to(dtype) @ basis[:size]
-    return values[kept].to(dtype), vectors, least if least < -negligible else 0.0
+    is_negative = least < -100 * rounding * float(values.abs().max())
+    return values[kept].to(dtype), vectors, least if is_negative else 0.0
 
 
 def _beside(rows: Tensor, basis: Tensor) -> Tensor:

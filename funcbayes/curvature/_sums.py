@@ -266,5 +266,8 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
 
 
 def _all_finite(sums: Iterable[Tensor]) -> bool:
-    largest = torch._foreach_norm([total for total in sums if total.numel()], math.inf)
-    return not largest or bool(torch.stack([norm.double() for norm in largest]).isfinite().all())
+    some = [total for total in sums if total.numel()]
+    if not some:
+        return True
+    largest = torch._foreach_norm(some, math.inf)
+    return bool(torch.stack([norm.double() for norm in largest]).isfinite().all())

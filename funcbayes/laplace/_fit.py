@@ -8,7 +8,7 @@ from .._checks import check_model
 from .._random import Seed
 from .._tree import Params, Where, index, stack
 from ..curvature import Curvature
-from ..curvature._curvature import Kind, Structure, found_by
+from ..curvature._curvature import DEFAULT_RANK, Kind, Structure, found_by
 from ..curvature._data_term import noise_of
 from ..curvature._sums import WeightSharing
 from ..likelihoods import Likelihood
@@ -41,7 +41,7 @@ def fit(
     weight_sharing: WeightSharing = "expand",
     eigenvalue_correction: bool = False,
     mc_samples: int = 1,
-    rank: int = 20,
+    rank: int = DEFAULT_RANK,
     seed: Seed | None = None,
     batch_size: int | None = None,
     max_bytes: int | None = None,

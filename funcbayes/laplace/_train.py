@@ -21,7 +21,7 @@ from .._tree import (
     parameters_of,
     select,
 )
-from ..curvature._curvature import Structure, found_by
+from ..curvature._curvature import DEFAULT_RANK, Structure, found_by
 from ..curvature._data_term import noise_of
 from ..curvature._pass import Problem
 from ..curvature._sums import WeightSharing
@@ -82,7 +82,7 @@ def train(
     scheduler_interval: Interval = "epoch",
     max_grad_norm: float | None = None,
     weight_sharing: WeightSharing = "expand",
-    rank: int = 20,
+    rank: int = DEFAULT_RANK,
     max_bytes: int | None = None,
     linearized: bool = True,
     progress: bool = False,

@@ -11,7 +11,7 @@ from .._linearized_prediction import LinearizedPrediction, Link
 from .._predict_linearized import predict_linearized
 from .._random import Seed
 from .._tree import Params, Where, device_of, difference, index, map_leaves, parameters_of
-from ..curvature._curvature import Structure, found_by
+from ..curvature._curvature import DEFAULT_RANK, Structure, found_by
 from ..curvature._data_term import noise_of
 from ..laplace._posterior import check_positive
 from ..laplace._prior import Numbers, Prior, chosen_leaves
@@ -68,7 +68,7 @@ class LaplaceApproximation(Predicting):
         noise_std: float | None = None,
         temperature: float = 1.0,
         eigenvalue_correction: bool = False,
-        rank: int = 20,
+        rank: int = DEFAULT_RANK,
         linearized: bool = True,
         likelihood: Outputs = None,
     ) -> None:
