@@ -75,16 +75,13 @@ def largest_eigenpairs(
             fresh = _orthonormal(_beside(_beside(start(number), done), done), 0.0)
         fresh = fresh[: most - size]
     values, turn = torch.linalg.eigh(projected[:size, :size])
-    negligible = 100 * torch.finfo(dtype).eps * float(values.abs().max())
-    least = float(values[0])
-    rounding = max(
-        torch.finfo(leaf.dtype).eps for leaf in like.values()
-    )  # of products, in half precision too
+    largest, least = float(values.abs().max()), float(values[0])
+    # Eigenvectors are in at least single precision; products are rounded as the leaves are.
+    coarsest = max(torch.finfo(leaf.dtype).eps for leaf in like.values())
     values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
-    kept = values.abs() > negligible
+    kept = values.abs() > 100 * torch.finfo(dtype).eps * largest
     vectors = turn[:, kept].mT.to(dtype) @ basis[:size]
-    is_negative = least < -100 * rounding * float(values.abs().max())
-    return values[kept].to(dtype), vectors, least if is_negative else 0.0
+    return values[kept].to(dtype), vectors, least if least < -100 * coarsest * largest else 0.0
 
 
 def _beside(rows: Tensor, basis: Tensor) -> Tensor:
