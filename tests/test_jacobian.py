@@ -1035,5 +1035,7 @@ def test_prelu_has_the_shape_and_dtype_that_torch_gives():
     slope = torch.full((1,), 0.25)
     with Unfused():
         assert F.prelu(torch.tensor(-2.0), slope).shape == ()
-        assert F.prelu(torch.tensor([-2.0], dtype=torch.bfloat16), slope.bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):  # of the input's dtype, whatever the slope's is
+            rounded = torch.full((1, 2), -2.0, dtype=torch.bfloat16)
+            assert F.prelu(rounded, slope.repeat(2)).dtype == torch.bfloat16
         assert_close(F.prelu(torch.tensor([-2.0, 0.0, 3.0]), slope), torch.tensor([-0.5, 0.0, 3.0]))

@@ -638,9 +638,6 @@ def test_the_predictive_of_a_linear_model_is_that_of_conjugate_regression():
         assert_close(prediction.log_prob(target), exact.log_prob(target)[:, 0])
 
 
-# Draws of functions.
-
-
 class Adapted(nn.Module):
     """A layer with a low-rank update beside it (Hu et al. 2022)."""
 
@@ -668,6 +665,9 @@ def test_of_low_rank_updates_alone_the_covariance_is_that_of_their_jacobian(stru
     prediction = fb.predict_linearized(fn, params, posterior, x)
     assert_close(prediction.output_covariance, expected)
     assert_close(prediction.output_mean, fn(params, x))
+
+
+# Draws of functions.
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])

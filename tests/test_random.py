@@ -225,6 +225,20 @@ def test_few_keys_stay_where_they_are_and_can_be_traced():
         assert fold(mode.from_tensor(keys), 5).shape == (3,)
 
 
+@pytest.mark.parametrize("keys", [torch.arange(12).reshape(3, 4), torch.arange(12).reshape(4, 3).T])
+def test_hashing_as_an_operator_is_hashing_under_every_transform(keys):
+    hashed = _hash_op()
+    for number in (None, torch.tensor(7), torch.arange(4), torch.arange(3)[:, None]):
+        torch.library.opcheck(hashed, (keys, number, True))
+        assert_close(hashed(keys, number, True), fold(keys, 0 if number is None else number))
+    numbers = torch.arange(4)
+    expected = fold(keys, numbers)
+    by_row = vmap(lambda row, number: hashed(row, number, True), (0, None))(keys, numbers)
+    by_column = vmap(lambda column, number: hashed(column, number, True), (1, 0), 1)(keys, numbers)
+    assert_close(by_row, expected)
+    assert_close(by_column, expected)
+
+
 def test_strings_and_many_names_at_once_hash_alike():
     keys = keys_by_name(torch.arange(3), ["a", "b.c"])
     for name, value in keys.items():
@@ -340,17 +354,3 @@ def test_choices_of_different_sites_are_independent():
             share = torch.bincount(torch.tensor(first), minlength=5) / num_sites
             q = torch.full((5,), 0.2, dtype=F64) if weights is None else p
             assert ((share - q).abs() < 5 * (q * (1 - q) / num_sites).sqrt()).all()
-
-
-@pytest.mark.parametrize("keys", [torch.arange(12).reshape(3, 4), torch.arange(12).reshape(4, 3).T])
-def test_hashing_as_an_operator_is_hashing_under_every_transform(keys):
-    hashed = _hash_op()
-    for number in (None, torch.tensor(7), torch.arange(4), torch.arange(3)[:, None]):
-        torch.library.opcheck(hashed, (keys, number, True))
-        assert_close(hashed(keys, number, True), fold(keys, 0 if number is None else number))
-    numbers = torch.arange(4)
-    expected = fold(keys, numbers)
-    by_row = vmap(lambda row, number: hashed(row, number, True), (0, None))(keys, numbers)
-    by_column = vmap(lambda column, number: hashed(column, number, True), (1, 0), 1)(keys, numbers)
-    assert_close(by_row, expected)
-    assert_close(by_column, expected)
