@@ -124,6 +124,8 @@ def draw(
 
     def entropy(name: str, ax: "Axes") -> None:
         plots.entropy_histograms(classified[name].test.entropy, classified[name].outside.entropy, ax=ax)
+        # All panels share an axis, on which each would set the limits of its own scores.
+        ax.set_xlim(0, math.log(classified[name].test.mean.shape[-1]))
 
     def bands(name: str, ax: "Axes") -> None:
         plots.predictive_bands(curve, regressed[name].curve, iris.train, ax=ax)
