@@ -46,7 +46,7 @@ _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than t
 _HOPELESS, _TRIALS = 2.0, 4
 
 _T = TypeVar("_T")
-Kind = Literal["loop", "threads", "vmap", "rows_first", "channels_last"]
+Kind = Literal["loop", "threads", "folded", "vmap", "rows_first", "channels_last"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Mechanism:
     """How a chunk of draws is evaluated.
 
     Attributes:
-        kind: ``"loop"`` over the draws, or a loop in each of several ``"threads"``; or vectorised: ``"vmap"``
-            with no batching rules but those that it cannot do without, or with all of them and images
-            ``"rows_first"`` (NCHW) or ``"channels_last"``.
+        kind: ``"loop"`` over the draws, or a loop in each of several ``"threads"``; or vectorised: the draws
+            ``"folded"`` into the rows, ``"vmap"`` with no batching rules but those that it cannot do without,
+            or with all of them and images ``"rows_first"`` (NCHW) or ``"channels_last"``.
         chunk: Draws at a time.
     """
 
@@ -298,20 +298,34 @@ class _Run:
         if largest is None:
             return [loop]
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
+        first: Kind = "folded" if self._may_fold(draw) else self.default
         if device != "cpu":  # kernels are queued there, so the time of a call tells nothing
-            return [Mechanism(self.default, top)]
+            return [Mechanism(first, top)]
         chunks = sorted({top, max(2, top // 2), max(2, top // 4)}, reverse=True)
         if _of_kind(Linearization, draw):  # the rules do not reach into `jvp`
             return [Mechanism("vmap", top), loop, *(Mechanism("vmap", chunk) for chunk in chunks[1:])]
         other: Kind = "rows_first" if self.default == "channels_last" else "channels_last"
         return [
-            Mechanism(self.default, top),
+            Mechanism(first, top),
             loop,
             *self._in_threads(draw, largest, held),
-            *(Mechanism(self.default, chunk) for chunk in chunks[1:]),
+            *(Mechanism(first, chunk) for chunk in chunks[1:]),
+            *([Mechanism(self.default, top)] if first != self.default else []),
             Mechanism("vmap", top),
             *([Mechanism(other, top)] if _has_images(self.x) else []),
         ]
+
+    def _may_fold(self, draw: Draw) -> bool:
+        """Whether draws are masks alone, of a model that takes those of several as further rows."""
+        masks, x = _of_kind(DropoutMasks, draw), self.x
+        return (
+            isinstance(self.fn, FunctionalModule)
+            and self.fn.is_row_wise
+            and (isinstance(x, Tensor) and x.ndim > 1)
+            and 0 < len(masks) == len(draw.effects)
+            and not any(mask.shared_mask for mask in masks)
+            and not tensors(draw.leaves)
+        )
 
     def _in_threads(self, draw: Draw, largest: int, held: int) -> list[Mechanism]:
         """The loop in threads, where each has a module of its own; other functions may share one."""
@@ -370,6 +384,8 @@ class _Run:
         if mechanism.kind in ("loop", "threads"):
             outputs = self._one_by_one(unbind(draws), mechanism, start)
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
+        if mechanism.kind == "folded":
+            return self._folded(_of_kind(DropoutMasks, draws))
         is_plain = mechanism.kind == "vmap" and not self.tuner.needs_rules and seen is None
         rules = nullcontext() if is_plain else Batching(mechanism.kind, seen)
         mapped, shared = _apart(draws)
@@ -379,6 +395,12 @@ class _Run:
                 return self._one(Draw(draw.leaves, draw.effects + shared))
 
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
+
+    def _folded(self, masks: list[DropoutMasks]) -> Tensor:
+        at_rows = [mask.at_rows(self.first_row, None) for mask in masks]
+        outputs = with_dropout(self.fn, at_rows, len(masks[0].key))(self.params, self.x)
+        _check_outputs(outputs)
+        return outputs
 
     def _one_by_one(self, draws: list[Draw], mechanism: Mechanism, start: int) -> list[Tensor]:
         fn = self.fn

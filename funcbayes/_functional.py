@@ -12,6 +12,7 @@ from ._guard import may_write_inputs
 from ._intercept import Call, DropoutMasks, calling, current_call
 from ._intercept._dropout import run_with_masks
 from ._random import Seed
+from ._row_wise import is_row_wise
 from ._skeleton import Skeleton, without_values
 from ._tree import MISSING, Fixed, Params, is_missing, merge
 
@@ -71,11 +72,13 @@ class FunctionalModule:
     Attributes:
         name: Name of the module's class.
         buffers: The frozen buffers by name, detached copies.
+        is_row_wise: Whether it is known to treat the rows of its input, a tensor, one by one.
     """
 
     def __init__(self, module: nn.Module, call: Callable[[nn.Module, Any], Any] | None) -> None:
         self.name = type(module).__name__
         self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+        self.is_row_wise = call is None and is_row_wise(module)
         self._call = call
         self._master = without_values(module)
         # One module per evaluation under way: a module that is being run holds that run's parameters.

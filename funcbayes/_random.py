@@ -275,12 +275,27 @@ def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: b
 
 def _counted(key: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """Stirred counters ``(*k, *s)``, from a start that is a function of a key and the number of a stream."""
-    counters = torch.arange(1, math.prod(shape) + 1, device=key.device).reshape(shape)
+    numel = math.prod(shape)
     # Not from the key itself, which would give the keys that are folded out of it.
-    start = (key.long() ^ _start_of(stream)).reshape((*key.shape, *(1 for _ in shape)))
+    start = (key.long() ^ _start_of(stream)).unsqueeze(-1)
     if _is_for_an_operator(start):
-        return _hash_op()(start, counters, False)
-    return _stirred(start + counters.mul_(signed(_GOLDEN)))
+        stirred = _hash_op()(start, torch.arange(1, numel + 1), False)
+    elif numel <= _HASHED_NUMEL and start.device.type == "cpu" and is_readable(start):
+        stirred = _stirred(start + _few_steps(numel))
+    else:
+        stirred = _stirred(start + _steps(numel, start.device))
+    return stirred.view((*key.shape, *shape))
+
+
+def _steps(numel: int, device: torch.device | str) -> Tensor:
+    """How far SplitMix64 goes in one step, in two, and so on."""
+    return torch.arange(1, numel + 1, device=device).mul_(signed(_GOLDEN))
+
+
+@functools.lru_cache(maxsize=_HASHED_NUMEL)
+def _few_steps(numel: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _steps(numel, "cpu")
 
 
 @functools.lru_cache(maxsize=1 << 10)

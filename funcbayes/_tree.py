@@ -248,7 +248,7 @@ def merge(base: Any, overlay: Any) -> Any:
 
 def as_tree(x: Any) -> Any:
     """``x`` with mappings that are no dicts (a Hugging Face batch, say) as dicts, which transforms know."""
-    if x is None or isinstance(x, Tensor):
+    if x is None or isinstance(x, Tensor) or _is_flat(x):
         return x
     return optree.tree_map(lambda leaf: as_tree(dict(leaf)) if isinstance(leaf, Mapping) else leaf, x)
 

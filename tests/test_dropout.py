@@ -13,6 +13,7 @@ from torch.func import grad
 from torch.nn.utils import rnn
 
 import funcbayes as fb
+from funcbayes import _engine
 
 F64 = torch.float64
 P = 0.3
@@ -835,6 +836,162 @@ def test_without_a_seed_the_global_seed_governs_the_masks():
 def test_an_equal_model_made_again_has_equal_masks():
     (fn, params), (other, _) = functional(small), functional(small)
     torch.testing.assert_close(draws(fn, params, randn(4, 3)), draws(other, params, randn(4, 3)))
+
+
+# Folded ------------------------------------------------------------------------------------------
+
+ROW_WISE = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(P), nn.Linear(8, 2)), (5, 3)),
+    "first": (lambda: nn.Sequential(nn.Dropout(P, inplace=True), nn.Linear(3, 2), nn.Dropout(0.0)), (5, 3)),
+    "last": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Dropout(P)), (5, 3)),
+    "alpha": (
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.AlphaDropout(P), nn.SELU(), nn.AlphaDropout(P)),
+        (5, 3),
+    ),
+    "all dropped": (
+        lambda: nn.Sequential(nn.AlphaDropout(1.0), nn.Linear(3, 8), nn.Dropout(P), nn.Linear(8, 2)),
+        (5, 3),
+    ),
+    "images": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout2d(P)),
+            *(nn.Conv2d(4, 4, 2), nn.GroupNorm(2, 4), nn.FeatureAlphaDropout(P), nn.MaxPool2d(2)),
+            nn.Sequential(nn.Flatten(), nn.Dropout(P), nn.Linear(16, 3), nn.LogSoftmax(1)),
+        ),
+        (3, 2, 7, 7),
+    ),
+    "sequences": (
+        lambda: nn.Sequential(
+            *(nn.Conv1d(2, 4, 3), nn.Dropout1d(P), nn.AvgPool1d(2), nn.LayerNorm(3), nn.Dropout(P)),
+            *(nn.Linear(3, 6), nn.GELU(), nn.Dropout(P), nn.Flatten(1, 2), nn.Linear(24, 2)),
+        ),
+        (3, 2, 8),
+    ),
+    "no channels": (lambda: nn.Sequential(nn.Dropout1d(P), nn.Linear(3, 2)), (5, 3)),
+}
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """Draws that were folded into the rows, call by call; no other mechanism is chosen where it is there."""
+    counts = []
+    own = _engine.with_dropout
+
+    def noting(fn, masks, num_draws=None):
+        counts.extend([] if num_draws is None else [num_draws])
+        return own(fn, masks, num_draws)
+
+    monkeypatch.setattr(_engine, "with_dropout", noting)
+    monkeypatch.setattr(_engine._Tuner, "next_to_time", lambda self: self.candidates[0])
+    return counts
+
+
+# Some of their places only.
+CHOSEN = {"images": ("3", "8.*"), "sequences": ("4", "7"), "alpha": "3", "all dropped": "2"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"rate": 0.6}, {"where": CHOSEN}])
+@pytest.mark.parametrize("name", ROW_WISE)
+def test_draws_folded_into_the_rows_equal_each_draw_alone(folded, name, settings):
+    make, shape = ROW_WISE[name]
+    fn, params = functional(make)
+    if "where" in settings:
+        settings = {"where": CHOSEN.get(name, "*")}
+    params = {k: v.requires_grad_() for k, v in params.items()}
+    x = randn(*shape).requires_grad_()
+    expected = draws(fn, params, x, chunk_size=1, **settings)
+    assert not folded
+    got = draws(fn, params, x, **settings)
+    assert folded == [6]
+    torch.testing.assert_close(got, expected)
+    weights = randn(*expected.shape, seed=1)
+    inputs = [x, *params.values()]
+    slopes = (torch.autograd.grad((v * weights).sum(), inputs, allow_unused=True) for v in (got, expected))
+    for here, there in zip(*slopes, strict=True):
+        torch.testing.assert_close(here, there)
+
+
+def test_draws_of_batches_and_of_two_dropouts_are_folded_too(folded):
+    make, shape = ROW_WISE["images"]
+    fn, params = functional(make)
+    both = fb.join(fb.Dropout(rate=0.5, where="3"), fb.Dropout(where="8*"))
+    x, options = randn(*shape), {"labelled": False, "num_samples": 6, "seed": 0}
+    alone = fb.predict_batches(fn, params, both, x.split(2), chunk_size=1, **options).samples
+    assert not folded
+    torch.testing.assert_close(fb.predict_batches(fn, params, both, x.split(2), **options).samples, alone)
+    assert folded == [6, 6]
+    assert (
+        alone[:, :1] - fb.predict(fn, params, both, x[:1], num_samples=6, seed=0).samples
+    ).abs().max() < 1e-9
+
+
+def test_draws_folded_into_the_rows_can_be_mapped_over_seeds_and_inputs(folded):
+    fn, params = functional(ROW_WISE["mlp"][0])
+    x = randn(2, 5, 3)
+
+    def outputs(seed, rows):
+        return fb.predict(fn, params, fb.Dropout(), rows, num_samples=4, seed=seed).samples
+
+    expected = torch.stack([outputs(torch.tensor(seed), x[seed]) for seed in range(2)])
+    torch.testing.assert_close(torch.vmap(outputs)(torch.arange(2), x), expected)
+    assert set(folded) == {4}
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def hooked():
+    module = nn.Linear(3, 3)
+    module.register_forward_hook(lambda part, args, out: out - out.mean(0))
+    return module
+
+
+def replaced():
+    module = nn.Linear(3, 3)
+    module.forward = lambda x: x - x.mean(0)
+    return module
+
+
+MIXING = {
+    "statistics of the batch": lambda: nn.BatchNorm1d(3, track_running_stats=False),
+    "softmax over rows": lambda: nn.Softmax(0),
+    "softmax over rows, from the end": lambda: nn.Softmax(-2),
+    "a module of one's own": Mixing,
+    "a hook": hooked,
+    "a method of one's own": replaced,
+    "weights that a norm divides": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_rows_that_a_model_may_mix_are_those_of_one_draw(folded, name):
+    for fn, params in (
+        functional(nn.Sequential(nn.Linear(3, 3), nn.Dropout(P), MIXING[name]())),
+        functional(nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Dropout(P), MIXING[name]()))),
+    ):
+        x = randn(5, 3)
+        torch.testing.assert_close(draws(fn, params, x), draws(fn, params, x, chunk_size=1))
+    assert not folded
+
+
+def test_inputs_without_an_axis_of_rows_and_calls_of_ones_own_are_not_folded(folded):
+    fn, params = functional(nn.Sequential(nn.Linear(3, 3), nn.Dropout(P), nn.Softmax(-1)))
+    torch.testing.assert_close(draws(fn, params, randn(3)), draws(fn, params, randn(3), chunk_size=1))
+    fn, params = functional(
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(P)), lambda module, x: module(x).cumsum(0)
+    )
+    torch.testing.assert_close(draws(fn, params, randn(5, 3)), draws(fn, params, randn(5, 3), chunk_size=1))
+    assert not folded
+
+
+def test_an_image_that_is_no_batch_is_evaluated_as_it_is(folded):
+    """Its first axis is that of the channels, which a convolution mixes."""
+    fn, params = functional(lambda: nn.Sequential(nn.Dropout(P), nn.Conv2d(2, 3, 3)))
+    x = randn(2, 5, 5)
+    for _ in range(2):
+        torch.testing.assert_close(draws(fn, params, x), draws(fn, params, x, chunk_size=1))
 
 
 @pytest.mark.parametrize("shared_mask", [False, True])

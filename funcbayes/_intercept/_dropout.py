@@ -70,37 +70,45 @@ class DropoutMasks:
 
 
 def with_dropout(
-    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks]
+    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks], num_draws: int | None = None
 ) -> Callable[[Params, Any], Any]:
     """``fn`` with its dropout active; where several masks apply the first is used.
 
     Args:
         fn: Pure model.
         masks: Effects, unbatched (or batched by a surrounding ``vmap``).
+        num_draws: Evaluate so many draws at once, whose keys the effects have: ``fn`` should treat rows one
+            by one, and is given those of all draws from the first dropout on. Masks are not shared.
 
     Returns:
-        A function of ``(params, x)``. It raises ``ValueError`` if the model drops nothing, and
-        ``TypeError`` if ``where`` is given for a model that has no modules.
+        A function of ``(params, x)``; with ``num_draws`` outputs have a leading axis of draws. It raises
+        ``ValueError`` if the model drops nothing, and ``TypeError`` if ``where`` is given for a model that
+        has no modules.
     """
 
     def dropped(params: Params, x: Any) -> Any:
         locate = any(m.where is not None for m in masks)
         with calling(Call("stochastic", locate)) as call:
-            outputs, mode = run_with_masks(fn, params, x, masks, call)
+            outputs, mode = run_with_masks(fn, params, x, masks, call, num_draws)
         if not mode.num_dropped:
             with calling(Call("stochastic", locate=True)) as call:  # again, to name the places
-                _, mode = run_with_masks(fn, params, x, masks, call)
+                _, mode = run_with_masks(fn, params, x, masks, call, num_draws)
             raise ValueError(_nothing_dropped(fn, masks[0], mode))
-        return outputs
+        return outputs if num_draws is None else outputs.unflatten(0, (num_draws, -1))
 
     return dropped
 
 
 def run_with_masks(
-    fn: Callable[[Params, Any], Any], params: Params, x: Any, masks: Sequence[DropoutMasks], call: Call
+    fn: Callable[[Params, Any], Any],
+    params: Params,
+    x: Any,
+    masks: Sequence[DropoutMasks],
+    call: Call,
+    num_draws: int | None = None,
 ) -> tuple[Any, "_DropoutMode"]:
     """Evaluate ``fn`` in the ambient ``call`` with dropout from ``masks``; also what was seen."""
-    mode = _DropoutMode(masks, call)
+    mode = _DropoutMode(masks, call, num_draws)
     with mode:
         return fn(params, x), mode
 
@@ -121,10 +129,22 @@ def _nothing_dropped(fn: Any, masks: DropoutMasks, mode: "_DropoutMode") -> str:
 
 
 class _DropoutMode(Interception):
-    """Counts the places of dropout in the order of the calls and applies masks to those chosen."""
+    """Counts the places of dropout in the order of the calls and applies masks to those chosen.
 
-    def __init__(self, masks: Sequence[DropoutMasks], call: Call, *, record: bool = False) -> None:
+    With ``num_draws`` the first mask has the axis of the draws in front, :func:`_result` puts it into the
+    rows, and from then on values have the rows of all draws.
+    """
+
+    def __init__(
+        self,
+        masks: Sequence[DropoutMasks],
+        call: Call,
+        num_draws: int | None = None,
+        *,
+        record: bool = False,
+    ) -> None:
         super().__init__(_HANDLERS if call.kind != "training" else _TRAINING_HANDLERS)
+        self.num_draws = num_draws
         self.record = record
         self.masks = masks
         self.chosen = [matcher(m.where) for m in masks]
@@ -172,6 +192,11 @@ class _DropoutMode(Interception):
         scale: float,
     ) -> Tensor:
         key = masks.key
+        if self.num_draws is not None:
+            if self.num_dropped == 1:
+                return _kept(key, site, shape, rate, value, scale)
+            own = (shape[0] // self.num_draws, *shape[1:])
+            return _kept(key, site, own, rate, value, scale).flatten(0, 1)
         axis = masks.row_axes[site] if masks.row_axes is not None else None
         if axis is None:
             return _kept(key, site, shape, rate, value, scale)
@@ -207,6 +232,8 @@ def _result(
     value: Tensor, new: Tensor, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]
 ) -> Tensor:
     """``new``, which has also to be in ``value`` if the call was to work in place."""
+    if new.ndim > value.ndim:  # the rows of all draws, in front; nothing else has hold of `value`
+        return new.flatten(0, 1)
     in_place = func in _IN_PLACE or (args[3] if len(args) > 3 else kwargs.get("inplace", False))
     if not in_place or new is value:
         return new
@@ -262,7 +289,7 @@ def _alpha(by_channel: bool) -> Handler:
         mask, rate = kept
         q = 1 - rate
         if q <= 0:
-            return _result(value, value * 0, func, args, kwargs)
+            return _result(value, value * mask, func, args, kwargs)
         a = (q + _SELU_FLOOR**2 * q * (1 - q)) ** -0.5
         dropped = a * (value * mask + _SELU_FLOOR * (1 - mask)) - a * (1 - q) * _SELU_FLOOR
         return _result(value, dropped, func, args, kwargs)
