@@ -88,14 +88,6 @@ MODELS = {
     "transformer": Transformer,
     "lstm": Recurrent,
 }
-ROWS = {
-    "mlp-small": (1, 32, 1024),
-    "mlp": (1, 32, 1024),
-    "lenet": (1, 32, 128),
-    "resnet": (1, 8, 32),
-    "transformer": (1, 8, 64),
-    "lstm": (1, 32, 128),
-}
 
 
 def around(params: dict[str, Tensor], variance: float = 1e-4) -> fb.Gaussian:

@@ -17,7 +17,8 @@ from torch.utils.benchmark import Timer
 import funcbayes as fb
 
 from ._measure import How, Result, compare, median_of
-from ._models import MODELS, ROWS, around, inputs
+from ._models import MODELS, around, inputs
+from .predict_against_loop import cells
 
 ON_ANY_DEVICE = True
 NUM_SAMPLES = 32
@@ -27,8 +28,8 @@ PIECES = (1, 2, 4, 8, 16, 32)
 def run(how: How) -> Iterator[Result]:
     for kind in ("ensemble", "gaussian", "dropout"):
         found = []
-        for name in MODELS:
-            for rows in ROWS[name][: 2 if how.is_quick else None]:
+        for name, rows, draws in cells(how):
+            if draws == NUM_SAMPLES:
                 found.append(_cell(kind, name, rows, how))
                 yield found[-1]
         yield median_of(f"{kind}, median of all", found)
