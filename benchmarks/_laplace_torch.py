@@ -66,9 +66,13 @@ def classifier(name: str, rows: int, small: bool = False) -> tuple[nn.Module, li
     return net, names, x, torch.randint(0, 10, (rows,), generator=torch.Generator().manual_seed(1))
 
 
-def fitted(net: nn.Module, x: Tensor, y: Tensor, structure: str, backend: Any, subset: str = "all") -> Any:
+def loader_of(x: Tensor, y: Tensor, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:
+    """What both sides are given."""
+    return DataLoader(TensorDataset(x, y), batch_size)
+
+
+def fitted(net: nn.Module, loader: DataLoader[Any], structure: str, backend: Any, subset: str = "all") -> Any:
     """A Laplace approximation of all parameters that require gradients, or those of the last layer."""
-    loader = DataLoader(TensorDataset(x, y), batch_size=256)
     with quiet():
         la = load().Laplace(net, "classification", subset, structure, backend=backend)
         la.fit(loader)

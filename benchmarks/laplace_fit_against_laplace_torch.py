@@ -6,8 +6,8 @@ rows. "Theirs" is `Laplace(net, "classification", "all", structure, backend=...)
 being the fastest, for the case, of ASDL, BackPACK and curvlinops, as far as they give a posterior precision
 with the determinant of ours. (BackPACK sums the inputs of a convolution over its positions, and does not
 average them.) "Ours" is `make_functional` and `curvature.ggn`, with the eigenvectors of Kronecker factors,
-because theirs has these after fitting, and no inverse of other matrices. Each has a process of its own.
-Memory is that of one fit at its peak.
+because theirs has these after fitting, and no inverse of other matrices. Both see the data in four batches
+of one loader, and each has a process of its own. Memory is that of one fit at its peak.
 """
 
 import functools
@@ -16,13 +16,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 import funcbayes as fb
 
 from . import _laplace_torch
 from ._measure import How, Result, compare_apart, median_of, peak_mb
 
-ROWS = {"mlp-small": 1024, "lenet": 256, "resnet": 16}
+BATCH_SIZES, NUM_BATCHES = {"mlp-small": 256, "lenet": 256, "resnet": 16}, 4
 AT_LEAST = {"kron": 1.5, "diag": 1.5, "full": 1.3}
 CLAIM = __name__.rpartition(".")[2]
 
@@ -30,7 +31,7 @@ CLAIM = __name__.rpartition(".")[2]
 def run(how: How) -> Iterator[Result]:
     for structure, at_least in AT_LEAST.items():
         results = []
-        for name in ROWS:
+        for name in BATCH_SIZES:
             backend = _laplace_torch.fastest(functools.partial(_seconds, structure, name))
             theirs = functools.partial(_theirs, structure, name, backend)
             ours = functools.partial(_ours, structure, name)
@@ -61,17 +62,24 @@ def prepared(who: str, structure: str, name: str, backend: str = "") -> Callable
     return _ours(structure, name) if who == "ours" else _theirs(structure, name, backend)
 
 
+def _network(structure: str, name: str) -> tuple[nn.Module, list[str], Any]:
+    """With the names of its parameters, and its data."""
+    rows = BATCH_SIZES[name] * NUM_BATCHES
+    net, names, x, y = _laplace_torch.classifier(name, rows, small=structure == "full")
+    return net, names, _laplace_torch.loader_of(x, y, BATCH_SIZES[name])
+
+
 def _ours(structure: str, name: str) -> Callable[[], tuple[Any, Any]]:
-    net, names, x, y = _laplace_torch.classifier(name, ROWS[name], small=structure == "full")
+    net, names, data = _network(structure, name)
 
     def fit() -> tuple[Any, Any]:
         fn, params = fb.make_functional(net)
-        c: Any = fb.curvature.ggn(fn, params, (x, y), fb.likelihoods.Categorical(), structure, names)
+        c: Any = fb.curvature.ggn(fn, params, data, fb.likelihoods.Categorical(), structure, names)
         return params, c.eigen if structure == "kron" else c
 
     return fit
 
 
 def _theirs(structure: str, name: str, backend: str) -> Callable[[], object]:
-    net, _, x, y = _laplace_torch.classifier(name, ROWS[name], small=structure == "full")
-    return functools.partial(_laplace_torch.fitted, net, x, y, structure, _laplace_torch.backends()[backend])
+    net, _, data = _network(structure, name)
+    return functools.partial(_laplace_torch.fitted, net, data, structure, _laplace_torch.backends()[backend])

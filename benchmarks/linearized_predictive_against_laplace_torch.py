@@ -100,7 +100,8 @@ def _ours(structure: str, name: str, rows: int) -> Callable[[], Tensor]:
 def _theirs(structure: str, name: str, rows: int, backend: str) -> Callable[[], Tensor]:
     net, _, x, y, new = _case(name, rows)
     subset = "last_layer" if name == "last" else "all"
-    la = _laplace_torch.fitted(net, x, y, structure, _laplace_torch.backends()[backend], subset=subset)
+    loader = _laplace_torch.loader_of(x, y, batch_size=256)
+    la = _laplace_torch.fitted(net, loader, structure, _laplace_torch.backends()[backend], subset=subset)
 
     def predict() -> Tensor:
         with _laplace_torch.quiet():

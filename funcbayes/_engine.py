@@ -21,10 +21,10 @@ from torch import Tensor
 from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
-from ._functorch import map_first_axis
-from ._intercept import Batching, DropoutMasks, Observed, current_call, with_dropout
+from ._functorch import is_autocast_on, map_first_axis
+from ._intercept import Batching, DropoutMasks, Folded, Observed, current_call, with_dropout
 from ._linearize import Linearization, with_linearization
-from ._random import Seed, fold, forked
+from ._random import Place, Seed, fold, forked
 from ._remember import Remembered
 from ._threads import may_divide, side_by_side
 from ._tree import Params, device_of, index, is_repeated, merge, num_rows, tensors, unbind
@@ -74,6 +74,7 @@ class _Tuner:
     failed: set[Kind] = field(default_factory=set)
     most: int | None = None  # draws at a time that memory was enough for, after it was not
     row_axes: list[Any] | None = None  # of the effects, where masks are shared
+    places: list[Place] = field(default_factory=list)  # of masks, where draws are folded into the rows
     draws_globally: bool | None = None  # from torch's random state; unknown at first
     needs_rules: bool = True  # plain ``vmap``, too; as far as was seen
 
@@ -176,8 +177,8 @@ class _Run:
         self.dtype = dtype
         self.num_draws = num_draws = len(numbers)
         self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
-        threads = torch.get_num_threads(), may_divide()
-        self.cell = (key, num_draws, signature(x), *threads, torch.is_grad_enabled())
+        around = torch.get_num_threads(), may_divide(), is_autocast_on(), torch.is_grad_enabled()
+        self.cell = (key, num_draws, signature(x), *around)
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
         self.tuner = self._tuner()
 
@@ -387,6 +388,7 @@ class _Run:
         if mechanism.kind == "folded":
             return self._folded(_of_kind(DropoutMasks, draws))
         is_plain = mechanism.kind == "vmap" and not self.tuner.needs_rules and seen is None
+        is_plain &= not is_autocast_on()
         rules = nullcontext() if is_plain else Batching(mechanism.kind, seen)
         mapped, shared = _apart(draws)
 
@@ -398,7 +400,8 @@ class _Run:
 
     def _folded(self, masks: list[DropoutMasks]) -> Tensor:
         at_rows = [mask.at_rows(self.first_row, None) for mask in masks]
-        outputs = with_dropout(self.fn, at_rows, len(masks[0].key))(self.params, self.x)
+        folded = Folded(len(masks[0].key), self.tuner.places if len(masks) == 1 else [])
+        outputs = with_dropout(self.fn, at_rows, folded)(self.params, self.x)
         _check_outputs(outputs)
         return outputs
 

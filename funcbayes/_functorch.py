@@ -68,13 +68,18 @@ def is_readable(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not is_watched and is_concrete(tensor)
 
 
+def is_autocast_on() -> bool:
+    """Whether autocast is on for some device."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def has_modes() -> bool:
-    """Whether gradients, a transform, autocast on the CPU or a mode of torch's is on, each for one thread."""
+    """Whether gradients, a transform, autocast or a mode of torch's is on, each for one thread."""
     return (
         torch.is_grad_enabled()
         or is_inside_transform()
         or is_traced()
-        or torch.is_autocast_enabled("cpu")
+        or is_autocast_on()
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -198,41 +198,92 @@ def uniform(
     return _noise(key, shape, dtype, torch.device(device), gaussian=False)
 
 
-def dropout_mask(
-    key: Seed,
-    site: int,
-    shape: Sequence[int],
-    rate: float,
-    *,
-    scale: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Draw ``0`` with a probability and a constant otherwise, a function of ``key`` and ``site`` alone.
+class Place(NamedTuple):
+    """A place of dropout, and what its masks look like.
+
+    Attributes:
+        site: Number of the place.
+        shape: Shape ``s`` of the mask of one key.
+        rate: Probability of ``0``.
+        scale: What is there otherwise.
+        dtype: Of the masks.
+        device: Of the masks.
+    """
+
+    site: int
+    shape: tuple[int, ...]
+    rate: float
+    scale: float = 1.0
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+
+
+def dropout_mask(key: Seed, place: Place) -> Tensor:
+    """Draw ``0`` with a probability and a constant otherwise, a function of ``key`` and of the site alone.
 
     Masks agree on one type of device.
 
     Args:
-        key: As in :func:`uniform`.
-        site: Number of the place that the mask is for.
-        shape: Shape ``s`` of the mask of one key.
-        rate: Probability of ``0``.
-        scale: What is there otherwise.
-        dtype: Of the result.
-        device: Of the result.
+        key: As in :func:`uniform`, of shape ``k``.
+        place: Where, and what a mask looks like.
 
     Returns:
         Mask of shape ``(*k, *s)``.
     """
-    device = torch.device(device)
-    if not _is_hashed(shape, device):
-        is_kept = uniform(fold(key, site), shape, device=device) >= rate
+    if not _is_hashed(place.shape, place.device):
+        is_kept = uniform(fold(key, place.site), place.shape, device=place.device) >= place.rate
     else:
-        # The numbers of int64 from the least on, as large a part of all as the rate says.
-        least = min(round(rate * (1 << 64)) - (1 << 63), (1 << 63) - 1)
-        keys = torch.as_tensor(key).to(device)
-        is_kept = _counted(keys, _hash_string("mask") + site, tuple(shape)) >= least
-    return is_kept.to(dtype).mul_(scale)
+        keys = torch.as_tensor(key).to(place.device)
+        is_kept = _counted(keys, _stream_of(place), tuple(place.shape)) >= _least_kept(place)
+    return is_kept.to(place.dtype).mul_(place.scale)
+
+
+def are_made_together(key: Tensor, place: Place) -> bool:
+    """Whether :func:`dropout_masks` makes the masks of a place."""
+    is_on_cpu = place.device.type == key.device.type == "cpu"
+    return is_on_cpu and _is_hashed(place.shape, place.device) and is_readable(key)
+
+
+def dropout_masks(key: Tensor, places: tuple[Place, ...]) -> list[Tensor]:
+    """:func:`dropout_mask` for several places in the steps of one, which take longer than few numbers do.
+
+    Args:
+        key: int64 ``(k,)``.
+        places: Those of which :func:`are_made_together` is true, of one dtype.
+
+    Returns:
+        Masks ``(k, *s)``.
+    """
+    starts, steps, least, scales = _along(places)
+    is_kept = _stirred((key.unsqueeze(-1) ^ starts) + steps) >= least
+    masks = is_kept.to(places[0].dtype).mul_(scales).split([math.prod(place.shape) for place in places], -1)
+    return [mask.view((*key.shape, *place.shape)) for mask, place in zip(masks, places, strict=True)]
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def _along(places: tuple[Place, ...]) -> tuple[Tensor, ...]:
+    """Starts, steps, the least numbers kept and scales, for the numbers of all places one after another."""
+    sizes = [math.prod(place.shape) for place in places]
+
+    def of_each(values: list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes))
+
+    with torch.inference_mode(False):
+        return (
+            of_each([_start_of(_stream_of(place)) for place in places], torch.int64),
+            torch.cat([_few_steps(size) for size in sizes]),
+            of_each([_least_kept(place) for place in places], torch.int64),
+            of_each([place.scale for place in places], places[0].dtype),
+        )
+
+
+def _stream_of(place: Place) -> int:
+    return _hash_string("mask") + place.site
+
+
+def _least_kept(place: Place) -> int:
+    """The numbers of int64 from the least on are dropped, as large a part of all as the rate says."""
+    return min(round(place.rate * (1 << 64)) - (1 << 63), (1 << 63) - 1)
 
 
 def _is_hashed(shape: Sequence[int], device: torch.device) -> bool:

@@ -1164,6 +1164,57 @@ def test_layers_under_autocast_give_what_they_give_one_by_one(kind):
             torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("layer", "ndim"), [(f"Conv{t}{n}d", n) for t in ("", "Transpose") for n in (1, 2, 3)]
+)
+@all_kinds
+def test_convolutions_under_autocast_are_of_its_dtype_whatever_has_the_draws(kind, layer, ndim):
+    """Plain ``vmap`` leaves them in single precision, and raises after something that autocast has made."""
+    torch.manual_seed(0)
+    module = getattr(nn, layer)(2, 3, 3)
+    fn, params = fb.make_functional(module)
+    members = {k: torch.stack([v, -v]) for k, v in params.items()}
+    x = randn(2, 5, 2, *(5 for _ in range(ndim))).float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for values in (x, x.bfloat16()):
+            for own, axes in ((params, (None, 0)), (members, (0, 0)), (members, (0, None))):
+                rows = values if axes[1] == 0 else values[0]
+
+                def mapped(p, v):
+                    with Batching(kind):
+                        return fn(p, v)
+
+                got = vmap(mapped, axes)(own, rows)
+                each = [
+                    fn(
+                        own if axes[0] is None else {k: v[i] for k, v in own.items()},
+                        values[i * (axes[1] == 0)],
+                    )
+                    for i in range(2)
+                ]
+                assert got.dtype == torch.bfloat16
+                torch.testing.assert_close(got, torch.stack(each), rtol=0.02, atol=0.02)
+
+
+def test_a_convolution_after_dropout_is_vectorised_under_autocast_too(recwarn):
+    layers = nn.Conv2d(2, 4, 3), nn.Dropout(0.5), nn.Conv2d(4, 4, 2)
+    fn, params = fb.make_functional(nn.Sequential(*layers))
+    other = lambda params, x: fn(params, x)  # noqa: E731  # of which it is not known that it treats rows alone
+    x = randn(5, 2, 6, 6).float()
+    for is_on in (False, True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on):
+            alone, together = (
+                fb.predict(other, params, fb.Dropout(), x, num_samples=4, seed=0, chunk_size=size).samples
+                for size in (1, 4)
+            )
+            for _ in range(12):
+                chosen = fb.predict(other, params, fb.Dropout(), x, num_samples=4, seed=0).samples
+                torch.testing.assert_close(chosen, alone, rtol=0.05, atol=0.02)
+        assert together.dtype == alone.dtype == (torch.bfloat16 if is_on else torch.float32)
+        torch.testing.assert_close(together, alone, rtol=0.05, atol=0.02)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(("make", "inputs", "funcs"), MODELS.values(), ids=MODELS.keys())
 @all_kinds
 def test_summed_losses_of_a_model_have_the_gradients_of_each_module_alone(kind, make, inputs, funcs):

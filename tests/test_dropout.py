@@ -877,9 +877,9 @@ def folded(monkeypatch):
     counts = []
     own = _engine.with_dropout
 
-    def noting(fn, masks, num_draws=None):
-        counts.extend([] if num_draws is None else [num_draws])
-        return own(fn, masks, num_draws)
+    def noting(fn, masks, folded=None):
+        counts.extend([] if folded is None else [folded.num_draws])
+        return own(fn, masks, folded)
 
     monkeypatch.setattr(_engine, "with_dropout", noting)
     monkeypatch.setattr(_engine._Tuner, "next_to_time", lambda self: self.candidates[0])
@@ -935,6 +935,24 @@ def test_draws_folded_into_the_rows_can_be_mapped_over_seeds_and_inputs(folded):
     expected = torch.stack([outputs(torch.tensor(seed), x[seed]) for seed in range(2)])
     torch.testing.assert_close(torch.vmap(outputs)(torch.arange(2), x), expected)
     assert set(folded) == {4}
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+def test_masks_made_together_are_those_wanted_this_time(folded):
+    """Those of the last call are of another dtype under autocast, which is no part of what is remembered."""
+    fn, params = fb.make_functional(ROW_WISE["images"][0]())
+    x = torch.randn(ROW_WISE["images"][1])
+
+    def outputs(chunk_size, is_on):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            return draws(fn, params, x, chunk_size=chunk_size)
+
+    for is_on in (False, False, True, True, False):
+        torch.testing.assert_close(outputs(None, is_on), outputs(1, is_on), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(
+            (outputs(None, is_on) == 0).double(), (outputs(1, is_on) == 0).double(), rtol=0, atol=0
+        )
+    assert len(folded) == 10
 
 
 class Mixing(nn.Module):

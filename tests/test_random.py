@@ -15,8 +15,10 @@ from torch.testing import assert_close
 from zoo import F64
 
 from funcbayes._random import (
+    Place,
     _hash_op,
     dropout_mask,
+    dropout_masks,
     fold,
     keys_by_name,
     normal,
@@ -31,7 +33,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def masks(key, shape, *, dtype):
-    return dropout_mask(key, 5, shape, 0.3, scale=1.25, dtype=dtype)
+    return dropout_mask(key, Place(5, shape, 0.3, 1.25, dtype))
 
 
 each_kind = pytest.mark.parametrize("draw", [normal, uniform, masks])
@@ -114,7 +116,7 @@ def test_masks_drop_at_their_rate_and_those_of_other_keys_and_sites_are_independ
     keys, sites = [fold(0, "x"), fold(0, "y")], [0, 1, 2]
     found = torch.stack(
         [
-            dropout_mask(fold(key, torch.arange(500)), site, (width,), 0.3, scale=2.0, dtype=F64)
+            dropout_mask(fold(key, torch.arange(500)), Place(site, (width,), 0.3, 2.0, F64))
             for key in keys
             for site in sites
         ]
@@ -132,23 +134,34 @@ def test_masks_drop_at_their_rate_and_those_of_other_keys_and_sites_are_independ
 def test_masks_of_narrow_keys_are_the_same_under_vmap():
     keys = torch.arange(5, dtype=torch.int32)
     for width in (40, 400):
-        mapped = vmap(lambda key, width=width: dropout_mask(key, 1, (width,), 0.3))(keys)
-        assert torch.equal(mapped, torch.stack([dropout_mask(int(k), 1, (width,), 0.3) for k in keys]))
+        mapped = vmap(lambda key, width=width: dropout_mask(key, Place(1, (width,), 0.3)))(keys)
+        assert torch.equal(mapped, torch.stack([dropout_mask(int(k), Place(1, (width,), 0.3)) for k in keys]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_masks_that_are_made_together_are_those_made_alone(dtype):
+    shapes = (2, 20), (), (0, 3), (192,), (1, 4, 1, 1)
+    places = tuple(
+        Place(site, shape, 0.2 * site, 1 + site / 7, dtype) for site, shape in enumerate(shapes, start=1)
+    )
+    keys = fold(3, torch.arange(6))
+    for place, together in zip(places, dropout_masks(keys, places), strict=True):
+        assert torch.equal(together, dropout_mask(keys, place))
 
 
 def test_masks_at_the_ends_of_the_rates():
     for width in (40, 400):
-        assert not dropout_mask(3, 0, (width,), 1.0).any()
-        assert (dropout_mask(3, 0, (width,), 0.0) == 1).all()
+        assert not dropout_mask(3, Place(0, (width,), 1.0)).any()
+        assert (dropout_mask(3, Place(0, (width,), 0.0)) == 1).all()
 
 
 def test_masks_are_the_same_in_every_dtype_and_for_a_plain_key():
     for width in (40, 400):
-        one = dropout_mask(torch.tensor(7), 2, (width,), 0.4, dtype=F64)
+        one = dropout_mask(torch.tensor(7), Place(2, (width,), 0.4, dtype=F64))
         assert torch.equal(
-            dropout_mask(torch.tensor(7), 2, (width,), 0.4, dtype=torch.bfloat16).double(), one
+            dropout_mask(torch.tensor(7), Place(2, (width,), 0.4, dtype=torch.bfloat16)).double(), one
         )
-        assert torch.equal(dropout_mask(7, 2, (width,), 0.4, dtype=F64), one)
+        assert torch.equal(dropout_mask(7, Place(2, (width,), 0.4, dtype=F64)), one)
 
 
 @pytest.mark.parametrize("data", [3, "head.weight"])

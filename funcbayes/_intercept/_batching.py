@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import is_concrete, outside_transforms, unwrap, unwrap_change, vmap_level, wrap
+from .._functorch import (
+    is_autocast_on,
+    is_concrete,
+    outside_transforms,
+    unwrap,
+    unwrap_change,
+    vmap_level,
+    wrap,
+)
 from ._attention import open_attention
 from ._attention_rules import attention, multi_head
 from ._call import Handler, Interception
@@ -60,7 +68,7 @@ class Batching(Interception):
     """
 
     def __init__(self, kind: str, seen: Observed | None = None) -> None:
-        super().__init__(_handlers(kind))
+        super().__init__(_handlers(kind, is_autocast_on()))
         self.copies: list[Tensor] = []
         self.seen = seen
 
@@ -129,9 +137,11 @@ def _storage(tensor: Tensor) -> int:
 
 
 @functools.cache
-def _handlers(kind: str) -> dict[Any, Handler]:
+def _handlers(kind: str, is_autocast: bool) -> dict[Any, Handler]:
     names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
     opened: dict[Any, Handler] = {F.multi_head_attention_forward: open_attention}
+    if is_autocast:
+        opened |= dict.fromkeys(_CONVOLUTIONS, _convolution_as_autocast)
     rules = {
         func: _handler(_RULES[func], kind == "channels_last", func in _INSIDE, opened.get(func))
         for func in names
@@ -251,6 +261,27 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
         return _apart(out, draws, level)
 
     return rule
+
+
+_CONVOLUTIONS = (
+    *(F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
+
+
+def _convolution_as_autocast(
+    mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]
+) -> Any:
+    """A convolution of what autocast would make of its arguments; ``vmap`` takes it before (torch 2.13)."""
+    del mode
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+            return value
+        kind = value.device.type
+        return value.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else value
+
+    return func(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
 
 def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._functorch import is_concrete, is_readable, outside_transforms, unintercepted, unwrap, vmap_level, wrap
-from .._random import Seed, dropout_mask, fold
+from .._random import Place, Seed, dropout_mask, fold
 from .._tree import Params, Where, matcher, pytree_dataclass, static
 from ._attention import attention_weights, open_attention
 from ._call import Call, Handler, Interception, calling
+from ._folded import Folded
 from ._rows import RowAxes, row_axis, two_rows
 
 # The negative saturation of SELU, Klambauer et al. (2017), section 2: -scale * alpha.
@@ -70,18 +71,18 @@ class DropoutMasks:
 
 
 def with_dropout(
-    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks], num_draws: int | None = None
+    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks], folded: Folded | None = None
 ) -> Callable[[Params, Any], Any]:
     """``fn`` with its dropout active; where several masks apply the first is used.
 
     Args:
         fn: Pure model.
         masks: Effects, unbatched (or batched by a surrounding ``vmap``).
-        num_draws: Evaluate so many draws at once, whose keys the effects have: ``fn`` should treat rows one
-            by one, and is given those of all draws from the first dropout on. Masks are not shared.
+        folded: Evaluate several draws at once, whose keys the effects have: ``fn`` should treat rows one by
+            one. Masks are not shared.
 
     Returns:
-        A function of ``(params, x)``; with ``num_draws`` outputs have a leading axis of draws. It raises
+        A function of ``(params, x)``; if ``folded``, outputs have a leading axis of draws. It raises
         ``ValueError`` if the model drops nothing, and ``TypeError`` if ``where`` is given for a model that
         has no modules.
     """
@@ -89,12 +90,15 @@ def with_dropout(
     def dropped(params: Params, x: Any) -> Any:
         locate = any(m.where is not None for m in masks)
         with calling(Call("stochastic", locate)) as call:
-            outputs, mode = run_with_masks(fn, params, x, masks, call, num_draws)
+            outputs, mode = run_with_masks(fn, params, x, masks, call, folded)
         if not mode.num_dropped:
             with calling(Call("stochastic", locate=True)) as call:  # again, to name the places
-                _, mode = run_with_masks(fn, params, x, masks, call, num_draws)
+                _, mode = run_with_masks(fn, params, x, masks, call, folded)
             raise ValueError(_nothing_dropped(fn, masks[0], mode))
-        return outputs if num_draws is None else outputs.unflatten(0, (num_draws, -1))
+        if folded is None:
+            return outputs
+        folded.end()
+        return outputs.unflatten(0, (folded.num_draws, -1))
 
     return dropped
 
@@ -105,10 +109,10 @@ def run_with_masks(
     x: Any,
     masks: Sequence[DropoutMasks],
     call: Call,
-    num_draws: int | None = None,
+    folded: Folded | None = None,
 ) -> tuple[Any, "_DropoutMode"]:
     """Evaluate ``fn`` in the ambient ``call`` with dropout from ``masks``; also what was seen."""
-    mode = _DropoutMode(masks, call, num_draws)
+    mode = _DropoutMode(masks, call, folded)
     with mode:
         return fn(params, x), mode
 
@@ -129,22 +133,18 @@ def _nothing_dropped(fn: Any, masks: DropoutMasks, mode: "_DropoutMode") -> str:
 
 
 class _DropoutMode(Interception):
-    """Counts the places of dropout in the order of the calls and applies masks to those chosen.
-
-    With ``num_draws`` the first mask has the axis of the draws in front, :func:`_result` puts it into the
-    rows, and from then on values have the rows of all draws.
-    """
+    """Counts the places of dropout in the order of the calls and applies masks to those chosen."""
 
     def __init__(
         self,
         masks: Sequence[DropoutMasks],
         call: Call,
-        num_draws: int | None = None,
+        folded: Folded | None = None,
         *,
         record: bool = False,
     ) -> None:
         super().__init__(_HANDLERS if call.kind != "training" else _TRAINING_HANDLERS)
-        self.num_draws = num_draws
+        self.folded = folded
         self.record = record
         self.masks = masks
         self.chosen = [matcher(m.where) for m in masks]
@@ -179,39 +179,30 @@ class _DropoutMode(Interception):
                 return None
             self.num_dropped += 1
             scale = 1 / (1 - used) if is_scaled and used < 1 else 1.0
-            return self._draw(masks, site, value, used, tuple(shape), scale), used
+            place = Place(site, tuple(shape), used, scale, value.dtype, value.device)
+            return self._draw(masks, place), used
         return None
 
-    def _draw(
-        self,
-        masks: DropoutMasks,
-        site: int,
-        value: Tensor,
-        rate: float,
-        shape: tuple[int, ...],
-        scale: float,
-    ) -> Tensor:
-        key = masks.key
-        if self.num_draws is not None:
-            if self.num_dropped == 1:
-                return _kept(key, site, shape, rate, value, scale)
-            own = (shape[0] // self.num_draws, *shape[1:])
-            return _kept(key, site, own, rate, value, scale).flatten(0, 1)
-        axis = masks.row_axes[site] if masks.row_axes is not None else None
+    def _draw(self, masks: DropoutMasks, place: Place) -> Tensor:
+        if self.folded is not None:
+            with unintercepted():
+                return self.folded.mask(masks.key, place)
+        axis = masks.row_axes[place.site] if masks.row_axes is not None else None
         if axis is None:
-            return _kept(key, site, shape, rate, value, scale)
+            return _kept(masks.key, place)
         # One row's mask, repeated for the others.
         dim, per_row, is_together = axis
+        shape = place.shape
         one_row = (*shape[:dim], per_row, *shape[dim + 1 :])
-        mask = _kept(key, site, one_row, rate, value, scale)
+        mask = _kept(masks.key, place._replace(shape=one_row))
         rows = shape[dim] // per_row
         sizes = (rows, per_row) if is_together else (per_row, rows)
         mask = mask.unsqueeze(dim if is_together else dim + 1)
         return mask.expand(*shape[:dim], *sizes, *shape[dim + 1 :]).reshape(shape)
 
 
-def _kept(key: Tensor, site: int, shape: Sequence[int], rate: float, value: Tensor, scale: float) -> Tensor:
-    """``scale`` where a unit is kept and 0 where it is dropped, at one place of dropout."""
+def _kept(key: Tensor, place: Place) -> Tensor:
+    """The mask of a place, batched as its key is."""
     level = vmap_level()
     physical, axis = (key, None) if level is None else unwrap(key, level)
     with unintercepted(), outside_transforms() if is_concrete(physical) else nullcontext():
@@ -219,7 +210,7 @@ def _kept(key: Tensor, site: int, shape: Sequence[int], rate: float, value: Tens
         keys: Seed = physical if axis is None else physical.movedim(axis, 0)
         if not keys.ndim and is_readable(keys):
             keys = int(keys)  # one key is hashed, and its noise made, with fewer calls as a plain number
-        kept = dropout_mask(keys, site, shape, rate, scale=scale, dtype=value.dtype, device=value.device)
+        kept = dropout_mask(keys, place)
     return kept if level is None or axis is None else wrap(kept, 0, level)
 
 
