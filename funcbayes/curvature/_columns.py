@@ -1,5 +1,6 @@
 """Columns: cotangents of the outputs, whose squared gradients add up to a curvature."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -66,6 +67,7 @@ def ggn_columns(likelihood: Likelihood, *, with_noise: bool = False) -> Columns:
         del first_row
         return unit.fisher_sqrt(outputs, y=y)
 
+    @functools.cache  # of every block the same
     def count(event: torch.Size) -> int:
         probe = torch.zeros(1, *event)
         return min(max(len(unit.fisher_sqrt(probe)), 1) * unit.num_positions(probe), AT_ONCE)
