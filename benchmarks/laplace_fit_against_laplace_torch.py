@@ -1,7 +1,7 @@
 """Curvatures of every structure are found faster than by laplace-torch with its fastest backend.
 
-The claims are of medians over a small MLP, LeNet and a small residual network: `kron` at least 2 times, `diag`
-1.5, `full` 1.3, the latter with smaller networks of the kinds, whose matrices have a few thousand
+The claims are of medians over a small MLP, LeNet and a small residual network: `kron` at least 2 times,
+`diag` 1.5, `full` 1.3, the latter with smaller networks of the kinds, whose matrices have a few thousand
 rows. "Theirs" is `Laplace(net, "classification", "all", structure, backend=...).fit(loader)`, the backend
 being the fastest, for the case, of ASDL, BackPACK and curvlinops, as far as they give a posterior precision
 with the determinant of ours. (BackPACK sums the inputs of a convolution over its positions, and does not

@@ -26,6 +26,7 @@ from ._intercept import Batching, DropoutMasks, Folded, Observed, current_call, 
 from ._linearize import Linearization, with_linearization
 from ._random import Place, Seed, fold, forked
 from ._remember import Remembered
+from ._row_wise import has_global_hooks
 from ._threads import may_divide, side_by_side
 from ._tree import Params, device_of, index, is_repeated, merge, num_rows, tensors, unbind
 from ._warning import levels_to_the_user
@@ -180,6 +181,8 @@ class _Run:
         around = torch.get_num_threads(), may_divide(), is_autocast_on(), torch.is_grad_enabled()
         self.cell = (key, num_draws, signature(x), *around)
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
+        # Autocast does not reach all that `vmap` makes of a model, but what the rules make of it.
+        self.bare: Kind = self.default if is_autocast_on() else "vmap"
         self.tuner = self._tuner()
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -263,7 +266,7 @@ class _Run:
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever the model raises; if it is its own error, the last raises it, too
-                self.tuner.needs_rules |= kind != "threads"
+                self.tuner.needs_rules |= kind not in ("threads", "folded")
                 failed.add(kind)
         else:
             kind = last
@@ -311,8 +314,7 @@ class _Run:
             loop,
             *self._in_threads(draw, largest, held),
             *(Mechanism(first, chunk) for chunk in chunks[1:]),
-            *([Mechanism(self.default, top)] if first != self.default else []),
-            Mechanism("vmap", top),
+            *(Mechanism(kind, top) for kind in dict.fromkeys((self.default, self.bare)) if kind != first),
             *([Mechanism(other, top)] if _has_images(self.x) else []),
         ]
 
@@ -343,7 +345,7 @@ class _Run:
         seen = Observed()
         try:
             with torch.no_grad():
-                self._outputs(draw, Mechanism("vmap", 1), 0, seen)
+                self._outputs(draw, Mechanism(self.bare, 1), 0, seen)
         except Exception as error:  # whatever the model raises: see `_explain`
             self._explain(error, draw)
             return None
@@ -388,7 +390,6 @@ class _Run:
         if mechanism.kind == "folded":
             return self._folded(_of_kind(DropoutMasks, draws))
         is_plain = mechanism.kind == "vmap" and not self.tuner.needs_rules and seen is None
-        is_plain &= not is_autocast_on()
         rules = nullcontext() if is_plain else Batching(mechanism.kind, seen)
         mapped, shared = _apart(draws)
 
@@ -399,6 +400,8 @@ class _Run:
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
 
     def _folded(self, masks: list[DropoutMasks]) -> Tensor:
+        if has_global_hooks():
+            raise RuntimeError("Hooks of all modules may mix rows.")
         at_rows = [mask.at_rows(self.first_row, None) for mask in masks]
         folded = Folded(len(masks[0].key), self.tuner.places if len(masks) == 1 else [])
         outputs = with_dropout(self.fn, at_rows, folded)(self.params, self.x)

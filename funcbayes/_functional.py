@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._functorch import is_inside_transform
-from ._guard import may_write_inputs
+from ._guard import Inputs, may_write_inputs
 from ._intercept import Call, DropoutMasks, calling, current_call
 from ._intercept._dropout import run_with_masks
 from ._random import Seed
@@ -108,7 +108,8 @@ class FunctionalModule:
         pool = self._idle[kind, call.locate]
         skeleton = self._taken_from(pool, kind, call)
         try:
-            outputs, changed = skeleton.run(self._call or _call_module, values, self._own(x, skeleton), call)
+            own = Inputs(x).copied() if self._may_write_inputs else x
+            outputs, changed = skeleton.run(self._call or _call_module, values, own, call)
         finally:
             skeleton.empty()
             pool.append(skeleton)
@@ -129,10 +130,11 @@ class FunctionalModule:
         buffers = self._buffers_for(draws[0]) if is_plain else {}
         pool, outputs = self._idle["plain", call.locate], []
         skeleton = self._taken_from(pool, "plain", call)
+        inputs = Inputs(x) if self._may_write_inputs else None
         try:
             for params in draws:
                 values = {**buffers, **params} if is_plain else self._values(params)
-                own = self._own(x, skeleton)
+                own = x if inputs is None else inputs.copied()
                 outputs.append(skeleton.run(self._call or _call_module, values, own, call)[0])
         finally:
             skeleton.empty()
@@ -144,10 +146,6 @@ class FunctionalModule:
             return pool.pop()
         except IndexError:
             return Skeleton(self._master, kind, locate=call.locate)
-
-    def _own(self, x: Any, skeleton: Skeleton) -> Any:
-        """Inputs that the module may write into, where it does such things."""
-        return skeleton.inputs.copied(x) if self._may_write_inputs else x
 
     def values_of(self, module: nn.Module) -> dict[str, Any]:
         """Parameters of a module of this kind, and its buffers as ``Fixed``: what evaluates it as it is now.

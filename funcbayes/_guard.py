@@ -1,6 +1,5 @@
 """Keeping what a module writes into from outliving its call: its inputs, and its own attributes."""
 
-import weakref
 from typing import Any
 
 import optree
@@ -29,31 +28,28 @@ def may_write_inputs(module: nn.Module) -> bool:
 
 
 class Inputs:
-    """Hands out copies of inputs, the same ones again as long as nobody has written into them."""
+    """Hands out copies of the inputs of one evaluation, the same ones again unless they were written into.
 
-    def __init__(self) -> None:
-        self._held: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+    Not for longer: what is done to a tensor through NumPy or ``.data`` leaves no trace, and a program that is
+    being written down should see the copying.
+    """
 
-    def copied(self, x: Any) -> Any:
-        """``x`` in containers of its own, with tensors of its own."""
-        if isinstance(x, Tensor):
-            return self._copy(0, x)
-        leaves, structure = optree.tree_flatten(as_tree(x))
-        return structure.unflatten([self._copy(i, leaf) for i, leaf in enumerate(leaves)])
+    def __init__(self, x: Any) -> None:
+        self._leaves, self._structure = optree.tree_flatten(as_tree(x))
+        self._copies: dict[int, Tensor] = {}
 
-    def _copy(self, i: int, leaf: Any) -> Any:
+    def copied(self) -> Any:
+        """The inputs in containers of their own, with tensors of their own."""
+        return self._structure.unflatten(map(self._copy, range(len(self._leaves))))
+
+    def _copy(self, i: int) -> Any:
+        leaf = self._leaves[i]
         if not isinstance(leaf, Tensor):
             return leaf
-        original, version, copy = self._held.get(i, (None, 0, leaf))
-        if original is not None and original() is leaf and not leaf.requires_grad:
-            if version == leaf._version and _is_unwritten(copy):
-                return copy
-        elif not is_concrete(leaf) or leaf.is_inference() or leaf.requires_grad:
-            return leaf.clone()
-        copy = leaf.clone()
-        if _is_unwritten(copy):
-            # Held only as long as the original lives.
-            self._held[i] = (weakref.ref(leaf, lambda _: self._held.pop(i, None)), leaf._version, copy)
+        held = self._copies.get(i)
+        if held is not None and _is_unwritten(held) and not leaf.requires_grad:
+            return held
+        self._copies[i] = copy = leaf.clone()
         return copy
 
 

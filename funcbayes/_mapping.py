@@ -16,7 +16,7 @@ import optree
 import torch
 
 from ._allocator import keep_large_blocks
-from ._functorch import is_inside_transform, map_first_axis
+from ._functorch import is_autocast_on, is_inside_transform, map_first_axis
 from ._intercept import Batching, Observed
 from ._remember import Remembered
 from ._tree import concatenate, device_of, index, stack
@@ -78,7 +78,11 @@ def map_draws(
     kind = "none" if not has_rules else "channels_last" if num_rows >= 4 else "rows_first"
     if is_inside_transform():  # sizes are those of others, too
         return _mapped(one, draws(slice(0, count)), count, kind)
-    plan = _plans.get(owner, (key, num_rows), lambda: _made_plan(one, draws(slice(0, 1)), owner, call))
+    # Autocast does not reach all that plain `vmap` makes of a model.
+    probing = kind if has_rules and is_autocast_on() else "vmap"
+    plan = _plans.get(
+        owner, (key, num_rows, probing), lambda: _made_plan(one, draws(slice(0, 1)), owner, call, probing)
+    )
     if plan.largest is None:
         return _in_a_loop(one, draws, count)
     if chunk_size is None:
@@ -129,12 +133,12 @@ def _in_a_loop(one: Callable[[Any], Any], draws: Callable[[slice], Any], count: 
     return stack(found)
 
 
-def _made_plan(one: Callable[[Any], Any], first: Any, owner: Any, call: str) -> _Plan:
+def _made_plan(one: Callable[[Any], Any], first: Any, owner: Any, call: str, kind: str) -> _Plan:
     """Map over a single draw, to see whether that goes and how large it gets."""
     seen, device = Observed(), device_of(first) or torch.device("cpu")
     with torch.no_grad():
         try:
-            _mapped(one, first, 1, "vmap", seen)
+            _mapped(one, first, 1, kind, seen)
         except Exception as error:  # whatever it is, a loop that works is an answer
             one(index(first, 0))  # which raises what is the model's own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -266,7 +266,8 @@ def _along(places: tuple[Place, ...]) -> tuple[Tensor, ...]:
     sizes = [math.prod(place.shape) for place in places]
 
     def of_each(values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes))
+        counts = torch.tensor(sizes, device="cpu")
+        return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(counts)
 
     with torch.inference_mode(False):
         return (
@@ -282,7 +283,7 @@ def _stream_of(place: Place) -> int:
 
 
 def _least_kept(place: Place) -> int:
-    """The numbers of int64 from the least on are dropped, as large a part of all as the rate says."""
+    """Of all numbers of int64 so large a part as the rate says is below: where a unit is dropped."""
     return min(round(place.rate * (1 << 64)) - (1 << 63), (1 << 63) - 1)
 
 
@@ -326,11 +327,11 @@ def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: b
 
 def _counted(key: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """Stirred counters ``(*k, *s)``, from a start that is a function of a key and the number of a stream."""
-    numel = math.prod(shape)
+    numel = int(math.prod(shape))
     # Not from the key itself, which would give the keys that are folded out of it.
     start = (key.long() ^ _start_of(stream)).unsqueeze(-1)
     if _is_for_an_operator(start):
-        stirred = _hash_op()(start, torch.arange(1, numel + 1), False)
+        stirred = _hash_op()(start, torch.arange(1, numel + 1, device=start.device), False)
     elif numel <= _HASHED_NUMEL and start.device.type == "cpu" and is_readable(start):
         stirred = _stirred(start + _few_steps(numel))
     else:

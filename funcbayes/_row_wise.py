@@ -1,9 +1,12 @@
 """Whether a module treats the rows of its input one by one, as far as its class tells."""
 
 from torch import nn
+from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# In evaluation, and of inputs with an axis of rows. What is not here may be so, too.
+# In evaluation. What is not here may be so, too. Of an input without an axis of rows the first axis is
+# another one, which some of these mix: convolutions of channels, norms over all of a shape. They refuse an
+# axis that has become several times as long, so that nobody is given another result.
 _ONE_BY_ONE = frozenset(
     (
         *(nn.Identity, nn.Linear, nn.Embedding, nn.PReLU),
@@ -20,9 +23,20 @@ _ONE_BY_ONE = frozenset(
 )
 
 
+def has_global_hooks() -> bool:
+    """Whether something is called around every module, which may mix rows."""
+    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
+
+
 def is_row_wise(module: nn.Module) -> bool:
     """Whether a module in evaluation mode is a chain of layers that are known to mix no rows."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(hooks) or "forward" in vars(module):
         return False
     if type(module) is nn.Sequential:
         return all(map(is_row_wise, module))

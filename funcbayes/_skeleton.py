@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._functorch import storage_version
-from ._guard import Attributes, Inputs, is_of_torch
+from ._guard import Attributes, is_of_torch
 from ._intercept import Call
 
 
@@ -33,7 +33,6 @@ class Skeleton:
         # What a module keeps of a call, it would give to the next: buffers set, attributes, caches.
         own = [part for part in self.module.modules() if not is_of_torch(part)]
         self.stores = [(part._buffers, dict(part._buffers)) for part in own]
-        self.inputs = Inputs()
         _set_modes(self.module, kind)
         self.attributes = Attributes(self.module)
         self.locate = locate

@@ -247,9 +247,14 @@ def merge(base: Any, overlay: Any) -> Any:
 
 
 def as_tree(x: Any) -> Any:
-    """``x`` with mappings that are no dicts (a Hugging Face batch, say) as dicts, which transforms know."""
-    if x is None or isinstance(x, Tensor) or _is_flat(x):
+    """A copy of ``x``, with mappings that are no dicts (a Hugging Face batch, say) as dicts.
+
+    These are what transforms know; and a model may set an entry of what it is given. Leaves are not copied.
+    """
+    if x is None or isinstance(x, Tensor):
         return x
+    if _is_flat(x):
+        return dict(x)
     return optree.tree_map(lambda leaf: as_tree(dict(leaf)) if isinstance(leaf, Mapping) else leaf, x)
 
 

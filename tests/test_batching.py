@@ -1196,8 +1196,11 @@ def test_convolutions_under_autocast_are_of_its_dtype_whatever_has_the_draws(kin
                 torch.testing.assert_close(got, torch.stack(each), rtol=0.02, atol=0.02)
 
 
-def test_a_convolution_after_dropout_is_vectorised_under_autocast_too(recwarn):
-    layers = nn.Conv2d(2, 4, 3), nn.Dropout(0.5), nn.Conv2d(4, 4, 2)
+@pytest.mark.parametrize(
+    "between", [nn.Identity, lambda: nn.BatchNorm2d(4), nn.PReLU, lambda: nn.GroupNorm(2, 4)]
+)
+def test_a_convolution_after_dropout_is_vectorised_under_autocast_too(recwarn, between):
+    layers = nn.Conv2d(2, 4, 3), between(), nn.Dropout(0.5), nn.Conv2d(4, 4, 2), between()
     fn, params = fb.make_functional(nn.Sequential(*layers))
     other = lambda params, x: fn(params, x)  # noqa: E731  # of which it is not known that it treats rows alone
     x = randn(5, 2, 6, 6).float()

@@ -14,6 +14,7 @@ from torch.nn.utils import rnn
 
 import funcbayes as fb
 from funcbayes import _engine
+from funcbayes._intercept import _folded
 
 F64 = torch.float64
 P = 0.3
@@ -919,40 +920,73 @@ def test_draws_of_batches_and_of_two_dropouts_are_folded_too(folded):
     alone = fb.predict_batches(fn, params, both, x.split(2), chunk_size=1, **options).samples
     assert not folded
     torch.testing.assert_close(fb.predict_batches(fn, params, both, x.split(2), **options).samples, alone)
-    assert folded == [6, 6]
+    again = fb.predict_batches(fn, params, both, x.split(2), **options).samples  # places are known now
+    torch.testing.assert_close(again, alone)
+    assert folded == [6, 6, 6, 6]
     assert (
         alone[:, :1] - fb.predict(fn, params, both, x[:1], num_samples=6, seed=0).samples
     ).abs().max() < 1e-9
 
 
 def test_draws_folded_into_the_rows_can_be_mapped_over_seeds_and_inputs(folded):
-    fn, params = functional(ROW_WISE["mlp"][0])
+    fn, params = functional(
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(P), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 2))
+    )
     x = randn(2, 5, 3)
 
-    def outputs(seed, rows):
-        return fb.predict(fn, params, fb.Dropout(), rows, num_samples=4, seed=seed).samples
+    def outputs(seed, rows, chunk_size=None):
+        options = {"num_samples": 4, "seed": seed, "chunk_size": chunk_size}
+        return fb.predict(fn, params, fb.Dropout(), rows, **options).samples
 
-    expected = torch.stack([outputs(torch.tensor(seed), x[seed]) for seed in range(2)])
-    torch.testing.assert_close(torch.vmap(outputs)(torch.arange(2), x), expected)
+    expected = torch.stack([outputs(seed, x[seed], chunk_size=1) for seed in range(2)])
+    assert not folded
+    for _ in range(2):
+        torch.testing.assert_close(torch.vmap(outputs)(torch.arange(2), x), expected)
     assert set(folded) == {4}
 
 
-@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-def test_masks_made_together_are_those_wanted_this_time(folded):
-    """Those of the last call are of another dtype under autocast, which is no part of what is remembered."""
-    fn, params = fb.make_functional(ROW_WISE["images"][0]())
-    x = torch.randn(ROW_WISE["images"][1])
+@pytest.fixture
+def together(monkeypatch):
+    """Numbers of masks that were made together, call by call."""
+    counts = []
+    own = _folded.dropout_masks
 
-    def outputs(chunk_size, is_on):
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
-            return draws(fn, params, x, chunk_size=chunk_size)
+    def noting(keys, places):
+        counts.append(len(places))
+        return own(keys, places)
 
-    for is_on in (False, False, True, True, False):
-        torch.testing.assert_close(outputs(None, is_on), outputs(1, is_on), rtol=2e-2, atol=2e-2)
-        torch.testing.assert_close(
-            (outputs(None, is_on) == 0).double(), (outputs(1, is_on) == 0).double(), rtol=0, atol=0
+    monkeypatch.setattr(_folded, "dropout_masks", noting)
+    return counts
+
+
+def test_masks_are_made_together_once_their_places_are_known(folded, together):
+    fn, params = functional(ROW_WISE["images"][0])
+    x = randn(*ROW_WISE["images"][1])
+    first, second, alone = (draws(fn, params, x, chunk_size=size) for size in (None, None, 1))
+    assert together == [3]  # of channels, of channels again, and of what is flat
+    torch.testing.assert_close(first, alone)
+    torch.testing.assert_close(second, alone)
+    assert folded == [6, 6]
+
+
+def test_masks_made_together_are_those_wanted_this_time(folded, together):
+    """Other places are wanted by another choice, of which only a function is known, and in another dtype."""
+    fn, params = functional(
+        lambda: nn.Sequential(
+            *(nn.Embedding(7, 4), nn.Dropout(P), nn.ReLU(), nn.Dropout(0.5)),
+            *(nn.Tanh(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(12, 2)),
         )
-    assert len(folded) == 10
+    )
+    x = torch.arange(15).reshape(5, 3) % 7
+    chosen = lambda kept: lambda path, leaf: path in kept  # noqa: E731
+    wheres = chosen("135"), chosen("13"), chosen("35"), chosen("135")
+    for where in wheres:
+        for dtype in (F64, torch.float32, torch.bfloat16, F64):
+            own = {name: leaf.to(dtype) for name, leaf in params.items()}
+            got, alone = (draws(fn, own, x, chunk_size=size, where=where) for size in (None, 1))
+            torch.testing.assert_close(got, alone)
+    assert set(together) == {2, 3}
+    assert len(folded) == 16
 
 
 class Mixing(nn.Module):
@@ -963,6 +997,12 @@ class Mixing(nn.Module):
 def hooked():
     module = nn.Linear(3, 3)
     module.register_forward_hook(lambda part, args, out: out - out.mean(0))
+    return module
+
+
+def prepared():
+    module = nn.Linear(3, 3)
+    module.register_forward_pre_hook(lambda part, args: (args[0] - args[0].mean(0),))
     return module
 
 
@@ -978,6 +1018,8 @@ MIXING = {
     "softmax over rows, from the end": lambda: nn.Softmax(-2),
     "a module of one's own": Mixing,
     "a hook": hooked,
+    "a hook before": prepared,
+    "rows as numbers": lambda: nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, -1)), nn.Softmax(-1)),
     "a method of one's own": replaced,
     "weights that a norm divides": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
 }
@@ -1002,6 +1044,21 @@ def test_inputs_without_an_axis_of_rows_and_calls_of_ones_own_are_not_folded(fol
     )
     torch.testing.assert_close(draws(fn, params, randn(5, 3)), draws(fn, params, randn(5, 3), chunk_size=1))
     assert not folded
+
+
+def test_hooks_of_all_modules_are_asked_for_at_every_call(folded):
+    fn, params = functional(nn.Sequential(nn.Linear(3, 3), nn.Dropout(P), nn.Linear(3, 2)))
+    x = randn(4, 3)
+    draws(fn, params, x)
+    assert folded == [6]
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda part, args, out: out - out.mean(0) if isinstance(part, nn.Linear) else None
+    )
+    try:
+        torch.testing.assert_close(draws(fn, params, x), draws(fn, params, x, chunk_size=1))
+    finally:
+        hook.remove()
+    assert folded == [6]
 
 
 def test_an_image_that_is_no_batch_is_evaluated_as_it_is(folded):

@@ -1283,6 +1283,28 @@ def test_members_fitted_at_once_are_those_fitted_one_by_one(name, tune, options)
     assert drawn.samples.shape[:2] == (6, 4)
 
 
+@pytest.mark.parametrize("structure", ["kron", "full"])
+def test_last_layers_of_members_are_mixed_beside_the_rest_of_their_own_networks(structure):
+    fn, members = fb.ensemble.init(
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), 3, seed=0
+    )
+    members = fb.to(members, dtype=F64)
+    x, y, options = randn(12, 3), torch.arange(12) % 2, {"where": "2.*", "structure": structure}
+    heads = laplace.fit(fn, members, (x, y), Categorical(), stacked=True, **options)
+    trunks = fb.Point({name: leaf for name, leaf in members.items() if not name.startswith("2.")})
+    mixed = fb.mixture(fb.join(heads, trunks), stacked=True)
+    each = []
+    for k in range(3):
+        own = {name: leaf[k] for name, leaf in members.items()}
+        q = laplace.fit(fn, own, (x, y), Categorical(), **options)
+        each.append(fb.predict_linearized(fn, own, q, x, likelihood=Categorical()).mean)
+    got = fb.predict_linearized(fn, None, mixed, x, likelihood=Categorical()).mean
+    assert_close(got, torch.stack(each).mean(0))
+    drawn = fb.predict(fn, None, mixed, x, likelihood=Categorical(), num_samples=3000, seed=0)
+    errors = drawn.epistemic_variance.sqrt() / 3000**0.5
+    assert ((drawn.mean - got).abs() < 5 * errors + 0.02).all()  # and the error of the probit link
+
+
 def test_members_of_a_regression_are_fitted_with_the_noise_that_is_given():
     model = MODELS["mlp"]()
     members = zoo.members(model.params, 2)

@@ -141,12 +141,14 @@ def _handlers(kind: str, is_autocast: bool) -> dict[Any, Handler]:
     names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
     opened: dict[Any, Handler] = {F.multi_head_attention_forward: open_attention}
     if is_autocast:
-        opened |= dict.fromkeys(_CONVOLUTIONS, _convolution_as_autocast)
-    rules = {
+        opened |= dict.fromkeys(_LOWERED, _as_autocast)
+    handlers = opened | {
         func: _handler(_RULES[func], kind == "channels_last", func in _INSIDE, opened.get(func))
         for func in names
     }
-    return opened | rules
+    if is_autocast:
+        handlers |= {func: _in_dtype_of_input(handlers.get(func)) for func in _NORMS}
+    return handlers
 
 
 def _handler(rule: Rule, channels_last: bool, is_inside: bool, otherwise: Handler | None) -> Handler:
@@ -263,16 +265,15 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
     return rule
 
 
-_CONVOLUTIONS = (
-    *(F.conv1d, F.conv2d, F.conv3d),
+# What autocast gives to lower precision.
+_LOWERED = (
+    *(F.linear, F.prelu, torch.prelu, F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
 )
 
 
-def _convolution_as_autocast(
-    mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]
-) -> Any:
-    """A convolution of what autocast would make of its arguments; ``vmap`` takes it before (torch 2.13)."""
+def _as_autocast(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
+    """Call with what autocast would make of arguments; ``vmap`` takes some before it does (torch 2.13)."""
     del mode
 
     def cast(value: Any) -> Any:
@@ -282,6 +283,21 @@ def _convolution_as_autocast(
         return value.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else value
 
     return func(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+
+# What gives the dtype of its input on a CPU, whatever that of its weights is.
+_NORMS = F.layer_norm, F.group_norm, F.instance_norm, F.batch_norm, F.rms_norm
+
+
+def _in_dtype_of_input(handler: Handler | None) -> Handler:
+    """Where ``vmap`` writes a norm out, the result has the widest dtype of all that went in."""
+
+    def wrapped(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs) if handler is None else handler(mode, func, args, kwargs)
+        value = args[0] if args else kwargs["input"]
+        return out.to(value.dtype) if value.device.type == "cpu" else out
+
+    return wrapped
 
 
 def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:

@@ -174,7 +174,7 @@ def _through_time(
                 part.chunk(3, -1) for part in (x, product(state_bias, h, of_states, 1))
             )
             n = torch.tanh(torch.addcmul(x_n, torch.sigmoid(x_r + s_r), s_n))
-            states = [torch.lerp(n, h, torch.sigmoid(x_z + s_z))]
+            states = [torch.lerp(n, h.to(n.dtype), torch.sigmoid(x_z + s_z))]
         elif func is torch.lstm:
             i_and_f, g, o = torch.baddbmm(x, h, of_states).tensor_split((2 * width, 3 * width), -1)
             i, f = torch.sigmoid(i_and_f).chunk(2, -1)

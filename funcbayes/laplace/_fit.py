@@ -87,7 +87,9 @@ def fit(
     Returns:
         The posterior. With ``stacked`` every leaf has a leading axis ``K``: ``mixture(posterior,
         stacked=True)`` is the mixture of Laplace approximations (Eschenhagen et al. 2021, "Mixtures of
-        Laplace approximations for improved post-hoc uncertainty in deep learning").
+        Laplace approximations for improved post-hoc uncertainty in deep learning"). With ``where`` too, each
+        goes with its own network: ``mixture(join(posterior, Point(held)), stacked=True)``, where ``held``
+        are the other leaves of ``params``.
 
     Raises:
         TypeError: As for :func:`funcbayes.curvature.ggn` and :func:`posterior`.

@@ -100,13 +100,20 @@ class LaplaceApproximation(Predicting):
         return self.model(x)
 
     def fit(
-        self, data: Data, *, batch_size: int | None = None, seed: Seed | None = None, progress: bool = False
+        self,
+        data: Data,
+        *,
+        batch_size: int | None = None,
+        max_bytes: int | None = None,
+        seed: Seed | None = None,
+        progress: bool = False,
     ) -> None:
         """Find the curvature at the present weights of the model.
 
         Args:
             data: Training data, ``(x, y)`` tensors or a re-iterable of such batches.
             batch_size: Rows a batch, for data in tensors.
+            max_bytes: As for :func:`funcbayes.curvature.ggn`.
             seed: Of what is random in finding a curvature of low rank.
             progress: Whether to show a bar over the batches.
         """
@@ -118,6 +125,7 @@ class LaplaceApproximation(Predicting):
             eigenvalue_correction=self.eigenvalue_correction,
             rank=self.rank,
             batch_size=batch_size,
+            max_bytes=max_bytes,
             seed=seed,
             progress=progress,
         )

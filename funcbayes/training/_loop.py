@@ -108,7 +108,11 @@ def _run_epoch(
     for batch in batches:
         if networks.num_steps == 0:
             networks.probe(batch)
-        losses.append(movers.step(gradients, networks, batch))
+        try:
+            losses.append(movers.step(gradients, networks, batch))
+        except Exception:
+            networks.probe(batch)  # says so if the targets of this batch are no targets
+            raise
         rows.append(torch.as_tensor(batch.rows))
         networks.num_steps += 1
         if options.scheduler_interval == "step":

@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from .._functorch import map_first_axis, unwrap, vmap_level
+from .._functorch import is_autocast_on, map_first_axis, unwrap, vmap_level
 from .._intercept import Batching, Observed
 from .._mapping import equal_parts
 from .._random import fold
@@ -72,7 +72,8 @@ class Together:
         try:
             if networks.draws_globally:
                 raise RuntimeError("it draws from torch's global random state")
-            _vmapped(networks, leaves, batch, slice(0, 1), True, seen)
+            # Autocast does not reach all that plain `vmap` makes of a model.
+            _vmapped(networks, leaves, batch, slice(0, 1), not is_autocast_on(), seen)
         except Exception as error:  # whatever it is, a loop that works is an answer
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(
