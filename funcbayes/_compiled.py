@@ -143,7 +143,14 @@ class _Program:
         evaluate(tree)  # what is found out about a model by looking at numbers is known from here on
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing, to whoever reads the program
-            graph = traced(of_tensors, tensors(tree))
+            try:
+                graph = traced(of_tensors, tensors(tree))
+            except Exception as error:  # of the model, which has just been evaluated without tracing
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise RuntimeError(
+                    "`compile=True` should be given a model whose operations are the same whatever its "
+                    f"numbers are. Leave `compile` out. Writing them down ended with: {reason}"
+                ) from error
         run = torch.compile(graph, dynamic=False, options=_OPTIONS)
         kept = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         results, shape = found

@@ -172,7 +172,15 @@ _forward_mode = threading.RLock()
 def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     """``torch.func.jvp``, one thread at a time: the levels of forward mode belong to the process."""
     with _forward_mode:
-        return torch.func.jvp(function, primals, tangents)
+        try:
+            return torch.func.jvp(function, primals, tangents)
+        except NotImplementedError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise NotImplementedError(
+                "The model is linearised here by derivatives forwards, which one of its operations does not "
+                "have. `funcbayes.predict_linearized`, posteriors with `linearized=False`, and curvatures as "
+                f"'diag', 'kron' or 'full' do without them. Torch says: {reason}"
+            ) from error
 
 
 def wrap(tensor: Tensor, axis: int, level: int) -> Tensor:

@@ -86,6 +86,18 @@ def test_inputs_of_modules_that_may_write_into_them_are_no_part_of_a_program(tra
     assert len(traced) == 1
 
 
+def test_a_model_that_asks_for_a_number_is_refused_by_name_of_the_option():
+    def branching(params, x):
+        return linear(params, x) if x.sum() > 0 else linear(params, -x)
+
+    q, x = gaussian(linear_params()), randn(4, 3)
+    fb.predict(branching, None, q, x, num_samples=3, seed=0)
+    with pytest.raises(
+        RuntimeError, match=r"`compile=True` should be given a model .*\. Leave `compile` out\."
+    ):
+        fb.predict(branching, None, q, x, num_samples=3, seed=0, compile=True)
+
+
 @pytest.mark.parametrize("shared_mask", [False, True])
 def test_a_program_drops_what_the_engine_drops(traced, shared_mask):
     model, q = MODELS["mlp_dropout"](), fb.Dropout(shared_mask=shared_mask)

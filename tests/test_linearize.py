@@ -6,6 +6,7 @@ import optree
 import pytest
 import torch
 import zoo
+from torch import nn
 from torch.func import grad, vmap
 from torch.testing import assert_close
 from zoo import LOOPED_MODELS, MODELS, gaussian, linear, linear_params, randn, randn_like, shifted
@@ -134,3 +135,14 @@ ERRORS = {
 def test_linearize_refuses(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_to_do_without_derivatives_forwards_is_said():
+    fn, params = fb.make_functional(nn.Sequential(nn.EmbeddingBag(9, 4, mode="sum"), nn.Linear(4, 3)))
+    x, y = torch.randint(0, 9, (6, 3)), torch.arange(6) % 3
+    q = fb.laplace.fit(fn, params, (x, y), fb.likelihoods.Categorical())
+    fb.predict_linearized(fn, params, q, x)
+    with pytest.raises(NotImplementedError, match=r"`funcbayes.predict_linearized`, .*`linearized=False`"):
+        fb.predict(fn, params, q, x, num_samples=3, seed=0)
+    with pytest.raises(NotImplementedError, match=r"'diag', 'kron' or 'full' do without"):
+        fb.curvature.ggn(fn, params, (x, y), fb.likelihoods.Categorical(), "low_rank")

@@ -752,3 +752,15 @@ def test_parameters_whose_sum_overflows_are_finite():
     likelihood = fb.likelihoods.Normal(1.0)
     fitted = fb.training.fit(fn, params, data, likelihood, optimizer=sgd, num_epochs=1, seed=0)
     assert torch.equal(fitted["large"], params["large"])
+
+
+@pytest.mark.parametrize("fit", [fb.training.fit, fb.vi.fit, fb.laplace.train])
+@pytest.mark.parametrize("label", [17, -5])
+def test_labels_of_a_later_batch_are_named_too(fit, label):
+    fn, params = fb.make_functional(nn.Linear(3, 4))
+    y = torch.arange(25) % 4
+    batches = [(torch.ones(5, 3), part) for part in y.split(5)]
+    batches[3][1][2] = label
+    adam = functools.partial(torch.optim.Adam, lr=1e-2)
+    with pytest.raises(ValueError, match=rf"Labels `y` in `.*\(data=...\)` should be from 0 to 3.*{label}"):
+        fit(fn, params, batches, fb.likelihoods.Categorical(), optimizer=adam, num_epochs=1, seed=0)
