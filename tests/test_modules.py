@@ -518,6 +518,28 @@ def test_the_laplace_face_is_the_posterior_of_the_functions(structure, where):
     assert set(face.sample_parameters(seed=0)) == set(q.mean)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"curvature": "empirical_fisher"}, {"curvature": "fisher"}, {"weight_sharing": "reduce"}],
+    ids=["empirical_fisher", "fisher", "reduce"],
+)
+def test_the_laplace_face_has_every_curvature(options):
+    model = seeded(conv_net)
+    face = LaplaceApproximation(model, **options)
+    data = data_for(model)
+    face.fit(data, seed=3, max_bytes=1 << 16)
+    fn, params = fb.make_functional(model)
+    q = fb.laplace.fit(fn, params, data, Categorical(), seed=3, **options)
+    sampled = face.sample_parameters(seed=1)
+    for name, leaf in q.sample(1, seed=1).items():
+        assert_close(sampled[name], leaf[0])
+
+
+def test_a_curvature_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"`LaplaceApproximation\(curvature=...\)` should be one of 'ggn'"):
+        LaplaceApproximation(mlp(), curvature="gnn")
+
+
 def test_the_laplace_face_chooses_prior_and_noise_by_evidence():
     model = seeded(functools.partial(mlp, 1))
     face = LaplaceApproximation(model, structure="full", noise_std=3.0)

@@ -5,13 +5,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from .. import curvature, laplace
+from .. import laplace
 from .._functional import FunctionalModule, make_functional
 from .._linearized_prediction import LinearizedPrediction, Link
 from .._predict_linearized import predict_linearized
 from .._random import Seed
 from .._tree import Params, Where, device_of, difference, index, map_leaves, parameters_of
-from ..curvature._curvature import DEFAULT_RANK, Structure, found_by
+from ..curvature import Curvature
+from ..curvature._curvature import DEFAULT_RANK, Kind, Structure, WeightSharing, found_by
 from ..curvature._data_term import noise_of
 from ..laplace._posterior import check_positive
 from ..laplace._prior import Numbers, Prior, chosen_leaves
@@ -40,6 +41,8 @@ class LaplaceApproximation(Predicting):
         noise_std: Standard deviation of the noise of a regression; ``None`` for that of a ``Normal``
             likelihood, or else 1. :meth:`optimize_prior_precision` chooses it, too.
         temperature: Divides the curvature, and not the prior.
+        curvature: Which one: ``"ggn"``, ``"fisher"``, ``"empirical_fisher"`` or ``"hessian"``.
+        weight_sharing: As for :func:`funcbayes.curvature.ggn`.
         eigenvalue_correction: For ``"kron"``: whether its eigenvalues are corrected (EKFAC).
         rank: For ``"low_rank"``: how many eigenvalues.
         linearized: Whether draws are evaluated by the linearised model.
@@ -67,6 +70,8 @@ class LaplaceApproximation(Predicting):
         prior_precision: Numbers = 1.0,
         noise_std: float | None = None,
         temperature: float = 1.0,
+        curvature: Kind = "ggn",
+        weight_sharing: WeightSharing = "expand",
         eigenvalue_correction: bool = False,
         rank: int = DEFAULT_RANK,
         linearized: bool = True,
@@ -80,6 +85,13 @@ class LaplaceApproximation(Predicting):
             raise ValueError(
                 f"`LaplaceApproximation(structure=...)` should be one of {known}, got {structure!r}."
             )
+        if curvature not in get_args(Kind):
+            known = ", ".join(map(repr, get_args(Kind)))
+            raise ValueError(
+                f"`LaplaceApproximation(curvature=...)` should be one of {known}, got {curvature!r}."
+            )
+        self.curvature: Kind = curvature
+        self.weight_sharing: WeightSharing = weight_sharing
         check_positive(temperature, "LaplaceApproximation(temperature=...)")
         if isinstance(prior_precision, float | int | Tensor):
             check_positive(prior_precision, "LaplaceApproximation(prior_precision=...)")
@@ -92,7 +104,7 @@ class LaplaceApproximation(Predicting):
             given = Prior.of(chosen_leaves(params, where), prior_precision, 0.0, None, "LaplaceApproximation")
             given.check_goes_with(structure, "LaplaceApproximation")
         self._mode: Params = None
-        self._curvature: curvature.Curvature | None = None
+        self._curvature: Curvature | None = None
         self._found: Gaussian | None = None  # from the present curvature and prior
 
     def forward(self, x: Any) -> Any:
@@ -114,14 +126,15 @@ class LaplaceApproximation(Predicting):
             data: Training data, ``(x, y)`` tensors or a re-iterable of such batches.
             batch_size: Rows a batch, for data in tensors.
             max_bytes: As for :func:`funcbayes.curvature.ggn`.
-            seed: Of what is random in finding a curvature of low rank.
+            seed: Of what is random: a curvature of low rank, the targets of ``"fisher"``.
             progress: Whether to show a bar over the batches.
         """
         values = map_leaves(lambda leaf: leaf.detach().clone(), self._fn.values_of(unwrapped(self.model)))
         likelihood = self._likelihood_for(values, data)
         found = found_by(
-            *("ggn", self._fn, values, data, likelihood, self.structure, self.where),
+            *(self.curvature, self._fn, values, data, likelihood, self.structure, self.where),
             call="LaplaceApproximation.fit",
+            weight_sharing=self.weight_sharing,
             eigenvalue_correction=self.eigenvalue_correction,
             rank=self.rank,
             batch_size=batch_size,
@@ -212,12 +225,12 @@ class LaplaceApproximation(Predicting):
         """The likelihood with the present noise, if it has one noise."""
         return likelihood if noise_of(likelihood) is None else Normal(self.noise_std)
 
-    def _fitted(self, call: str) -> tuple[Params, curvature.Curvature]:
+    def _fitted(self, call: str) -> tuple[Params, Curvature]:
         if self._curvature is None:
             raise RuntimeError(f"`LaplaceApproximation.{call}` needs a curvature: call `fit(data)` before.")
         return self._mode, self._curvature
 
-    def _noise(self, c: curvature.Curvature) -> float | None:
+    def _noise(self, c: Curvature) -> float | None:
         return self.noise_std if c.data.has_noise else None
 
     def _gaussian(self, call: str) -> Gaussian:
