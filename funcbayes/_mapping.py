@@ -34,11 +34,13 @@ class _Plan:
     Attributes:
         device: Where draws are.
         largest: Bytes of the largest intermediate of one draw; ``None`` if ``vmap`` cannot take the model.
+        needs_rules: See :class:`funcbayes._intercept.Observed`.
         is_plain: Whether batching rules stand in the model's way.
     """
 
     device: torch.device
     largest: int | None
+    needs_rules: bool = True
     is_plain: bool = False
 
 
@@ -68,14 +70,15 @@ def map_draws(
         key: What shapes depend on, beside the model: see :func:`funcbayes._engine.signature`.
         call: How the user called us, for the warning that a loop is used.
         chunk_size: Draws of one pass; ``None`` to choose by the size of intermediates.
-        has_rules: Whether weights differ between draws, for which there are batching rules.
+        has_rules: Whether weights differ between draws, for which there are batching rules. Those of
+            attention and recurrent layers are for other models, too.
 
     Returns:
         Results with a leading axis ``S``.
     """
     if count == 1 or chunk_size == 1:
         return _in_a_loop(one, draws, count)
-    kind = "none" if not has_rules else "channels_last" if num_rows >= 4 else "rows_first"
+    kind = "vmap" if not has_rules else "channels_last" if num_rows >= 4 else "rows_first"
     if is_inside_transform():  # sizes are those of others, too
         return _mapped(one, draws(slice(0, count)), count, kind)
     # Autocast does not reach all that plain `vmap` makes of a model.
@@ -95,7 +98,8 @@ def map_draws(
     for part in parts:
         size, own = part.stop - part.start, draws(part)
         try:
-            found.append(_mapped(one, own, size, "vmap" if plan.is_plain else kind))
+            is_bare = not has_rules and not plan.needs_rules
+            found.append(_mapped(one, own, size, "none" if is_bare else "vmap" if plan.is_plain else kind))
         except Exception:  # of a batching rule, where plain `vmap` is right; the model's own comes again
             if plan.is_plain:
                 raise
@@ -148,4 +152,4 @@ def _made_plan(one: Callable[[Any], Any], first: Any, owner: Any, call: str, kin
                 stacklevel=levels_to_the_user(),
             )
             return _Plan(device, None)
-    return _Plan(device, seen.nbytes)
+    return _Plan(device, seen.nbytes, seen.needs_rules)

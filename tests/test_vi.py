@@ -413,6 +413,32 @@ def test_flipout_and_local_noise_agree_with_drawn_weights_in_deep_models(model, 
     assert ((one.mean(0) - other.mean(0)).abs() <= 5 * sem + 1e-9).all()
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 12), nn.Linear(4, 2)
+
+    def forward(self, x):
+        query, key, value = self.inner(x).unsqueeze(1).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(query, key, value).squeeze(1).mean(1))
+
+
+@pytest.mark.parametrize("estimator", ["reparam", "local"])
+def test_attention_is_mapped_by_rules_whatever_is_drawn(estimator, recwarn):
+    """``vmap`` alone would loop over the draws inside of attention, and say so."""
+    fn, params = fb.make_functional(Attending().double())
+    state = requiring_grad(vi.init(params, init_scale=0.1))
+    batch, leaves = (randn(5, 3, 4), randn(5, 2, seed=1)), optree.tree_leaves(state)
+    find = functools.partial(
+        vi.negative_elbo, fn, None, state, batch, NORMAL, num_data=5, num_samples=4, seed=0
+    )
+    together, alone = (
+        torch.autograd.grad(find(estimator=estimator, chunk_size=size), leaves) for size in (None, 1)
+    )
+    torch.testing.assert_close(together, alone)
+    assert not [w for w in recwarn if "performance drop" in str(w.message)]
+
+
 @pytest.mark.parametrize("estimator", ["flipout", "local"])
 def test_noise_within_a_batch_is_less_where_rows_have_their_own(estimator):
     fn, params, batch = made("mlp", 64)
