@@ -1267,6 +1267,7 @@ def test_members_fitted_at_once_are_those_fitted_one_by_one(name, tune, options)
     members, data = zoo.members(model.params, 3), classes(model)
     numbers = {"prior_precision": 0.6, "tune": tune, **options}
     q = laplace.fit(model.fn, members, data, Categorical(), stacked=True, **numbers)
+    variances = vmap(lambda one: one.variance)(q)
     x = model.inputs(4)
     parts = []
     for k in range(3):
@@ -1275,6 +1276,8 @@ def test_members_fitted_at_once_are_those_fitted_one_by_one(name, tune, options)
         own = optree.tree_map(lambda leaf, k=k: leaf[k], q)
         assert_close(flat(own.mean), flat(one.mean))
         assert_close(own.covariance.to_dense(), one.covariance.to_dense(), rtol=1e-5, atol=1e-8)
+        variance = optree.tree_map(lambda leaf, k=k: leaf[k], variances)
+        assert_close(flat(variance), flat(one.variance), rtol=1e-5, atol=1e-8)
         parts.append(fb.predict_linearized(model.fn, model.params, one, x, likelihood=Categorical()).mean)
     mixed = fb.mixture(q, stacked=True)
     whole = fb.predict_linearized(model.fn, model.params, mixed, x, likelihood=Categorical())

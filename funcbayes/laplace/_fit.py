@@ -89,7 +89,8 @@ def fit(
         stacked=True)`` is the mixture of Laplace approximations (Eschenhagen et al. 2021, "Mixtures of
         Laplace approximations for improved post-hoc uncertainty in deep learning"). With ``where`` too, each
         goes with its own network: ``mixture(join(posterior, Point(held)), stacked=True)``, where ``held``
-        are the other leaves of ``params``.
+        are the other leaves of ``params``. What one Gaussian has is found for each of a stack by ``vmap``:
+        ``torch.vmap(lambda q: q.variance)(posterior)``.
 
     Raises:
         TypeError: As for :func:`funcbayes.curvature.ggn` and :func:`posterior`.
