@@ -26,7 +26,7 @@ from ._tree import (
     select,
     stack,
 )
-from ._warning import levels_to_the_user
+from ._warning import first_line, levels_to_the_user
 from .posteriors import Ensemble, Mixture
 from .training._batch import Batch
 from .training._data import Data, Source, open_data
@@ -219,7 +219,7 @@ class _Run:
         return vmap(one)(index(self.members, part), index(self._start, part))
 
     def _warn(self, error: Exception) -> None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         warnings.warn(
             f"`{_CALL}` evaluates the members one by one, because `vmap` cannot take the model: {reason}",
             stacklevel=levels_to_the_user(),

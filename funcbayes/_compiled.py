@@ -17,6 +17,7 @@ from torch import Tensor
 from ._functorch import is_inside_transform, traced
 from ._remember import Remembered
 from ._tree import tensors
+from ._warning import first_line
 
 Evaluate = Callable[[Any], Any]
 _programs: Remembered["_Program"] = Remembered()
@@ -146,10 +147,9 @@ class _Program:
             try:
                 graph = traced(of_tensors, tensors(tree))
             except Exception as error:  # of the model, which has just been evaluated without tracing
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise RuntimeError(
                     "`compile=True` should be given a model whose operations are the same whatever its "
-                    f"numbers are. Leave `compile` out. Writing them down ended with: {reason}"
+                    f"numbers are. Leave `compile` out. Writing them down ended with: {first_line(error)}"
                 ) from error
         run = torch.compile(graph, dynamic=False, options=_OPTIONS)
         kept = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]

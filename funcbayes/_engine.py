@@ -29,7 +29,7 @@ from ._remember import Remembered
 from ._row_wise import has_global_hooks
 from ._threads import may_divide, side_by_side
 from ._tree import Params, device_of, index, is_repeated, merge, num_rows, tensors, unbind
-from ._warning import levels_to_the_user
+from ._warning import first_line, levels_to_the_user
 from .posteriors import Draw, to
 
 # Bytes of the largest intermediate with a draw axis, over the draws of one chunk.
@@ -364,12 +364,11 @@ class _Run:
             self._outputs(draw, Mechanism("loop", 1), 0)
         if self._was_warned():
             return
-        reason = str(error).strip().splitlines()
+        reason = first_line(error)
         if self.tuner.draws_globally:
-            reason = ["it draws random numbers of its own, which are now a function of the draw"]
+            reason = "it draws random numbers of its own, which are now a function of the draw"
         warnings.warn(
-            f"`vmap` cannot take {self.fn!r}, so its draws are evaluated in a loop: "
-            f"{reason[0] if reason else type(error).__name__}",
+            f"`vmap` cannot take {self.fn!r}, so its draws are evaluated in a loop: {reason}",
             UserWarning,
             stacklevel=levels_to_the_user(),
         )

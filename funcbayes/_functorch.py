@@ -17,6 +17,8 @@ from torch._C import _functorch  # type: ignore[attr-defined]  # made in C++, wi
 from torch._C._functorch import TransformType
 from torch._functorch.vmap import lazy_load_decompositions
 
+from ._warning import first_line
+
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -175,11 +177,10 @@ def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[
         try:
             return torch.func.jvp(function, primals, tangents)
         except NotImplementedError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise NotImplementedError(
                 "The model is linearised here by derivatives forwards, which one of its operations does not "
                 "have. `funcbayes.predict_linearized`, posteriors with `linearized=False`, and curvatures as "
-                f"'diag', 'kron' or 'full' do without them. Torch says: {reason}"
+                f"'diag', 'kron' or 'full' do without them. Torch says: {first_line(error)}"
             ) from error
 
 

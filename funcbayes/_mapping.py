@@ -20,7 +20,7 @@ from ._functorch import is_autocast_on, is_inside_transform, map_first_axis
 from ._intercept import Batching, Observed
 from ._remember import Remembered
 from ._tree import concatenate, device_of, index, stack
-from ._warning import levels_to_the_user
+from ._warning import first_line, levels_to_the_user
 
 # Bytes of the largest intermediate, over the draws of one pass. Beyond it buffers fall out of the cache, and
 # fewer draws at a time are faster; two still pay where one buffer is larger.
@@ -82,12 +82,14 @@ def map_draws(
     if is_inside_transform():  # sizes are those of others, too
         return _mapped(one, draws(slice(0, count)), count, kind)
     # Autocast does not reach all that plain `vmap` makes of a model.
-    probing = kind if has_rules and is_autocast_on() else "vmap"
+    probing = kind if is_autocast_on() else "vmap"
     plan = _plans.get(
         owner, (key, num_rows, probing), lambda: _made_plan(one, draws(slice(0, 1)), owner, call, probing)
     )
     if plan.largest is None:
         return _in_a_loop(one, draws, count)
+    if not has_rules and not plan.needs_rules:
+        kind = "none"
     if chunk_size is None:
         parts = equal_parts(count, plan.largest, plan.device)
     else:
@@ -98,8 +100,7 @@ def map_draws(
     for part in parts:
         size, own = part.stop - part.start, draws(part)
         try:
-            is_bare = not has_rules and not plan.needs_rules
-            found.append(_mapped(one, own, size, "none" if is_bare else "vmap" if plan.is_plain else kind))
+            found.append(_mapped(one, own, size, "vmap" if plan.is_plain else kind))
         except Exception:  # of a batching rule, where plain `vmap` is right; the model's own comes again
             if plan.is_plain:
                 raise
@@ -145,7 +146,7 @@ def _made_plan(one: Callable[[Any], Any], first: Any, owner: Any, call: str, kin
             _mapped(one, first, 1, kind, seen)
         except Exception as error:  # whatever it is, a loop that works is an answer
             one(index(first, 0))  # which raises what is the model's own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             warnings.warn(
                 f"`{call}` evaluates draws one by one, because `vmap` cannot take {owner!r}: {reason}",
                 UserWarning,

@@ -340,12 +340,12 @@ def _plan(
     count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
     indices = torch.arange(count)
     weights = torch.full((count,), 1 / count, dtype=torch.float64)
-    groups = [indices] if len(posterior.forms()) == 1 else posterior.structures(indices, seed).values()
+    structures = {} if len(posterior.forms()) == 1 else posterior.structures(indices, seed)
+    in_order = structures.values() if len(structures) > 1 else [indices]
 
     def make(numbers: Tensor) -> Draw:
         return posterior.draws(numbers, seed)
 
-    in_order = [indices] if len(groups) == 1 else groups
     return weights, [(numbers, _by_number(make, numbers)) for numbers in in_order]
 
 

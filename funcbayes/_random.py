@@ -327,7 +327,7 @@ def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: b
 
 def _counted(key: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """Stirred counters ``(*k, *s)``, from a start that is a function of a key and the number of a stream."""
-    numel = int(math.prod(shape))
+    numel = int(math.prod(shape))  # sizes are tensors where `torch.jit.trace` looks on
     # Not from the key itself, which would give the keys that are folded out of it.
     start = (key.long() ^ _start_of(stream)).unsqueeze(-1)
     if _is_for_an_operator(start):

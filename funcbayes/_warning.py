@@ -1,7 +1,12 @@
-"""Warnings that name the line which called the package."""
+"""What warnings and errors say of where they come from."""
 
 import os
 import sys
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def levels_to_the_user() -> int:

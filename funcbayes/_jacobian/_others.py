@@ -14,7 +14,7 @@ from .._functorch import load_forward_rules, quiet_fallbacks
 from .._intercept import Unfused
 from .._remember import Remembered
 from .._tree import Params, index, map_named, named_leaves
-from .._warning import levels_to_the_user
+from .._warning import first_line, levels_to_the_user
 from ._gradients import BLOCK_BYTES, RowGradients
 from ._layers import formed
 
@@ -92,7 +92,7 @@ def _one_by_one(
     fn: Any,
 ) -> dict[str, Tensor]:
     """The same in a loop over rows and columns, for models that ``vmap`` cannot take."""
-    reason = str(error).strip().splitlines()
+    reason = first_line(error)
     found: dict[str, list[Tensor]] = {name: [] for name in chosen}
     for n in range(columns.shape[1]):
         row = [leaf[n] if is_row else leaf for leaf, is_row in zip(leaves, has_rows, strict=True)]
@@ -120,7 +120,7 @@ def _one_by_one(
         return {name: torch.stack(gradients, 1) for name, gradients in found.items()}
     warnings.warn(
         f"`vmap` cannot take {fn!r}, so gradients of its rows are found one by one, {columns.shape[1]} rows "
-        f"of {len(columns)} columns: {reason[0] if reason else type(error).__name__}",
+        f"of {len(columns)} columns: {reason}",
         UserWarning,
         stacklevel=levels_to_the_user(),
     )

@@ -14,7 +14,7 @@ from .._intercept import Batching, Observed
 from .._mapping import equal_parts
 from .._random import fold
 from .._tree import Params, index, merge, named_leaves, select
-from .._warning import levels_to_the_user
+from .._warning import first_line, levels_to_the_user
 from ._batch import Batch, RaggedBatch
 from ._networks import Networks, one_by_one
 from ._objective import Objective
@@ -75,7 +75,7 @@ class Together:
             # Autocast does not reach all that plain `vmap` makes of a model.
             _vmapped(networks, leaves, batch, slice(0, 1), not is_autocast_on(), seen)
         except Exception as error:  # whatever it is, a loop that works is an answer
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             warnings.warn(
                 f"`{networks.call}` trains the members one by one, because `vmap` cannot take the model: "
                 f"{reason}",
