@@ -145,7 +145,8 @@ class _Program:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing, to whoever reads the program
             try:
-                graph = traced(of_tensors, tensors(tree))
+                # One tensor in two places would be one input, where others come as two later.
+                graph = traced(of_tensors, [leaf.detach() for leaf in tensors(tree)])
             except Exception as error:  # of the model, which has just been evaluated without tracing
                 raise RuntimeError(
                     "`compile=True` should be given a model whose operations are the same whatever its "

@@ -86,6 +86,17 @@ def test_inputs_of_modules_that_may_write_into_them_are_no_part_of_a_program(tra
     assert len(traced) == 1
 
 
+def test_one_tensor_in_two_places_makes_no_program_that_takes_them_for_one(traced):
+    fn = lambda params, x: linear(params, x["a"] - 2 * x["b"])  # noqa: E731 - a model of its own
+    q, x = gaussian(linear_params()), randn(4, 3)
+    for rows in ({"a": x, "b": x}, {"a": x, "b": x + 1}):
+        got, expected = (
+            fb.predict(fn, None, q, rows, num_samples=3, seed=0, compile=c).samples for c in (True, False)
+        )
+        assert_close(got, expected)
+    assert len(traced) == 1
+
+
 def test_a_model_that_asks_for_a_number_is_refused_by_name_of_the_option():
     def branching(params, x):
         return linear(params, x) if x.sum() > 0 else linear(params, -x)
@@ -301,10 +312,10 @@ def conv_net():
     return Own(*layers, nn.Linear(12, 3))
 
 
-def one_network():
+def one_network(make=conv_net):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return fb.make_functional(conv_net())
+        return fb.make_functional(make())
 
 
 HOW = {"optimizer": sgd, "num_epochs": 2, "batch_size": 8, "seed": 1}
@@ -315,9 +326,34 @@ def fitted(fit, **options):
     return fit(fn, params, images(), Categorical(), **HOW, **options)
 
 
+def three_networks():
+    return fb.ensemble.init(conv_net, 3, seed=0)
+
+
 def fitted_members(fit, **options):
-    fn, members = fb.ensemble.init(conv_net, 3, seed=0)
+    fn, members = three_networks()
     return fit(fn, members, images(), Categorical(), **HOW, **options)
+
+
+def trained_with_evidence(**options):
+    """In which the noise and the prior change from epoch to epoch."""
+    fn, params = one_network(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())
+    data = randn(16, 3), randn(16, 2, seed=1)
+    found = fb.laplace.train(fn, params, data, Normal(0.7), **HOW, structure="diag", **options)
+    return found.params, found.noise_std
+
+
+def by_ivon(networks, **options):
+    how = {"learning_rate": fb.ivon.cosine(0.05, num_steps=4), "num_epochs": 2, "batch_size": 8, "seed": 1}
+    return fb.ivon.fit(*networks(), images(), Categorical(), num_samples=2, **how, **options)
+
+
+def chains(fit, **options):
+    fn, members = three_networks()
+    sampler = fb.sgmcmc.sghmc(1e-4)
+    how = {"num_steps": 6, "batch_size": 8, "stacked": True, "seed": 1}
+    found = fit(fn, members, images(), Categorical(), sampler=sampler, **how, **options)
+    return found.params if isinstance(found, fb.sgmcmc.Chains) else found.members
 
 
 warmup = vi.linear_warmup(5)
@@ -328,6 +364,11 @@ FITS = {
     "swag": functools.partial(fitted, fb.swag.fit, rank=2),
     "vi": functools.partial(fitted, vi.fit, num_samples=2, kl_weight=warmup),
     "vi, local": functools.partial(fitted, vi.fit, num_samples=2, estimator="local"),
+    "laplace": functools.partial(trained_with_evidence, prior_precision=2.0),
+    "sghmc": functools.partial(chains, fb.sgmcmc.run),
+    "sghmc, another prior": functools.partial(chains, fb.sgmcmc.fit, prior=fb.priors.Laplace(1.0)),
+    "ivon": functools.partial(by_ivon, one_network, max_grad_norm=1.0),
+    "ivon, stacked": functools.partial(by_ivon, three_networks, stacked=True),
     "vi, stacked": functools.partial(fitted_members, vi.fit, stacked=True, kl_weight=warmup),
 }
 
@@ -339,13 +380,42 @@ def test_compiled_steps_end_where_the_others_do(traced, make):
     assert len(traced) == 1
 
 
-def test_a_model_with_random_numbers_of_its_own_is_not_trained_by_programs():
+def test_hamiltonian_chains_by_programs_are_those_without(traced):
+    data, how = (randn(8, 3), torch.arange(8) % 2), {"step_size": 0.05, "num_leapfrog_steps": 3, "seed": 0}
+    got, expected = (
+        fb.sgmcmc.hmc(
+            linear, linear_params(), data, Categorical(), num_samples=4, num_burn_in=3, **how, compile=c
+        )
+        for c in (True, False)
+    )
+    assert_close(got.params, expected.params)
+    assert len(traced) == 1
+
+
+def test_updates_of_one_kind_share_a_program(traced):
+    fn, state = lambda params, x: linear(params, x), fb.ivon.init(linear_params())  # of its own
+    how = {"num_data": 50, "num_samples": 2, "seed": 0}
+    for step in range(3):
+        batch = randn(4, 3, seed=step), torch.arange(4) % 2
+        rate = 0.1 / (1 + step)
+        got, expected = (
+            fb.ivon.update(fn, None, state, batch, Categorical(), learning_rate=rate, **how, compile=c)
+            for c in (True, False)
+        )
+        assert_close(optree.tree_leaves(got), optree.tree_leaves(expected))
+        state = got[0]
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("fit", ["training", "ivon"])
+def test_a_model_with_random_numbers_of_its_own_is_not_trained_by_programs(fit):
     def noisy(params, x):
         return linear(params, x) + 0.1 * torch.randn(())
 
     data = randn(8, 3), randn(8, 2)
-    with pytest.raises(ValueError, match=r"training.fit\(compile=True\).*leave `compile` out"):
-        fb.training.fit(noisy, linear_params(), data, Normal(1.0), **HOW, compile=True)
+    how = HOW if fit == "training" else {"learning_rate": 0.1, "num_epochs": 1}
+    with pytest.raises(ValueError, match=rf"{fit}.fit\(compile=True\).*leave `compile` out"):
+        getattr(fb, fit).fit(noisy, linear_params(), data, Normal(1.0), **how, compile=True)
 
 
 # With a compiler.

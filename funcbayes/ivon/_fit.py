@@ -58,6 +58,7 @@ def fit(
     ess: float | None = None,
     rescale_lr: bool = True,
     chunk_size: int | None = None,
+    compile: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Gaussian:
@@ -97,6 +98,7 @@ def fit(
         ess: ``lambda``, the effective number of rows, see :func:`update`.
         rescale_lr: Whether the learning rate is multiplied by ``hess_init + delta``.
         chunk_size: Draws of one pass, of all networks; ``None`` to choose by the size of intermediates.
+        compile: As for :func:`update`, of the draws of all networks.
         progress: Whether to show a bar over the epochs.
         callback: ``(epoch, loss, state)`` after every epoch, with the mean loss of the epoch over rows and
             draws, a float, and a copy of the state, of which :func:`posterior` makes a Gaussian and
@@ -135,7 +137,9 @@ def fit(
     """
     check_model(fn, _CALL)
     check_callback(callback, _CALL)
-    updater = Updater.of(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL)
+    updater = Updater.of(
+        *(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL), programs_of=fn if compile else None
+    )
     num_epochs = positive_int(num_epochs, f"{_CALL}(num_epochs=...)")
     num = count_members(params, f"{_CALL}(fn, params, ..., stacked=True)") if stacked else 1
     state, behind = _started(params, start, hess_init, where, num if stacked else None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_covers, check_model, check_num_data, positive_int
+from .._compiled import compiled
 from .._functional import Model
 from .._functorch import map_first_axis
 from .._random import Seed, fold, forked, resolve_seed
@@ -44,6 +45,7 @@ def update(
     ess: float | None = None,
     rescale_lr: bool = True,
     chunk_size: int | None = None,
+    compile: bool = False,
 ) -> tuple[IVONState, Tensor]:
     """Move a state by one batch: see :mod:`funcbayes.ivon`.
 
@@ -78,6 +80,8 @@ def update(
         rescale_lr: Whether the learning rate is multiplied by ``hess_init + delta``, as the authors
             recommend, so that the first steps are those of SGD whatever ``hess_init`` is.
         chunk_size: Draws of one pass; ``None`` to choose by the size of intermediates.
+        compile: Whether losses and gradients at the draws are found by a program that ``torch.compile``
+            makes, for all calls with tensors of these shapes: see :func:`funcbayes.training.fit`.
 
     Returns:
         The next state, all new tensors but for buffers that no update changes, and the mean loss over rows
@@ -113,7 +117,9 @@ def update(
     scale = Scale.of(num_data, prior_precision, ess, _CALL)
     check_num_data(num_data, batch[1].shape[0] if batch[1].ndim else 1, _CALL)
     rule = Rule.of(scale, learning_rate, beta1, beta2, clip_radius, rescale_lr, _CALL)
-    updater = Updater.of(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL)
+    updater = Updater.of(
+        *(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL), programs_of=fn if compile else None
+    )
     with torch.inference_mode(False), torch.enable_grad():
         params = map_leaves(lambda leaf: ready(leaf, None), params)
         rows = flat((as_tree(batch[0]), batch[1]), device_of(state.mean))
@@ -128,7 +134,11 @@ def whole(params: Params, state: IVONState) -> Params:
 
 @dataclass(frozen=True)
 class Updater:
-    """What stays the same from one update to the next; see :func:`update`."""
+    """What stays the same from one update to the next; see :func:`update`.
+
+    Attributes:
+        programs_of: What compiled programs are kept for; ``None`` to do without them.
+    """
 
     fn: Model
     likelihood: Likelihood
@@ -136,6 +146,7 @@ class Updater:
     max_grad_norm: float | None
     chunk_size: int | None
     call: str
+    programs_of: Any
 
     @classmethod
     def of(
@@ -146,6 +157,8 @@ class Updater:
         max_grad_norm: Any,
         chunk_size: Any,
         call: str,
+        *,
+        programs_of: Any,
     ) -> "Updater":
         """Check the arguments that a user gives."""
         check_is_likelihood(likelihood, f"{call}(likelihood=...)")
@@ -153,7 +166,7 @@ class Updater:
         max_grad_norm = positive_or_none(max_grad_norm, f"{call}(max_grad_norm=...)")
         if chunk_size is not None:
             chunk_size = positive_int(chunk_size, f"{call}(chunk_size=...)")
-        return cls(fn, likelihood, num_samples, max_grad_norm, chunk_size, call)
+        return cls(fn, likelihood, num_samples, max_grad_norm, chunk_size, call, programs_of)
 
     def one(
         self, params: Params, state: IVONState, batch: Batch, rule: Rule, seed: Seed, traits: Traits
@@ -167,7 +180,7 @@ class Updater:
             found = self._found(
                 *(merge(params, common), own, in_dtypes_of_the_model(state, draws), batch),
                 fold(fold(key, "dropout"), torch.arange(self.num_samples)),
-                self._passes(state, traits),
+                self._can_be_mapped(state, traits),
             )
         new = moved(state, found.gradients, draws, rule)
         return _with_buffers(new, index(averaged(found.changed, 1), 0)), found.losses.mean()
@@ -202,30 +215,45 @@ class Updater:
             map_leaves(lambda leaf: leaf.flatten(0, 1), in_dtypes_of_the_model(states, draws)),
             batch,
             fold(fold(keys, "dropout").unsqueeze(1), torch.arange(self.num_samples)).flatten(),
-            self._passes(states, traits),
+            self._can_be_mapped(states, traits),
         )
         gradients = map_leaves(lambda leaf: leaf.unflatten(0, (num, -1)), found.gradients)
         new = map_first_axis(lambda each: moved(*each, rule), (states, gradients, draws), num)
         losses = found.losses.unflatten(0, (num, -1)).mean(1)
         return _with_buffers(new, averaged(found.changed, num)), losses
 
-    def _passes(self, state: IVONState, traits: Traits) -> int | None:
+    def _can_be_mapped(self, state: IVONState, traits: Traits) -> bool:
         # Under vmap a buffer that is written has to have an axis of draws. Those that are still inside `fn`
         # get one by the first update. What draws from the global state would be upset by trying vmap.
-        is_ready = traits.changes <= named_leaves(state.fixed).keys() and not traits.draws_globally
-        return self.chunk_size if is_ready else 1
+        if traits.draws_globally and self.programs_of is not None:
+            raise ValueError(
+                f"`{self.call}(compile=True)` should be given a model without random numbers of its own, "
+                "which compiled code would draw otherwise. Use `nn.Dropout`, or leave `compile` out."
+            )
+        return traits.changes <= named_leaves(state.fixed).keys() and not traits.draws_globally
 
     def _found(
-        self, shared: Params, own: Params, draws: Params, batch: Batch, keys: Tensor, chunk_size: int | None
+        self, shared: Params, own: Params, draws: Params, batch: Batch, keys: Tensor, can_be_mapped: bool
     ) -> Found:
-        found = evaluated(
-            *(self.fn, self.likelihood, shared, own, draws, batch, keys),
-            call=self.call,
-            chunk_size=chunk_size,
-        )
-        if self.max_grad_norm is None:
-            return found
-        return replace(found, gradients=_shortened(found.gradients, self.max_grad_norm))
+        spec, dims = batch.spec, batch.dims
+        settings = "ivon", spec, tuple(dims), self.max_grad_norm, self.chunk_size
+
+        def find(given: Any) -> tuple[Tensor, Params, Params]:
+            likelihood, shared, own, draws, rows, keys = given
+            found = evaluated(
+                *(self.fn, likelihood, shared, own, draws, Batch(rows, spec, dims), keys),
+                call=self.call,
+                chunk_size=self.chunk_size if can_be_mapped else 1,
+            )
+            gradients = found.gradients
+            if self.max_grad_norm is not None:
+                gradients = _shortened(gradients, self.max_grad_norm)
+            return found.losses, gradients, found.changed
+
+        given = self.likelihood, shared, own, draws, batch.leaves, keys
+        if self.programs_of is None or not can_be_mapped:
+            return Found(*find(given))
+        return Found(*compiled(self.programs_of, settings, find, given))
 
 
 def _with_buffers(state: IVONState, changed: Params) -> IVONState:

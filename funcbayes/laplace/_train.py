@@ -1,5 +1,6 @@
 """Training with the evidence: prior precisions and noise are learned while the network is."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -85,6 +86,7 @@ def train(
     rank: int = DEFAULT_RANK,
     max_bytes: int | None = None,
     linearized: bool = True,
+    compile: bool = False,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> Trained:
@@ -120,6 +122,7 @@ def train(
         rank: As for :func:`funcbayes.curvature.ggn`.
         max_bytes: As for :func:`funcbayes.curvature.ggn`.
         linearized: As for :func:`posterior`.
+        compile: As for :func:`funcbayes.training.fit`: of the steps of training; curvature is found without.
         progress: Whether to show a bar over the epochs.
         callback: As for :func:`funcbayes.training.fit`.
 
@@ -148,6 +151,7 @@ def train(
         scheduler=scheduler,
         scheduler_interval=scheduler_interval,
         max_grad_norm=max_grad_norm,
+        compile=compile,
         progress=progress,
         callback=callback and for_one(callback),
     )
@@ -218,7 +222,20 @@ class _NegativeLogJoint(Objective):
     """The mean negative log joint under the present prior and noise."""
 
     def __init__(self, fn: Any, likelihood: Likelihood, precision: dict[str, Tensor], num_data: int) -> None:
-        self.fn, self.likelihood, self.precision, self.num_data = fn, likelihood, precision, num_data
+        self.fn, self.precision, self.num_data = fn, precision, num_data
+        noise = noise_of(likelihood)
+        # A tensor is given to compiled steps, where a number would be a part of them.
+        self.likelihood = likelihood if noise is None else Normal(noise)
+
+    def numbers(self) -> Params:
+        """The prior and the likelihood."""
+        return {"precision": self.precision, "likelihood": self.likelihood}
+
+    def at(self, numbers: Params) -> "_NegativeLogJoint":
+        """The objective with others."""
+        given = copy.copy(self)
+        given.precision, given.likelihood = numbers["precision"], numbers["likelihood"]
+        return given
 
     def __call__(
         self, params: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
@@ -271,7 +288,7 @@ class _Climber:
         learned = by_leaf(found.prior_precision, covered, _CALL)
         self.joint.precision = {**self.joint.precision, **{n: p.detach() for n, p in learned.items()}}
         if found.noise_std is not None and noise_of(self.joint.likelihood) is not None:
-            self.joint.likelihood = Normal(float(found.noise_std))
+            self.joint.likelihood = Normal(found.noise_std.detach())
         value = float(found.log_marginal_likelihood)
         if not self.history or value > max(self.history):
             self.best = network, found, gaussian

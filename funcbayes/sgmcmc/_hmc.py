@@ -50,6 +50,7 @@ def hmc(
     adapt: bool = True,
     adapt_masses: bool = True,
     chunk_size: int | None = None,
+    compile: bool = False,
     seed: int | None = None,
 ) -> Chains:
     """Sample the posterior of a small model by Hamiltonian Monte Carlo, exact but for Monte Carlo error.
@@ -91,6 +92,7 @@ def hmc(
         adapt: Whether anything is adapted.
         adapt_masses: Whether ``M`` is, too; it is the identity otherwise.
         chunk_size: How many chains are evaluated at a time; ``None`` to choose by sizes.
+        compile: As for :func:`fit`.
         seed: Of the noise; ``None`` draws one.
 
     Returns:
@@ -140,7 +142,7 @@ def hmc(
     with torch.inference_mode(False):
         batches = [*source.plain_batches(start.leaves[0].device)]
         rows = sum(batch.rows for batch in batches)
-        passes = Passes(Potential(fn, likelihood, prior, rows), start, _CALL, chunk_size)
+        passes = Passes(Potential(fn, likelihood, prior, rows), start, _CALL, chunk_size, compile)
         passes.check_likelihood(batches[0])
         energy = _Energy(passes, batches)
         place = energy.at(energy.flat(start.leaves))

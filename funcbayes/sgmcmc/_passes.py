@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_num_data
+from .._compiled import compiled
 from .._engine import signature
 from .._functorch import unintercepted
 from .._mapping import map_draws
-from .._tree import concatenate, index, merge
+from .._tree import Params, concatenate, index, merge
 from ..priors import Normal
 from ..training._batch import Batch, RaggedBatch
 from ._normal_terms import NormalTerms
@@ -20,7 +21,7 @@ from ._potential import Potential
 from ._start import Start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Passes:
     """Evaluates the potential of every chain at leaves ``(M, *s)``, in the dtypes of the model.
 
@@ -30,12 +31,14 @@ class Passes:
         call: Name of the public function, for messages.
         chunk_size: Chains of one pass, whose gradients are found before the next; ``None`` for one pass
             backward through all.
+        compile: Whether that is done by compiled programs, which are kept for as long as this is.
     """
 
     potential: Potential
     start: Start
     call: str
     chunk_size: int | None
+    compile: bool
 
     @functools.cached_property
     def _prior(self) -> NormalTerms | None:
@@ -75,23 +78,40 @@ class Passes:
             check_num_data(self.potential.num_data, batch.rows, self.call)
         elif (first, stop) != (0, self.start.num_chains):
             batch = batch.part(slice(first, stop))
-        rows, spec, held = batch.leaves, batch.spec, self.start.held
+        held = self.start.held
+        if self.start.is_stacked:
+            held = index(held, slice(first, stop))
+        spec, dims = batch.spec, batch.dims
+        given = [leaf[first:stop].detach() for leaf in leaves], held, batch.leaves
+
+        def find(given: Any) -> tuple[Tensor, list[Tensor]]:
+            leaves, held, rows = given
+            return self._found(leaves, held, Batch(rows, spec, dims))
+
+        return compiled(self, (spec, tuple(dims)), find, given) if self.compile else find(given)
+
+    def _found(self, leaves: list[Tensor], held: Params, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """What chains at leaves ``(m, *s)`` give, by operations alone."""
+        structure, likes = self.start.structure, self.start.leaves
         varying = [i for i, dim in enumerate(batch.dims) if dim is not None]
         used: dict[int, list[Tensor]] = {}
 
         def entries(part: slice) -> Any:
-            chains = slice(first + part.start, first + part.stop)
             own = [
-                leaf[chains].detach().to(like.dtype).requires_grad_()
-                for leaf, like in zip(leaves, self.start.leaves, strict=True)
+                leaf[part].detach().to(like.dtype).requires_grad_()
+                for leaf, like in zip(leaves, likes, strict=True)
             ]
             used[part.start] = own  # in the place of a trial's
-            return own, index(held, chains) if self.start.is_stacked else {}, [rows[i][part] for i in varying]
+            return (
+                own,
+                index(held, part) if self.start.is_stacked else {},
+                [batch.leaves[i][part] for i in varying],
+            )
 
         def one(entry: Any) -> Tensor:
             own, own_held, own_rows = entry
             seen = dict(zip(varying, own_rows, strict=True))
-            x, y = spec.unflatten([seen.get(i, leaf) for i, leaf in enumerate(rows)])
+            x, y = batch.spec.unflatten([seen.get(i, leaf) for i, leaf in enumerate(batch.leaves)])
             moving = structure.unflatten(own)
             params = merge(own_held if self.start.is_stacked else held, moving)
             outputs = self.potential.fn(params, x)
@@ -99,13 +119,12 @@ class Passes:
                 nll = self.potential.nll(outputs, y)
                 return nll if self._prior is not None else nll - self.potential.log_prior(moving)
 
-        structure = self.start.structure
         with torch.enable_grad():
             values = map_draws(
-                *(one, entries, stop - first),
+                *(one, entries, len(leaves[0])),
                 owner=self.potential.fn,
                 num_rows=batch.rows,
-                key=("sgmcmc", signature(rows), tuple(varying), signature(leaves)),
+                key=("sgmcmc", signature(batch.leaves), tuple(batch.dims), signature(leaves)),
                 call=self.call,
                 chunk_size=self.chunk_size,
             )
@@ -118,4 +137,4 @@ class Passes:
         if self._prior is None:
             return values, found
         with torch.no_grad():
-            return self._prior.added_to(values, found, [leaf[first:stop] for leaf in leaves])
+            return self._prior.added_to(values, found, leaves)

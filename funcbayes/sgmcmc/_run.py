@@ -51,6 +51,7 @@ def run(
     num_chains: int = 1,
     stacked: bool = False,
     chunk_size: int | None = None,
+    compile: bool = False,
     seed: int | None = None,
     progress: bool = False,
     callback: Callback | None = None,
@@ -97,6 +98,7 @@ def run(
         num_chains=num_chains,
         stacked=stacked,
         chunk_size=chunk_size,
+        compile=compile,
         seed=seed,
         progress=progress,
         callback=callback,
@@ -122,6 +124,7 @@ def fit(
     num_chains: int = 1,
     stacked: bool = False,
     chunk_size: int | None = None,
+    compile: bool = False,
     seed: int | None = None,
     progress: bool = False,
     callback: Callback | None = None,
@@ -162,6 +165,8 @@ def fit(
             :func:`funcbayes.ensemble.init`), instead.
         chunk_size: How many chains are evaluated at a time. With ``None`` intermediates of all chains are
             kept until their gradients are found.
+        compile: Whether potentials and their gradients are found by programs that ``torch.compile`` makes:
+            see :func:`funcbayes.training.fit`.
         seed: Of the noise and the shuffling; ``None`` draws one.
         progress: Whether to show a bar over the steps.
         callback: ``(step, potentials, params)`` after every step, with potential energies ``(M,)``, as the
@@ -215,6 +220,7 @@ def fit(
         num_chains=num_chains,
         stacked=stacked,
         chunk_size=chunk_size,
+        compile=compile,
         seed=seed,
         progress=progress,
         callback=callback,
@@ -241,6 +247,7 @@ def _run(
     num_chains: int,
     stacked: bool,
     chunk_size: int | None,
+    compile: bool,
     seed: int | None,
     progress: bool,
     callback: Callback | None,
@@ -261,7 +268,7 @@ def _run(
     source = open_data(data, batch_size=batch_size, num_streams=start.num_chains, call=call)
     seeds = start.seeds(seed)
     rows = source.num_data(seeds[0]) if num_data is None else positive_int(num_data, f"{call}(num_data=...)")
-    passes = Passes(Potential(fn, likelihood, prior, max(rows, 1)), start, call, chunk_size)
+    passes = Passes(Potential(fn, likelihood, prior, max(rows, 1)), start, call, chunk_size, compile)
     # Whatever the caller's mode: gradients are needed here, and tensors that autograd can save.
     with torch.inference_mode(False), _bar(num_steps, call, progress) as show:
         state = sampler.init(start.covered, as_seeds(seeds))
