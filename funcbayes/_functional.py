@@ -28,7 +28,8 @@ def make_functional(
     that should vary is added to ``params`` by name, as ``Fixed(tensor)``.
 
     Args:
-        module: Any module. It is evaluated in evaluation mode, whatever mode it is in.
+        module: Any module. It is evaluated in evaluation mode, whatever mode it is in. Of one that
+            ``torch.compile`` or parallel training has wrapped, the module inside is taken.
         call: ``(module, x) -> outputs`` for a module that takes more than one tensor:
             ``lambda module, x: module(**x)``, say. To pickle ``fn`` it should be a named function.
 
@@ -37,7 +38,7 @@ def make_functional(
         ``fn(params, x)`` may be called from several threads, each of which runs a copy of the module.
 
     Raises:
-        TypeError: If ``module`` is not an ``nn.Module``.
+        TypeError: If ``module`` is not an ``nn.Module``, or one that ``torch.jit`` has compiled.
         ValueError: If it has parameters without a shape yet (lazy layers).
 
     Example:
@@ -53,6 +54,12 @@ def make_functional(
             f"`make_functional(module)` should be given an nn.Module, got {type(module).__name__}. "
             "A function of (params, x) can be used as it is."
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            "`make_functional(module)` should be given a module whose parameters can be replaced, got one "
+            "that `torch.jit` has compiled. Use the module that it was made of."
+        )
+    module = unwrapped(module)
     lazy = [
         name for name, p in (*module.named_parameters(), *module.named_buffers()) if nn.parameter.is_lazy(p)
     ]
@@ -64,6 +71,17 @@ def make_functional(
     with torch.inference_mode(False):  # copies that a graph can hold, wherever they are made
         params = {name: p.detach().clone() for name, p in module.named_parameters()}
         return FunctionalModule(module, call), params
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside what parallel training or ``torch.compile`` put around it."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
 
 
 class FunctionalModule:

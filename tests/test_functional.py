@@ -1097,7 +1097,22 @@ def test_a_lazy_module_is_refused_by_the_name_of_what_has_no_shape(make, name):
     with pytest.raises(
         ValueError, match=rf"`make_functional\(module\)`.*'{name}' is not initialised.*Run the"
     ):
-        fb.make_functional(make())
+        fb.fb.make_functional(make())
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m)), torch.compile]
+)
+def test_of_a_wrapped_module_the_one_inside_is_taken(wrap):
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
+    fn, params = fb.make_functional(wrap(module))
+    assert list(params) == [name for name, _ in module.named_parameters()]
+    torch.testing.assert_close(fn(params, x), module(x).detach())
+
+
+def test_a_module_that_jit_has_compiled_is_refused():
+    with pytest.raises(TypeError, match=r"torch.jit.*Use the module that it was made of"):
+        fb.make_functional(torch.jit.trace(nn.Linear(3, 2), torch.ones(4, 3)))
 
 
 def test_a_lazy_module_that_has_run_is_taken():

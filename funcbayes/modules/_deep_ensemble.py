@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import positive_int
-from .._functional import FunctionalModule, make_functional
+from .._functional import FunctionalModule, make_functional, unwrapped
 from .._random import Seed
 from .._tree import Params, stack
 from ..metrics import diversity
 from ..posteriors import Ensemble, Posterior, to
-from ._predicting import Outputs, Predicting, check_module, unwrapped
+from ._predicting import Outputs, Predicting, check_module
 
 
 class DeepEnsemble(Predicting):
@@ -55,7 +55,7 @@ class DeepEnsemble(Predicting):
                 "this one returns one module again."
             )
         self.models = nn.ModuleList(models)
-        self._fn, _ = make_functional(unwrapped(models[0]))
+        self._fn, _ = make_functional(models[0])
 
     def forward(self, x: Any, model_idx: int | None = None) -> Any:
         """Evaluate one member, or average the outputs of all members (logits too: see ``predict``)."""

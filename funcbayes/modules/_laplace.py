@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import laplace
-from .._functional import FunctionalModule, make_functional
+from .._functional import FunctionalModule, make_functional, unwrapped
 from .._linearized_prediction import LinearizedPrediction, Link
 from .._predict_linearized import predict_linearized
 from .._random import Seed
@@ -21,7 +21,7 @@ from ..likelihoods import Likelihood, Normal
 from ..posteriors import Gaussian, Posterior, to
 from ..training._data import Data, open_data
 from ._plain import from_plain, to_plain
-from ._predicting import Outputs, Predicting, check_module, unwrapped
+from ._predicting import Outputs, Predicting, check_module
 
 
 class LaplaceApproximation(Predicting):
@@ -99,7 +99,7 @@ class LaplaceApproximation(Predicting):
         self.temperature, self.eigenvalue_correction, self.rank = temperature, eigenvalue_correction, rank
         self.prior_precision: Numbers = prior_precision
         self.noise_std: float = _start_of_noise(likelihood, noise_std)
-        self._fn, params = make_functional(unwrapped(model))
+        self._fn, params = make_functional(model)
         if not isinstance(prior_precision, float | int | Tensor):
             given = Prior.of(chosen_leaves(params, where), prior_precision, 0.0, None, "LaplaceApproximation")
             given.check_goes_with(structure, "LaplaceApproximation")

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._functional import FunctionalModule, make_functional
+from .._functional import FunctionalModule, make_functional, unwrapped
 from .._random import Seed
 from .._tree import Params
 from ..posteriors import Dropout, Posterior
-from ._predicting import Outputs, Predicting, check_module, unwrapped
+from ._predicting import Outputs, Predicting, check_module
 
 
 class MCDropout(Predicting):
@@ -42,7 +42,7 @@ class MCDropout(Predicting):
         self.model = check_module(model, "MCDropout(model)")
         self.dropout_rate = dropout_rate
         Dropout(rate=dropout_rate)  # refuses a rate that is none
-        self._fn, _ = make_functional(unwrapped(model))
+        self._fn, _ = make_functional(model)
 
     def forward(self, x: Any) -> Any:
         """Evaluate the model as it is: with its own dropout in training mode, without in evaluation mode."""

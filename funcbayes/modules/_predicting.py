@@ -26,17 +26,6 @@ def check_module(module: Any, call: str) -> nn.Module:
     return module
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside what parallel training or ``torch.compile`` put around it."""
-    while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
-            module = inner
-        else:
-            return module
-
-
 class Predicting(nn.Module):
     """A module that predicts with draws of a posterior; a class says which, in ``_posterior``."""
 

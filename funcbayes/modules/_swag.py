@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from .. import swag
 from .._batch_norm import refresh_batch_norm
-from .._functional import FunctionalModule, make_functional
+from .._functional import FunctionalModule, make_functional, unwrapped
 from .._random import Seed
 from .._tree import Fixed, Params, device_of, difference, index, parameters_of
 from ..posteriors import Ensemble, Gaussian, Posterior, to, to_ensemble
-from ._predicting import Outputs, Predicting, check_module, unwrapped
+from ._predicting import Outputs, Predicting, check_module
 
 
 class SWAG(Predicting):
@@ -64,7 +64,7 @@ class SWAG(Predicting):
                 raise ValueError(f"`SWAG({name}=...)` should be a number, {least}, got {value!r}.")
         self.model = check_module(model, "SWAG(model)")
         self.var_clamp, self.scale = var_clamp, scale
-        self._fn, params = make_functional(unwrapped(model))
+        self._fn, params = make_functional(model)
         self._state = swag.init(params, rank=max_models)
         self._found: Gaussian | None = None  # from the present state
         self._draws: Ensemble | None = None  # with BatchNorm statistics of their own

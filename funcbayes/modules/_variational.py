@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import vi
 from .._checks import positive_number
-from .._functional import FunctionalModule, make_functional
+from .._functional import FunctionalModule, make_functional, unwrapped
 from .._random import Seed
 from .._tree import Fixed, Params, Where, index, map_leaves, named_leaves, parameters_of, tensors
 from ..likelihoods import Likelihood
@@ -21,7 +21,7 @@ from ..vi._elbo import Estimator
 from ..vi._fit import fit_networks
 from ..vi._init import Family
 from ..vi._prior import expected_log_prior
-from ._predicting import Outputs, Predicting, check_module, unwrapped
+from ._predicting import Outputs, Predicting, check_module
 
 
 class VariationalBayesNN(Predicting):
@@ -72,7 +72,7 @@ class VariationalBayesNN(Predicting):
         super().__init__("VariationalBayesNN", likelihood, num_samples)
         self.model = check_module(model, "VariationalBayesNN(model)")
         self.noise_std = positive_number(noise_std, "VariationalBayesNN(noise_std=...)")
-        self._fn, params = make_functional(unwrapped(model))
+        self._fn, params = make_functional(model)
         state = vi.init(params, family, init_scale, where, rank=rank)
         self._prior = checked_prior(prior, prior_precision, state.mean, "VariationalBayesNN")
         self._names = list(named_leaves(state.mean))
