@@ -1097,7 +1097,7 @@ def test_a_lazy_module_is_refused_by_the_name_of_what_has_no_shape(make, name):
     with pytest.raises(
         ValueError, match=rf"`make_functional\(module\)`.*'{name}' is not initialised.*Run the"
     ):
-        fb.fb.make_functional(make())
+        fb.make_functional(make())
 
 
 @pytest.mark.parametrize(
@@ -1110,6 +1110,7 @@ def test_of_a_wrapped_module_the_one_inside_is_taken(wrap):
     torch.testing.assert_close(fn(params, x), module(x).detach())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_a_module_that_jit_has_compiled_is_refused():
     with pytest.raises(TypeError, match=r"torch.jit.*Use the module that it was made of"):
         fb.make_functional(torch.jit.trace(nn.Linear(3, 2), torch.ones(4, 3)))
