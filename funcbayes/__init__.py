@@ -47,6 +47,7 @@ from .posteriors import (
     antithetic as antithetic,
     join as join,
     mixture as mixture,
+    orthogonal as orthogonal,
     restrict as restrict,
     temper as temper,
     to as to,

@@ -78,13 +78,13 @@ def marginal_model(
 
 def check_marginal(posterior: Posterior) -> None:
     """Refuse a posterior whose layers' outputs are no independent Gaussians in some basis."""
-    flags = [name for name in ("linearized", "antithetic") if getattr(posterior, name, False)]
+    flags = [name for name in ("linearized", "antithetic", "orthogonal") if getattr(posterior, name, False)]
     covariance = getattr(posterior, "covariance", None)
     if not isinstance(posterior, Gaussian) or not isinstance(covariance, Diagonal | Kronecker) or flags:
         what = type(posterior).__name__ + (f" with {type(covariance).__name__}" if covariance else "")
         raise TypeError(
             "`predict(marginal=True)` should be given a Gaussian with a `Diagonal` or `Kronecker` "
-            f"covariance, neither linearized nor antithetic, got {' '.join([*flags, what])}. Leave "
+            f"covariance, not linearized, antithetic or orthogonal, got {' '.join([*flags, what])}. Leave "
             "`marginal` out."
         )
 

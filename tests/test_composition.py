@@ -547,6 +547,101 @@ def test_what_has_no_gaussian_cannot_be_antithetic(posterior):
         fb.antithetic(posterior)
 
 
+# Orthogonal draws.
+
+
+def deviations(posterior, draws):
+    """As columns ``(P, S)``, in the order of the covariance's matrix."""
+    rows = [(draws[k] - posterior.mean[k]).reshape(len(draws[k]), -1) for k in sorted(posterior.mean)]
+    return torch.cat(rows, 1).mT
+
+
+def with_inverse(name):
+    """A Gaussian whose covariance has one: that of the zoo has too few factors for it."""
+    if name == "gaussian_dense":
+        params = linear_params()
+        return fb.Gaussian(params, fb.covariances.Dense(zoo.factors(params, 12)))
+    return POSTERIORS[name](linear_model())
+
+
+@each_gaussian
+def test_orthogonal_draws_are_those_of_a_factorisation_of_their_noise(name):
+    posterior = with_inverse(name)
+    num_params = posterior.covariance.to_dense().shape[0]
+    count = min(32, num_params)
+    whole = fb.orthogonal(posterior).sample(2 * count + 1, seed=1)
+    draws = deviations(posterior, whole)
+    alone = deviations(posterior, posterior.sample(2 * count + 1, seed=1))
+    inverse = posterior.covariance.to_dense().inverse()
+    root = torch.linalg.cholesky(posterior.covariance.to_dense())
+    for start in (0, count):
+        group = slice(start, start + count)
+        gram = draws[:, group].mT @ inverse @ draws[:, group]
+        norms = (alone[:, group] * (inverse @ alone[:, group])).sum(0).sqrt()
+        assert_close(gram, norms.square().diag(), rtol=1e-6, atol=1e-6)
+        # Of ``z = root^-1 d``, which is a standard normal whatever root is taken.
+        z = torch.linalg.solve_triangular(root, alone[:, group], upper=False)
+        q, r = torch.linalg.qr(z)
+        expected = root @ (q * r.diagonal().sign()) * norms
+        assert_close(draws[:, group], expected, rtol=1e-5, atol=1e-6)
+
+
+@each_gaussian
+def test_an_orthogonal_draw_does_not_depend_on_its_company(name):
+    posterior = fb.orthogonal(with_inverse(name))
+    whole = posterior.draws(torch.arange(37), 3).leaves
+    some = torch.tensor([35, 2, 11])
+    optree.tree_map(
+        lambda a, b: assert_close(a[some], b, rtol=0, atol=0), whole, posterior.draws(some, 3).leaves
+    )
+    seeds = torch.tensor([3, 4])
+    mapped = vmap(lambda seed: posterior.draws(torch.arange(37), seed).leaves)(seeds)
+    optree.tree_map(lambda a, b: assert_close(a[0], b), mapped, whole)
+    by_number = vmap(lambda i: posterior.draws(i[None], 3).leaves)(torch.arange(37))
+    optree.tree_map(lambda a, b: assert_close(a[:, 0], b), by_number, whole)
+
+
+def test_orthogonal_draws_average_what_is_quadratic_with_less_variance():
+    # Of P draws of P numbers w the mean of w^T B w, with tr(B) = 0, has the variance 4 tr(B^2) / (P (P + 2)),
+    # by the moments of a chi-square and of a point on a sphere: (P + 2) / 2 times less than alone.
+    num, seeds = 6, torch.arange(4000)
+    signs = torch.tensor([1.0, -1.0] * (num // 2), dtype=torch.float64)
+    q = fb.orthogonal(
+        fb.Gaussian(
+            {"w": torch.zeros(num, dtype=torch.float64)},
+            fb.covariances.Diagonal({"w": torch.ones(num, dtype=torch.float64)}),
+        )
+    )
+    draws = vmap(lambda seed: q.draws(torch.arange(num), seed).leaves["w"])(seeds)
+    means = (draws.square() @ signs).mean(1)
+    expected = 4 * num / (num * (num + 2))
+    assert means.mean().abs() < 4 * (expected / len(seeds)) ** 0.5
+    squares = means.square()
+    assert (squares.mean() - expected).abs() < 4 * squares.std() / len(seeds) ** 0.5
+    covariance = draws.flatten(0, 1).mT @ draws.flatten(0, 1) / (num * len(seeds))
+    assert_close(covariance, torch.eye(num, dtype=torch.float64), rtol=0, atol=5 * (2 / 24000) ** 0.5)
+
+
+def test_opposite_draws_of_orthogonal_ones_are_both():
+    posterior = fb.antithetic(fb.orthogonal(gaussian(linear_params())))
+    draws = posterior.sample(8, seed=2)
+    for name, leaf in in_pairs(draws).items():
+        assert_close(leaf, (2 * posterior.mean[name]).expand_as(leaf))
+    first = {name: leaf[::2] for name, leaf in draws.items()}
+    optree.tree_map(assert_close, first, fb.orthogonal(gaussian(linear_params())).sample(4, seed=2))
+
+
+def test_orthogonal_draws_need_an_inverse():
+    mean = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    q = fb.Gaussian(mean, fb.covariances.Diagonal({"a": torch.zeros(2), "b": torch.ones(3)}))
+    with pytest.raises(
+        ValueError, match=r"orthogonal\(posterior\)` should be given covariances with an inverse"
+    ):
+        fb.orthogonal(q)
+    with pytest.raises(TypeError, match=r"orthogonal\(posterior\)` should be given a Gaussian"):
+        fb.orthogonal(fb.Dropout())
+
+
 # Tempering.
 
 

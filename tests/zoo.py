@@ -545,6 +545,7 @@ POSTERIORS: dict[str, Callable[[Model], fb.Posterior]] = {
     "join_of_mixtures": joined_mixtures,
     "tempered": lambda model: fb.temper(gaussian(model.params), 0.5),
     "antithetic": lambda model: fb.antithetic(collected(model)),
+    "orthogonal": lambda model: fb.antithetic(fb.orthogonal(collected(model))),
     "fixed_draws": lambda model: fb.to_ensemble(mixed_weighted(model), 6, seed=1),
     "linearized": lambda model: linearized(around(model, 1)),
     "linearized_head_only": lambda model: linearized(head_only(model)),

@@ -2,6 +2,7 @@
 
 from ._compose import (
     antithetic as antithetic,
+    orthogonal as orthogonal,
     restrict as restrict,
     temper as temper,
     to_ensemble as to_ensemble,

@@ -1,11 +1,11 @@
 """A Gaussian over parameters, whatever method found it."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from .._functorch import is_concrete
 from .._linearize import Linearization
 from .._random import Seed
 from .._tree import (
@@ -25,6 +25,7 @@ from .._tree import (
 from ..covariances import Covariance
 from ..covariances._flat import dtype_of, ravel
 from ..covariances._noise import over
+from ._coupled import opposite_deviations, orthogonal_deviations
 from ._interface import Draw, Posterior
 
 
@@ -42,6 +43,8 @@ class Gaussian(Posterior):
             is a Laplace approximation with a generalised Gauss-Newton matrix (Immer et al. 2021, section 3).
         antithetic: Whether draws come in pairs ``2 i`` and ``2 i + 1`` on opposite sides of the mean: see
             :func:`funcbayes.antithetic`.
+        orthogonal: Whether deviations from the mean are orthogonal, in groups: see
+            :func:`funcbayes.orthogonal`.
 
     Raises:
         TypeError: If a leaf of ``mean`` is not of floating point, or ``covariance`` is no covariance.
@@ -60,6 +63,7 @@ class Gaussian(Posterior):
     covariance: Covariance
     linearized: bool = static(default=False)
     antithetic: bool = static(default=False)
+    orthogonal: bool = static(default=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.covariance, Covariance):
@@ -67,7 +71,7 @@ class Gaussian(Posterior):
                 "`Gaussian(mean, covariance)` should be given one of `funcbayes.covariances`, got "
                 f"{type(self.covariance).__name__}. For independent parameters: `Diagonal(variance)`."
             )
-        for name in ("linearized", "antithetic"):
+        for name in ("linearized", "antithetic", "orthogonal"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
                     f"`Gaussian(mean, covariance, {name}=...)` should be True or False, got "
@@ -102,7 +106,11 @@ class Gaussian(Posterior):
 
     def draws(self, indices: Tensor, seed: Seed) -> Draw:
         """``mean`` plus a deviation, leaves ``(S, *s)``; linearised around the mean if it is so."""
-        find = self._opposite_deviations if self.antithetic else self.covariance.deviations
+        find = self.covariance.deviations
+        if self.orthogonal:
+            find = functools.partial(orthogonal_deviations, self.covariance)
+        if self.antithetic:
+            find = functools.partial(opposite_deviations, find)
         deviations = named_leaves(find(indices, seed))
 
         def shifted(name: str, leaf: Tensor | Fixed) -> Tensor | Fixed:
@@ -112,20 +120,6 @@ class Gaussian(Posterior):
 
         center = map_leaves(lambda leaf: repeated(leaf, len(indices)), self._center)
         return Draw(map_named(shifted, self.mean), self._effects(center))
-
-    def _opposite_deviations(self, indices: Tensor, seed: Seed) -> Params:
-        """Deviation ``i`` of the covariance for draw ``2 i``, and the opposite one for draw ``2 i + 1``."""
-        pairs, signs = indices // 2, 1 - 2 * (indices % 2)
-        if is_concrete(indices):  # then each of them is made once
-            pairs, of_each = torch.unique(pairs, return_inverse=True)
-        else:
-            of_each = torch.arange(len(indices))
-
-        def signed(leaf: Tensor) -> Tensor:
-            own = leaf[of_each.to(leaf.device)]
-            return own * signs.to(leaf).view(-1, *(1 for _ in leaf.shape[1:]))
-
-        return map_leaves(signed, self.covariance.deviations(pairs, seed))
 
     @property
     def _center(self) -> Params:
