@@ -16,6 +16,7 @@ _T = TypeVar("_T")
 _MODULES = {
     "laplace-torch": "laplace",
     "bayesian-torch": "bayesian_torch",
+    "torch-uncertainty": "torch_uncertainty.methods",
 }  # named otherwise than the library
 
 

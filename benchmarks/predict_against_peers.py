@@ -1,4 +1,4 @@
-"""`predict` is faster than most ways to the predictive of a mean-field Gaussian, the drawing included.
+"""`predict` is faster than most ways to the predictive of a Gaussian or of dropout, the drawing included.
 
 Outputs at 32 draws of a Gaussian with a diagonal covariance, the drawing included, against each way of doing
 it: a plain loop with `torch.func.functional_call`; and the libraries that are installed, each as its
@@ -9,6 +9,11 @@ without their weights, `marginal=True`, where the plain loop is what it is compa
 The claim: faster in the median, and never slower than a loop or a library that loops. `posteriors` is faster
 for the smallest network: its normals come from one call of the generator for all draws. Here a draw is the
 same however many are asked for, which takes a call for each leaf and draw.
+
+Draws of dropout are against a plain loop over the module in training mode; and against all of them as further
+rows of one call of it, which is what torch-uncertainty does, by its own class where that is installed. Those
+masks are not a function of a draw's number, as they are here; nothing is claimed of them. (Its ensembles, and
+its draws of Bayesian layers, are the loops that `predict_against_loop` measures.)
 
 Beforehand the means over draws are compared, which agree within their standard errors.
 """
@@ -58,6 +63,52 @@ def run(how: How) -> Iterator[Result]:
                 case = f"{name}, {rows} rows, marginal, against loop"
                 yield compare(case, others["loop"], lambda f=ours: f(marginal=True), repeats=how.repeats)
     yield median_of("median of all", found, 1.0)
+    yield from _of_dropout(how)
+
+
+def _of_dropout(how: How) -> Iterator[Result]:
+    for name in NETWORKS:
+        for rows in ROWS:
+            torch.manual_seed(0)
+            net, x = MODELS[name](rate=0.1), inputs(name, rows)
+            fn, params = fb.make_functional(net)
+
+            def ours(fn=fn, params=params, x=x) -> Tensor:  # noqa: ANN001
+                return fb.predict(fn, params, fb.Dropout(), x, num_samples=DRAWS, seed=0).samples
+
+            for who, theirs in _ways_to_drop(net.train(), x).items():
+                _assert_they_agree(ours(), theirs())
+                claim = {"at_least": 0.95, "of_interval": True} if who == "loop" else {}
+                case = f"dropout, {name}, {rows} rows, against {who}"
+                yield compare(case, theirs, ours, repeats=how.repeats, **claim)
+
+
+def _ways_to_drop(net: nn.Module, x: Tensor) -> dict[str, Predictive]:
+    """By a module in training mode: a loop, and draws as further rows."""
+
+    @torch.no_grad()
+    def loop() -> Tensor:
+        return torch.stack([net(x) for _ in range(DRAWS)])
+
+    @torch.no_grad()
+    def further_rows() -> Tensor:
+        return net(x.repeat(DRAWS, *(1 for _ in x.shape[1:]))).unflatten(0, (DRAWS, -1))
+
+    makers = {"torch-uncertainty": _torch_uncertainty}
+    by_others = {who: make(net, x) for who, make in installed(makers).items()}
+    return {"loop": loop, **(by_others or {"further rows": further_rows})}
+
+
+def _torch_uncertainty(net: nn.Module, x: Tensor) -> Predictive:
+    from torch_uncertainty.methods import mc_dropout
+
+    model = mc_dropout(copy.deepcopy(net), DRAWS).eval()
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return model(x).unflatten(0, (DRAWS, -1))
+
+    return run
 
 
 def _assert_they_agree(ours: Tensor, theirs: Tensor) -> None:

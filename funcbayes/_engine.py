@@ -78,6 +78,7 @@ class _Tuner:
     places: list[Place] = field(default_factory=list)  # of masks, where draws are folded into the rows
     draws_globally: bool | None = None  # from torch's random state; unknown at first
     needs_rules: bool = True  # plain ``vmap``, too; as far as was seen
+    queue: torch.device | None = None  # the accelerator on which work is queued, if there is one
 
     def next_to_time(self) -> Mechanism | None:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
@@ -95,6 +96,11 @@ class _Tuner:
     def record(self, mechanism: Mechanism, seconds_per_draw: float) -> None:
         """Add a timing."""
         self.seconds[mechanism] = (*self.seconds.get(mechanism, ()), seconds_per_draw)
+
+    def wait(self) -> None:
+        """Let an accelerator finish what is queued there: only then a clock tells how long it takes."""
+        if self.queue is not None:
+            torch.accelerator.synchronize(self.queue)
 
     def _best_seconds(self, candidate: Mechanism) -> float:
         seconds = min(self.seconds.get(candidate, (float("inf"),)))
@@ -227,10 +233,12 @@ class _Run:
         if not tuner.candidates:
             tuner.candidates = self._candidates()
         start = 0
-        while start < self.num_draws and (mechanism := tuner.next_to_time()):
+        while start < self.num_draws and not _is_recorded() and (mechanism := tuner.next_to_time()):
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
+            tuner.wait()
             began = time.perf_counter()
             outputs = self._attempt(part, mechanism)
+            tuner.wait()
             size = part.stop - part.start
             # A short tail would be judged unfairly, as would a mechanism that another stood in for.
             is_itself = mechanism.kind not in tuner.failed and (tuner.most is None or size <= tuner.most)
@@ -293,6 +301,8 @@ class _Run:
         draw = self.make_draws(slice(0, 1))
         found = device_of(self.params, draw, self.x)
         device = "cpu" if found is None or found.type == "cpu" else "other"
+        if found is not None and found.type not in ("cpu", "meta"):
+            self.tuner.queue = found
         if device == "cpu":
             keep_large_blocks()
         nbytes = max(1, sum(t.nbytes for t in tensors(draw)))
@@ -303,17 +313,17 @@ class _Run:
             return [loop]
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
         first: Kind = "folded" if self._may_fold(draw) else self.default
-        if device != "cpu":  # kernels are queued there, so the time of a call tells nothing
-            return [Mechanism(first, top)]
-        chunks = sorted({top, max(2, top // 2), max(2, top // 4)}, reverse=True)
+        # Memory is fast on an accelerator, and kernels are many at a time: fewer draws gain nothing there.
+        smaller = {max(2, top // 2), max(2, top // 4)} - {top} if device == "cpu" else set()
+        chunks = sorted(smaller, reverse=True)
         if _of_kind(Linearization, draw):  # the rules do not reach into `jvp`
-            return [Mechanism("vmap", top), loop, *(Mechanism("vmap", chunk) for chunk in chunks[1:])]
+            return [Mechanism("vmap", top), loop, *(Mechanism("vmap", chunk) for chunk in chunks)]
         other: Kind = "rows_first" if self.default == "channels_last" else "channels_last"
         return [
             Mechanism(first, top),
             loop,
-            *self._in_threads(draw, largest, held),
-            *(Mechanism(first, chunk) for chunk in chunks[1:]),
+            *(self._in_threads(draw, largest, held) if device == "cpu" else []),
+            *(Mechanism(first, chunk) for chunk in chunks),
             *(Mechanism(kind, top) for kind in dict.fromkeys((self.default, self.bare)) if kind != first),
             *([Mechanism(other, top)] if _has_images(self.x) else []),
         ]
@@ -455,6 +465,11 @@ def _check_outputs(outputs: Any) -> None:
             f"{type(outputs).__name__}. Pick one: `lambda params, x: fn(params, x)[...]`, or with "
             "`make_functional(module, call=...)`."
         )
+
+
+def _is_recorded() -> bool:
+    """Whether kernels are being recorded for later, as a graph, when nobody may wait for them."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _give_back_memory() -> None:

@@ -113,6 +113,38 @@ def test_one_disturbed_timing_of_a_mechanism_does_not_decide(disturbed, is_found
     assert [len(tuner.seconds[m]) for m in (best, hopeless)] == [4, 2]  # what is slow is not tried for ever
 
 
+def test_an_accelerator_is_waited_for_around_what_is_timed(monkeypatch):
+    events, find = [], _engine._Run._candidates
+
+    def on_an_accelerator(run):
+        found = find(run)
+        run.tuner.queue = torch.device("cuda")
+        return found
+
+    monkeypatch.setattr(_engine._Run, "_candidates", on_an_accelerator)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append("wait"))
+    monkeypatch.setattr(_engine.time, "perf_counter", lambda: events.append("read") or float(len(events)))
+    fn, params = fb.make_functional(nn.Linear(3, 2))
+    x, q = torch.ones(4, 3), zoo.gaussian(params)
+    fb.predict(fn, None, q, x, num_samples=S, seed=0)
+    assert events == ["wait", "read", "wait", "read"]
+    for _ in range(40):
+        fb.predict(fn, None, q, x, num_samples=S, seed=0)
+    count = len(events)
+    fb.predict(fn, None, q, x, num_samples=S, seed=0)
+    assert len(events) == count  # once all is learned
+
+
+def test_the_loop_is_one_of_the_mechanisms_on_other_devices_too(monkeypatch):
+    tried, find = [], _engine._Run._candidates
+    monkeypatch.setattr(_engine._Run, "_candidates", lambda run: tried.extend(find(run)) or tried)
+    fn, params = fb.make_functional(nn.Linear(3, 2))
+    q = fb.to(zoo.gaussian(params), device="meta")
+    fb.predict(fn, None, q, torch.ones(4, 3, device="meta"), num_samples=64, seed=0)
+    assert {m.kind for m in tried} == {"channels_last", "loop", "vmap"}
+    assert {m.chunk for m in tried if m.kind != "loop"} == {64}
+
+
 @pytest.fixture
 def three_threads():
     before = torch.get_num_threads()
