@@ -23,21 +23,25 @@ def main(arguments: list[str] | None = None) -> int:
     claims = sorted(p.stem for p in pathlib.Path(__file__).parent.glob("[!_]*.py"))
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("claims", nargs="*", metavar="claim", help=f"default all: {', '.join(claims)}")
-    parser.add_argument("--repeats", type=int, default=9, help="timings of each pair at least (default 9)")
+    parser.add_argument(
+        "--repeats", type=int, help="timings of each pair at least (default 9, of a quick run 3)"
+    )
     parser.add_argument(
         "--json",
         type=pathlib.Path,
         default=pathlib.Path("benchmark_results.json"),
         help="file for results and environment (default %(default)s)",
     )
-    parser.add_argument("--quick", action="store_true", help="few cases of the claims that have many")
+    parser.add_argument("--quick", action="store_true", help="few cases of each claim")
     parser.add_argument("--device", default="cpu", help="where: cpu, cuda, ... (default %(default)s)")
     parser.add_argument("--pictures", type=pathlib.Path, metavar="FOLDER", help="draw them, with matplotlib")
     args = parser.parse_args(arguments)
-    unknown = set(args.claims) - set(claims)
-    if unknown or args.repeats < 2:
+    unknown, repeats = set(args.claims) - set(claims), args.repeats
+    if repeats is None:
+        repeats = 3 if args.quick else 9
+    if unknown or repeats < 2:
         parser.error(f"no claim {sorted(unknown)[0]!r}" if unknown else "--repeats should be at least 2")
-    how = _measure.How(args.repeats, args.quick, args.device)
+    how = _measure.How(repeats, args.quick, args.device)
     report: dict[str, object] = {"environment": _measure.environment(args.device)}
     broken = 0
     for name in args.claims or claims:

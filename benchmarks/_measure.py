@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +37,10 @@ class How:
     repeats: int
     is_quick: bool = False
     device: str = "cpu"
+
+    def some(self, cases: Iterable[_T], number: int = 1) -> list[_T]:
+        """All cases; of a quick run so many of the first."""
+        return [*cases][:number] if self.is_quick else [*cases]
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,12 @@ Case = tuple[Model, fb.Posterior, Tensor]
 
 
 def run(how: How) -> Iterator[Result]:
-    for name in ("mlp-small", "mlp", "lenet"):
+    for name in how.some(("mlp-small", "mlp", "lenet")):
         fn, params = _network(name, how.device)
         case = fn, around(params, 0.02**2), inputs(name, ROWS, how.device)
         yield _compared(f"antithetic, {name}", case, fb.antithetic, how, 1.0)
-    for name, case in {"20 dimensions": _subspace(how.device), "8970 dimensions": _whole(how.device)}.items():
+    cases = {"20 dimensions": _subspace(how.device), "8970 dimensions": _whole(how.device)}
+    for name, case in how.some(cases.items()):
         yield _compared(f"antithetic, {name}", case, fb.antithetic, how)
         yield _compared(f"orthogonal, {name}", case, fb.orthogonal, how)
         yield _compared(f"both, {name}", case, lambda q: fb.antithetic(fb.orthogonal(q)), how)

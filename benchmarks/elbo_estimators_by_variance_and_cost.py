@@ -25,7 +25,7 @@ ROWS, SEEDS = 128, 60
 
 
 def run(how: How) -> Iterator[Result]:
-    for name in NETWORKS:
+    for name in how.some(NETWORKS):
         steps = _steps(name)
         gradients = {estimator: _gradients(step) for estimator, step in steps.items()}
         if name != "lenet":

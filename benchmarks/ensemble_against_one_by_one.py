@@ -27,8 +27,8 @@ MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 def run(how: How) -> Iterator[Result]:
-    for name in MODELS:
-        for rows in ROWS.get(name, (32, 128)):
+    for name in how.some(MODELS, 3):
+        for rows in how.some(ROWS.get(name, (32, 128))):
             yield _training(name, rows, how.repeats)
 
 

@@ -36,8 +36,8 @@ def run(how: How) -> Iterator[Result]:
     }
     for kind, make in kinds.items():
         found = []
-        for name in ("mlp-small", "lenet") if how.is_quick else MODELS:
-            for rows in (32,) if how.is_quick or name == "resnet" else (32, 128):
+        for name in how.some(MODELS, 3):
+            for rows in how.some((32,) if name == "resnet" else (32, 128)):
                 x = inputs(name, rows, how.device)
                 y = torch.randint(0, 10, (rows,), generator=torch.Generator().manual_seed(1)).to(how.device)
                 ours, numbers, has_steps = make(name, x, y)

@@ -27,9 +27,8 @@ Split = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def run(how: How) -> Iterator[Result]:
-    del how
     curves = {}
-    for name, (make, split, prior, epochs) in _cases().items():
+    for name, (make, split, prior, epochs) in how.some(_cases().items()):
         fn, params = _trained(make, split[0], prior, epochs)
         likelihood, (x, y) = fb.likelihoods.Categorical(), split[1]
         alone = _accuracy(fn, params, fb.Point(params), x, y)
@@ -52,7 +51,8 @@ def run(how: How) -> Iterator[Result]:
             yield Result(
                 f"{case}: {got:.4f}", got / alone, got / alone, got / alone, 0.0, 1e3 * seconds, at_least
             )
-    _draw(curves)
+    if not how.is_quick:
+        _draw(curves)
 
 
 def _cases() -> dict[str, Any]:

@@ -26,7 +26,7 @@ CLAIM = __name__.rpartition(".")[2]
 def run(how: How) -> Iterator[Result]:
     for what in ("low rank", "last layer"):
         first: tuple[int, float] | None = None
-        for width in WIDTHS:
+        for width in how.some(WIDTHS, 2):
             call, size = prepared(what, str(width)), _num_params(width)
             times = []
             for _ in range(max(1, min(how.repeats, 3))):

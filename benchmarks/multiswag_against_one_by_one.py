@@ -32,8 +32,8 @@ SGD = functools.partial(torch.optim.SGD, lr=0.01)
 
 
 def run(how: How) -> Iterator[Result]:
-    for name in STEPS:
-        for rows in (32, 128):
+    for name in how.some(STEPS):
+        for rows in how.some((32, 128)):
             yield from _fitting(name, rows, how.repeats)
 
 

@@ -26,7 +26,7 @@ AT_LEAST = 1.0  # two passes take at least as long
 
 
 def run(how: How) -> Iterator[Result]:
-    for name, params in _models().items():
+    for name, params in how.some(_models().items()):
         for rank in (RANK, 0):
             yield _collecting(f"{name}, rank {rank}", params, rank, how.repeats)
 
