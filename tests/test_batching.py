@@ -991,6 +991,132 @@ def test_a_rule_outside_of_any_vmap_is_not_asked(kind, case):
     assert rules.fired == 0
 
 
+# By parts -----------------------------------------------------------------------------------------
+
+CELL = ((5, 4), (5, 3))  # rows of inputs and of states
+
+
+def cell(func, gates, mapped):
+    """Of torch's; an LSTM has two states."""
+    weights = ((3 * gates, 4), (3 * gates, 3), (3 * gates,), (3 * gates,))
+    if func is torch.lstm_cell:
+        return Case(func, lambda x, h, c, *w: func(x, (h, c), *w), (*CELL, (5, 3), *weights), mapped)
+    return Case(func, func, (*CELL, *weights), mapped)
+
+
+def bag(mode, padding, mapped):
+    def function(tokens, weight, *factors):
+        kwargs = {"per_sample_weights": factors[0]} if factors else {}
+        return F.embedding_bag(tokens, weight, mode=mode, padding_idx=padding, **kwargs)
+
+    shapes = ((4, 6), (5, 3), (4, 6))[: len(mapped)]
+    return Case(F.embedding_bag, function, shapes, mapped, tokens_below=5)
+
+
+PARTED = {
+    **{f"lstm_cell {m}": cell(torch.lstm_cell, 4, m) for m in ("bbbbbbb", "sssbbbb", "bssssss", "sbsbsbs")},
+    **{f"gru_cell {m}": cell(torch.gru_cell, 3, m) for m in ("bbbbbb", "ssbbbb", "bsssss", "sbsbsb")},
+    **{f"rnn_tanh_cell {m}": cell(torch.rnn_tanh_cell, 1, m) for m in ("bbbbbb", "ssbbbb")},
+    **{f"rnn_relu_cell {m}": cell(torch.rnn_relu_cell, 1, m) for m in ("bbbbbb", "bsssss")},
+    **{
+        f"bilinear {m}": Case(F.bilinear, F.bilinear, ((2, 5, 4), (2, 5, 3), (6, 4, 3), (6,)), m)
+        for m in ("bbbb", "ssbb", "bsss", "sbbs")
+    },
+    "bilinear without bias": Case(F.bilinear, F.bilinear, ((5, 4), (5, 3), (6, 4, 3)), "ssb"),
+    **{
+        f"bag {mode} {padding} {mapped}": bag(mode, padding, mapped)
+        for mode, padding, mapped in itertools.product(("sum", "mean", "max"), (None, 2), ("sb", "bb", "bs"))
+    },
+    "bag weighted": bag("sum", 1, "sbb"),
+    "weight norm": Case(torch._weight_norm, torch._weight_norm, ((6, 4), (6, 1)), "bb"),
+    **{
+        f"weight norm over all but axis {dim}": Case(
+            torch._weight_norm, lambda v, g, dim=dim: torch._weight_norm(v, g, dim), (v, g), mapped
+        )
+        for dim, v, g, mapped in (
+            *((1, (6, 4), (1, 4), "sb"), (2, (2, 3, 4), (1, 1, 4), "bs")),
+            *((-1, (6, 4), (), "bb"), (0, (5,), (5,), "bb")),
+        )
+    },
+}
+every_part = pytest.mark.parametrize("case", PARTED.values(), ids=PARTED.keys())
+
+
+@all_kinds
+@every_part
+def test_what_is_called_by_parts_equals_a_loop(kind, case):
+    assert check(case, kind).fired
+
+
+@all_kinds
+@every_part
+def test_what_is_called_by_parts_inside_another_vmap_equals_two_loops(kind, case):
+    in_dims = in_dims_of(case)
+    arguments = [
+        torch.stack([a, a.flip(0)]) if d == 0 else a for a, d in zip(arguments_of(case), in_dims, strict=True)
+    ]
+    rules = Watch(kind, case.func)
+    got = vmap(vmap(rules(case.function), in_dims), in_dims)(*arguments)
+    expected = loop(lambda *a: loop(case.function, a, in_dims), arguments, in_dims)
+    torch.testing.assert_close(got, expected)
+
+
+class Stepping(nn.Module):
+    """A cell that a model leads through time by itself."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.cell = make(3, 4)
+
+    def forward(self, x):
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return state[0] if isinstance(state, tuple) else state
+
+
+@pytest.mark.parametrize("is_autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("make", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_in_a_model_are_vectorised_and_give_the_dtype_of_the_module(make, is_autocast):
+    module = Stepping(make)
+    fn, params = fb.make_functional(module)
+    members = {name: randn(8, *leaf.shape).float() for name, leaf in params.items()}
+    x = randn(5, 3, 3).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast), torch.no_grad():
+        expected = torch.stack([fn({k: v[i] for k, v in members.items()}, x) for i in range(8)])
+        assert expected.dtype == module(x).dtype
+        for _ in range(20):  # of the mechanisms that are tried; a loop would warn
+            got = fb.predict(fn, None, fb.Ensemble(members), x).samples
+            assert got.dtype == expected.dtype
+            tolerance = {"rtol": 0.02, "atol": 0.02} if is_autocast else {}
+            torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_bags_without_a_token_that_counts_are_nothing():
+    tokens, tables = torch.tensor([[2, 2], [0, 2]]), randn(S, 5, 3)
+    for mode in ("sum", "mean", "max"):
+        rules = Watch("vmap", F.embedding_bag)
+        function = lambda t, mode=mode: F.embedding_bag(tokens, t, mode=mode, padding_idx=2)  # noqa: E731
+        got = vmap(rules(function))(tables)
+        torch.testing.assert_close(got, loop(function, [tables], (0,)))
+
+
+@pytest.mark.parametrize("settings", [{"max_norm": 0.5}, {"offsets": torch.tensor([0, 2])}], ids=str)
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_other_bags_are_left_to_torch(settings):
+    tokens = torch.tensor([1, 2, 0, 1]) if "offsets" in settings else torch.tensor([[1, 2], [0, 1]])
+    function = lambda t: F.embedding_bag(tokens, t, **settings)  # noqa: E731
+    rules, tables = Watch("vmap", F.embedding_bag), randn(S, 5, 3)
+    try:
+        expected = vmap(function)(tables.clone())
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            vmap(rules(function))(tables.clone())
+    else:
+        torch.testing.assert_close(vmap(rules(function))(tables.clone()), expected)
+    assert not rules.fired
+
+
 # Observed -----------------------------------------------------------------------------------------
 
 

@@ -137,8 +137,35 @@ def test_linearize_refuses(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("padding", [None, 1])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of `jacrev`
+def test_bags_are_linearized(mode, padding):
+    module = nn.Sequential(nn.EmbeddingBag(9, 4, mode=mode, padding_idx=padding), nn.Linear(4, 3)).double()
+    fn, params = fb.make_functional(module)
+    x, step = torch.randint(0, 9, (6, 5)), {name: torch.randn_like(leaf) for name, leaf in params.items()}
+    jacobian = torch.func.jacrev(lambda p: fn(p, x))(params)  # torch has no other of its own
+    expected = fn(params, x) + sum(
+        torch.tensordot(jacobian[name], leaf, leaf.ndim) for name, leaf in step.items()
+    )
+    moved = {name: leaf + step[name] for name, leaf in params.items()}
+    torch.testing.assert_close(fb.linearize(fn, params)(moved, x), expected)
+
+
+class Ragged(nn.Module):
+    """Bags that are told by where they begin, as those of different sizes are."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(9, 4, mode="sum"), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.bag(x.flatten(), torch.arange(0, x.numel(), x.shape[1])))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_what_to_do_without_derivatives_forwards_is_said():
-    fn, params = fb.make_functional(nn.Sequential(nn.EmbeddingBag(9, 4, mode="sum"), nn.Linear(4, 3)))
+    fn, params = fb.make_functional(Ragged())
     x, y = torch.randint(0, 9, (6, 3)), torch.arange(6) % 3
     q = fb.laplace.fit(fn, params, (x, y), fb.likelihoods.Categorical())
     fb.predict_linearized(fn, params, q, x)

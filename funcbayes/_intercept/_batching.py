@@ -26,8 +26,10 @@ from .._functorch import (
     vmap_level,
     wrap,
 )
+from .._tree import tensors
 from ._attention import open_attention
 from ._attention_rules import attention, multi_head
+from ._by_parts import BY_PARTS
 from ._call import Handler, Interception
 from ._mapped import draws_first, of_each_draw, one_dtype, product
 from ._recurrent import RECURRENT, recurrent
@@ -140,6 +142,7 @@ def _storage(tensor: Tensor) -> int:
 def _handlers(kind: str, is_autocast: bool) -> dict[Any, Handler]:
     names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
     opened: dict[Any, Handler] = {F.multi_head_attention_forward: open_attention}
+    opened |= {func: _by_parts(parts) for func, parts in BY_PARTS.items()}
     if is_autocast:
         opened |= dict.fromkeys(_LOWERED, _as_autocast)
     handlers = opened | {
@@ -263,6 +266,19 @@ def _convolution(ndim: int, convolve: Callable[..., Tensor]) -> Rule:
         return _apart(out, draws, level)
 
     return rule
+
+
+def _by_parts(parts: Callable[..., Any]) -> Handler:
+    """Do by parts what ``vmap`` maps by a loop, or not at all."""
+
+    def handler(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
+        level, out = vmap_level(), None
+        if level is not None and any(unwrap(t, level)[1] is not None for t in tensors((args, kwargs))):
+            with mode:  # parts, too
+                out = parts(*args, **kwargs)
+        return func(*args, **kwargs) if out is None else out
+
+    return handler
 
 
 # What autocast gives to lower precision.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._functorch import is_concrete, outside_transforms, unwrap, wrap
+from ._by_parts import gru_state, lstm_states
 from ._mapped import product
 
 Args = tuple[Any, ...]
@@ -161,7 +162,6 @@ def _through_time(
     input_bias, state_bias = (weights[2], weights[3]) if has_biases else (None, None)
     # An LSTM with projections has one more matrix, which makes the output of the state.
     projection = weights[-1].mT if len(weights) % 2 else None
-    width = of_states.shape[-1] // 4  # of an LSTM
     steps, rows = value.shape[1:3]
     if input_bias is not None and state_bias is not None and func is not torch.gru:
         input_bias = input_bias + state_bias  # only there the two are not simply added
@@ -170,16 +170,9 @@ def _through_time(
     for x in entering.unbind(1):
         h = states[0]
         if func is torch.gru:
-            (x_r, x_z, x_n), (s_r, s_z, s_n) = (
-                part.chunk(3, -1) for part in (x, product(state_bias, h, of_states, 1))
-            )
-            n = torch.tanh(torch.addcmul(x_n, torch.sigmoid(x_r + s_r), s_n))
-            states = [torch.lerp(n, h.to(n.dtype), torch.sigmoid(x_z + s_z))]
+            states = [gru_state(x, product(state_bias, h, of_states, 1), h.to(x.dtype))]
         elif func is torch.lstm:
-            i_and_f, g, o = torch.baddbmm(x, h, of_states).tensor_split((2 * width, 3 * width), -1)
-            i, f = torch.sigmoid(i_and_f).chunk(2, -1)
-            c = torch.addcmul(f * states[1], i, torch.tanh(g))
-            h = torch.sigmoid(o) * torch.tanh(c)
+            h, c = lstm_states(torch.baddbmm(x, h, of_states), states[1])
             states = [h if projection is None else torch.bmm(h, projection), c]
         else:
             entered = torch.baddbmm(x, h, of_states)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._attention import attention_weights, open_attention
+from ._by_parts import BY_PARTS
 from ._call import Interception
 
 Args = tuple[Any, ...]
@@ -18,7 +19,7 @@ _switches = threading.Lock()  # those of torch are the whole process's
 
 
 class Unfused(Interception):
-    """Attention, recurrent layers, weight normalisation and PReLU without fused kernels.
+    """Attention, recurrent layers, weight normalisation, bags and PReLU without fused kernels.
 
     And embeddings whose padding has no derivative in forward mode either, as it has none in backward mode:
     otherwise ``J v`` and ``J^T u`` would be of different matrices.
@@ -30,11 +31,17 @@ class Unfused(Interception):
                 F.multi_head_attention_forward: open_attention,
                 F.scaled_dot_product_attention: _attention,
                 F.embedding: _without_padding,
-                torch._weight_norm: _weight_norm,
+                **dict.fromkeys((torch._weight_norm, F.embedding_bag), _by_parts),
                 **dict.fromkeys((F.prelu, torch.Tensor.prelu), _prelu),
                 **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
             }
         )
+
+
+def _by_parts(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
+    with mode:  # parts, too
+        out = BY_PARTS[func](*args, **kwargs)
+    return func(*args, **kwargs) if out is None else out
 
 
 def _attention(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
@@ -52,11 +59,6 @@ def _without_padding(
         return looked
     is_padding = given["input"] == padding % given["weight"].shape[0]
     return torch.where(is_padding.unsqueeze(-1), looked.detach(), looked)
-
-
-def _weight_norm(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
-    given = dict(zip(("v", "g", "dim"), args, strict=False)) | kwargs
-    return given["v"] * (given["g"] / torch.norm_except_dim(given["v"], 2, given.get("dim", 0)))
 
 
 def _prelu(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
