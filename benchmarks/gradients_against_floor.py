@@ -90,7 +90,10 @@ def _linearized(name: str, x: Tensor, y: Tensor) -> tuple[Call, int, bool]:
 
 def _floor(name: str, x: Tensor, y: Tensor, numbers: int, has_steps: bool) -> Call:
     """Forward and backward with ten times the rows; and normals, or steps of an optimizer."""
-    module = _network(name, x.device).eval()  # BatchNorm as at prediction, which takes less time
+    module = _network(name, x.device)
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()  # as at prediction, which takes less time
     leaves = [*module.parameters()]
     wide, targets = x.repeat(TIMES, *(1 for _ in x.shape[1:])), y.repeat(TIMES)
     all_of_them = [torch.zeros(TIMES, *leaf.shape, device=x.device, requires_grad=True) for leaf in leaves]

@@ -8,8 +8,8 @@ before that, so that all the rest is evaluated once.
 
 The claims: with 1 row and 32 draws or more so much faster as the table below says; with 32 draws or more in
 no cell an interval below 0.9; and the geometric mean of all. Of 8 draws nothing is claimed, for in small
-networks most of that time is that of the call. The cells are all models, rows and draws whose loop takes no
-more than one or two seconds.
+networks most of that time is that of the call. The cells are all models, rows and draws whose loop takes
+some seconds at most.
 """
 
 import copy
@@ -26,7 +26,7 @@ from ._models import MODELS, around, inputs, resnet
 
 ON_ANY_DEVICE = True
 ROWS, DRAWS = (1, 32, 128, 1024), (8, 32, 128)
-# Rows times draws of the largest cell: its loop takes one to two seconds on two cores.
+# Rows times draws of the largest cell: its loop takes some seconds at most on two cores.
 LARGEST = {"mlp-small": 1 << 17, "mlp": 1 << 17, "lenet": 1 << 15, "resnet": 1 << 12}
 LARGEST |= {"transformer": 1 << 14, "lstm": 1 << 15}
 AT_ONE_ROW = {"mlp-small": 3.0, "mlp": 1.3, "lenet": 3.0, "resnet": 2.0, "transformer": 3.0, "lstm": 1.3}

@@ -14,7 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
-from ._functorch import is_inside_transform, traced
+from ._functorch import is_autocast_on, is_inside_transform, traced
 from ._remember import Remembered
 from ._tree import tensors
 from ._warning import first_line
@@ -42,8 +42,17 @@ def compiled(owner: Any, key: Hashable, evaluate: Evaluate, tree: Any) -> Any:
     leaves, structure = optree.tree_flatten(tree)
     rest = tuple(leaf if _is_plain(leaf) else id(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
     shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors(tree))
-    whole = (key, structure, rest, shapes)
+    whole = (key, structure, rest, shapes, _autocast({device.type for *_, device in shapes}))
     return _programs.get(owner, whole, lambda: _Program.of(evaluate, tree))(leaves)
+
+
+def _autocast(kinds: set[str]) -> Hashable:
+    """What autocast makes of operations, which a program keeps, on devices of some kinds."""
+    if not is_autocast_on():
+        return None
+    return frozenset(
+        (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)
+    )
 
 
 def wants_grad(trees: Any) -> bool:
@@ -65,6 +74,14 @@ def refuse_gradients(trees: Any, call: str) -> None:
             f"`{call}(compile=True)` evaluates without gradients and outside of transforms, which are wanted "
             "here. Write `with torch.no_grad():` around the call, or leave `compile` out."
         )
+
+
+def refuse_random_numbers(call: str) -> None:
+    """Refuse to compile a model that draws from torch's global random state, as dropout does not."""
+    raise ValueError(
+        f"`{call}(compile=True)` should be given a model without random numbers of its own, which compiled "
+        "code would draw otherwise. Use `nn.Dropout`, or leave `compile` out."
+    )
 
 
 def with_gradient(owner: Any, key: Hashable, evaluate: Callable[[Any], Tensor], tree: Any) -> Tensor:

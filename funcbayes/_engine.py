@@ -301,7 +301,8 @@ class _Run:
         draw = self.make_draws(slice(0, 1))
         found = device_of(self.params, draw, self.x)
         device = "cpu" if found is None or found.type == "cpu" else "other"
-        if found is not None and found.type not in ("cpu", "meta"):
+        here = torch.accelerator.current_accelerator()
+        if found is not None and here is not None and found.type == here.type:
             self.tuner.queue = found
         if device == "cpu":
             keep_large_blocks()

@@ -38,7 +38,7 @@ def make_functional(
         ``fn(params, x)`` may be called from several threads, each of which runs a copy of the module.
 
     Raises:
-        TypeError: If ``module`` is not an ``nn.Module``, or one that ``torch.jit`` has compiled.
+        TypeError: If ``module`` is not an ``nn.Module``, or if ``torch.jit`` has compiled it.
         ValueError: If it has parameters without a shape yet (lazy layers).
 
     Example:
@@ -54,12 +54,12 @@ def make_functional(
             f"`make_functional(module)` should be given an nn.Module, got {type(module).__name__}. "
             "A function of (params, x) can be used as it is."
         )
-    if isinstance(module, torch.jit.ScriptModule):
+    module = unwrapped(module)
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         raise TypeError(
             "`make_functional(module)` should be given a module whose parameters can be replaced, got one "
-            "that `torch.jit` has compiled. Use the module that it was made of."
+            "that `torch.jit` has compiled, or a part of one. Use the module that it was made of."
         )
-    module = unwrapped(module)
     lazy = [
         name for name, p in (*module.named_parameters(), *module.named_buffers()) if nn.parameter.is_lazy(p)
     ]

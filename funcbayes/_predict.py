@@ -83,7 +83,7 @@ def predict(
             of ``x`` and number of draws, at the first call with it: for many batches of one shape, or a
             server. Results change by rounding only. What ``fn`` refers to beside its arguments stays as it
             was at the first call. Not where gradients are wanted. In a function that is compiled as a whole,
-            call ``torch.compiler.disable(fb.predict)``.
+            ``torch.compiler.disable(fb.predict)`` takes the place of this one.
         marginal: Draw what linear layers give, a number a unit, in the place of their weights, where a row
             meets such a layer once. Each row has the same distribution, at a small part of the cost of
             drawing wide layers, but rows of one draw have no weights in common: not for ``samples`` as

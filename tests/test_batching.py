@@ -1059,6 +1059,19 @@ def test_what_is_called_by_parts_inside_another_vmap_equals_two_loops(kind, case
     got = vmap(vmap(rules(case.function), in_dims), in_dims)(*arguments)
     expected = loop(lambda *a: loop(case.function, a, in_dims), arguments, in_dims)
     torch.testing.assert_close(got, expected)
+    assert rules.fired
+    assert not rules.left_to_vmap
+
+
+@every_part
+def test_what_is_called_by_parts_under_autocast_has_the_dtype_of_a_loop(case):
+    arguments, in_dims = arguments_of(case, dtype=torch.float32), in_dims_of(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rules = Watch("rows_first", case.func)
+        expected = loop(case.function, arguments, in_dims)
+        got = vmap(rules(case.function), in_dims)(*arguments)
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.05)
+    assert rules.fired
 
 
 class Stepping(nn.Module):
@@ -1099,22 +1112,75 @@ def test_bags_without_a_token_that_counts_are_nothing():
         function = lambda t, mode=mode: F.embedding_bag(tokens, t, mode=mode, padding_idx=2)  # noqa: E731
         got = vmap(rules(function))(tables)
         torch.testing.assert_close(got, loop(function, [tables], (0,)))
+        assert rules.fired
 
 
-@pytest.mark.parametrize("settings", [{"max_norm": 0.5}, {"offsets": torch.tensor([0, 2])}], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_the_row_of_padding_does_not_count_whatever_it_holds(mode, value):
+    tokens, tables = torch.tensor([[1, 2], [0, 2]]), randn(S, 5, 3)
+    tables[:, 2] = value
+    rules = Watch("vmap", F.embedding_bag)
+    function = lambda t: F.embedding_bag(tokens, t, mode=mode, padding_idx=2)  # noqa: E731
+    torch.testing.assert_close(vmap(rules(function))(tables), loop(function, [tables], (0,)))
+    assert rules.fired
+
+
+FACTORS = torch.ones(2, 2, dtype=F64)
+OTHER_BAGS = {
+    "bags that begin somewhere": {"offsets": torch.tensor([0, 2])},
+    "offsets of bags of one size": {"offsets": torch.tensor([0])},
+    "norms that are bounded": {"max_norm": 0.5},
+    "weights of means": {"per_sample_weights": FACTORS, "mode": "mean"},
+    "weights of maxima": {"per_sample_weights": FACTORS, "mode": "max"},
+    "weights of another shape": {"per_sample_weights": FACTORS[:1], "mode": "sum"},
+    "weights of another dtype": {"per_sample_weights": FACTORS.float(), "mode": "sum"},
+    "another mode": {"mode": "avg"},
+    "padding beyond the table": {"padding_idx": 7},
+}
+
+
+@pytest.mark.parametrize("settings", OTHER_BAGS.values(), ids=OTHER_BAGS.keys())
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_other_bags_are_left_to_torch(settings):
-    tokens = torch.tensor([1, 2, 0, 1]) if "offsets" in settings else torch.tensor([[1, 2], [0, 1]])
+def test_other_bags_are_what_torch_makes_of_them(settings):
+    is_flat = settings.get("offsets", torch.tensor([0])).numel() > 1
+    tokens = torch.tensor([1, 2, 0, 1]) if is_flat else torch.tensor([[1, 2], [0, 1]])
     function = lambda t: F.embedding_bag(tokens, t, **settings)  # noqa: E731
-    rules, tables = Watch("vmap", F.embedding_bag), randn(S, 5, 3)
+    rules, tables = Batching("vmap"), randn(S, 5, 3)
+
+    def ruled(table):
+        with rules:
+            return function(table)
+
     try:
         expected = vmap(function)(tables.clone())
-    except RuntimeError:
-        with pytest.raises(RuntimeError):
-            vmap(rules(function))(tables.clone())
+    except Exception as error:  # noqa: BLE001 - of several kinds
+        with pytest.raises(type(error)):
+            vmap(ruled)(tables.clone())
     else:
-        torch.testing.assert_close(vmap(rules(function))(tables.clone()), expected)
-    assert not rules.fired
+        torch.testing.assert_close(vmap(ruled)(tables.clone()), expected)
+
+
+@pytest.mark.parametrize(
+    ("func", "shapes"),
+    [
+        (F.bilinear, ((1, 4), (5, 3), (6, 4, 3))),
+        (torch.gru_cell, ((4, 4), (1, 3), (9, 4), (9, 3))),
+        (torch.rnn_tanh_cell, ((4, 4), (1, 3), (3, 4), (3, 3))),
+    ],
+)
+def test_rows_that_do_not_match_are_refused_as_by_torch(func, shapes):
+    arguments = [randn(S, *shape) for shape in shapes]
+    with pytest.raises(RuntimeError):
+        func(*(a[0] for a in arguments))
+    rules = Batching("rows_first")
+
+    def ruled(*given):
+        with rules:
+            return func(*given)
+
+    with pytest.raises(RuntimeError):
+        vmap(ruled)(*arguments)
 
 
 # Observed -----------------------------------------------------------------------------------------

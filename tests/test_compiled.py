@@ -392,6 +392,40 @@ def test_hamiltonian_chains_by_programs_are_those_without(traced):
     assert len(traced) == 1
 
 
+@pytest.mark.parametrize("per", ["model", "leaf"])
+def test_noise_that_is_learned_in_single_precision_is_no_other_program(traced, per):
+    fn, params = one_network(lambda: nn.Linear(3, 2))
+    data = randn(16, 3).float(), randn(16, 2, seed=1).float()
+    fb.laplace.train(fn, params, data, Normal(0.7), **HOW, structure="diag", per=per, compile=True)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("name", ["predict", "elbo", "ivon"])
+def test_what_autocast_makes_of_a_program_stays_there(traced, name):
+    fn, params = one_network(lambda: nn.Linear(3, 2))
+    x, y, q = randn(4, 3).float(), torch.arange(4) % 2, gaussian(params)
+    vi_state, ivon_state = vi.init(params), fb.ivon.init(params)
+
+    @torch.no_grad()
+    def found(**options):
+        if name == "predict":
+            return fb.predict(fn, None, q, x, num_samples=4, seed=0, chunk_size=4, **options).samples
+        how = {"num_data": 9, "num_samples": 2, "seed": 0, **options}
+        if name == "elbo":
+            return vi.negative_elbo(fn, None, vi_state, (x, y), Categorical(), **how)
+        return fb.ivon.update(fn, None, ivon_state, (x, y), Categorical(), learning_rate=0.1, **how)[1]
+
+    plain, kinds = found(), []
+    for dtype in (None, torch.bfloat16, torch.float16, None):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            got, expected = found(compile=True), found()
+        assert_close(got, expected)
+        kinds.append((got.dtype, bool((got == plain).all())))
+    assert kinds[0] == kinds[-1]
+    assert len(set(kinds)) > 1
+    assert len(traced) == 3
+
+
 def test_updates_of_one_kind_share_a_program(traced):
     fn, state = lambda params, x: linear(params, x), fb.ivon.init(linear_params())  # of its own
     how = {"num_data": 50, "num_samples": 2, "seed": 0}
@@ -407,13 +441,17 @@ def test_updates_of_one_kind_share_a_program(traced):
     assert len(traced) == 1
 
 
-@pytest.mark.parametrize("fit", ["training", "ivon"])
+@pytest.mark.parametrize("fit", ["training", "ivon", "sgmcmc"])
 def test_a_model_with_random_numbers_of_its_own_is_not_trained_by_programs(fit):
     def noisy(params, x):
         return linear(params, x) + 0.1 * torch.randn(())
 
     data = randn(8, 3), randn(8, 2)
-    how = HOW if fit == "training" else {"learning_rate": 0.1, "num_epochs": 1}
+    how = {
+        "training": HOW,
+        "ivon": {"learning_rate": 0.1, "num_epochs": 1},
+        "sgmcmc": {"sampler": fb.sgmcmc.sgld(1e-3), "num_steps": 2},
+    }[fit]
     with pytest.raises(ValueError, match=rf"{fit}.fit\(compile=True\).*leave `compile` out"):
         getattr(fb, fit).fit(noisy, linear_params(), data, Normal(1.0), **how, compile=True)
 

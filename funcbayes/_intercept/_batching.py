@@ -29,7 +29,7 @@ from .._functorch import (
 from .._tree import tensors
 from ._attention import open_attention
 from ._attention_rules import attention, multi_head
-from ._by_parts import BY_PARTS
+from ._by_parts import BY_PARTS, done_by_parts
 from ._call import Handler, Interception
 from ._mapped import draws_first, of_each_draw, one_dtype, product
 from ._recurrent import RECURRENT, recurrent
@@ -272,11 +272,10 @@ def _by_parts(parts: Callable[..., Any]) -> Handler:
     """Do by parts what ``vmap`` maps by a loop, or not at all."""
 
     def handler(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
-        level, out = vmap_level(), None
-        if level is not None and any(unwrap(t, level)[1] is not None for t in tensors((args, kwargs))):
-            with mode:  # parts, too
-                out = parts(*args, **kwargs)
-        return func(*args, **kwargs) if out is None else out
+        level = vmap_level()
+        if level is None or all(unwrap(t, level)[1] is None for t in tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        return done_by_parts(parts, mode, func, args, kwargs)
 
     return handler
 

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._call import Interception
+from ._mapped import one_dtype
+
 CELLS = {
     torch.lstm_cell: torch.lstm,
     torch.gru_cell: torch.gru,
@@ -23,10 +26,13 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / norms.reshape([len(norms) if axis == dim else 1 for axis in range(v.ndim)]))
 
 
-def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """``x1^T W_o x2 + b_o`` for each output ``o``: inputs ``(*, I)`` and ``(*, J)``, weight ``(O, I, J)``."""
-    half = F.linear(input1, weight.transpose(1, 2).flatten(0, 1)).unflatten(-1, (weight.shape[0], -1))
-    whole = (half * input2.unsqueeze(-2)).sum(-1)
+    if input1.shape[:-1] != input2.shape[:-1] or not one_dtype(input1, input2, weight, bias):
+        return None
+    with torch.autocast(weight.device.type, enabled=False):  # which leaves bilinear layers as they are
+        half = F.linear(input1, weight.transpose(1, 2).flatten(0, 1))
+        whole = (half.unflatten(-1, (weight.shape[0], weight.shape[2])) * input2.unsqueeze(-2)).sum(-1)
     return whole if bias is None else whole + bias
 
 
@@ -43,21 +49,37 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor | None:
-    """Sums, means or maxima of bags of one size, ``(N, B)``; ``None`` for others."""
-    tokens, padding = input, padding_idx
-    if tokens.ndim != 2 or max_norm is not None or scale_grad_by_freq or sparse:
+    """Sums, means or maxima of bags of one size, ``(N, B)``; ``None`` for others.
+
+    Of several entries that are the largest each has a part of the gradient, where torch gives it to one.
+    """
+    tokens, factors, padding = input, per_sample_weights, padding_idx
+    is_known = tokens.ndim == 2 and tokens.shape[1] > 0 and mode in ("sum", "mean", "max")
+    if not is_known or offsets is not None or max_norm is not None or scale_grad_by_freq or sparse:
+        return None
+    if factors is not None and (
+        mode != "sum" or factors.shape != tokens.shape or factors.dtype != weight.dtype
+    ):
         return None
     looked = F.embedding(tokens, weight)
-    is_in = torch.ones_like(tokens) if padding is None else (tokens != padding % weight.shape[0]).long()
-    is_in = is_in.unsqueeze(-1)
+    if padding is None:
+        return _of_bags(looked if factors is None else looked * factors.unsqueeze(-1), None, mode)
+    if not -weight.shape[0] <= padding < weight.shape[0]:
+        return None
+    is_in = (tokens != padding % weight.shape[0]).unsqueeze(-1)
+    looked = looked.masked_fill(~is_in, -torch.inf if mode == "max" else 0.0)
+    return _of_bags(looked if factors is None else looked * factors.unsqueeze(-1), is_in.sum(1), mode)
+
+
+def _of_bags(looked: Tensor, counts: Tensor | None, mode: str) -> Tensor:
+    """From entries ``(N, B, D)``, where ``counts`` of each bag ``(N, 1)`` are no padding."""
     if mode == "max":
-        most = looked.masked_fill(is_in == 0, -torch.inf).amax(1)
-        return torch.where(is_in.sum(1) > 0, most, 0.0)
-    factors = is_in.to(looked.dtype)
-    if per_sample_weights is not None:
-        factors = factors * per_sample_weights.unsqueeze(-1)
-    total = (looked * factors).sum(1)
-    return total / is_in.sum(1).clamp_min(1) if mode == "mean" else total
+        most = looked.amax(1)
+        return most if counts is None else torch.where(counts > 0, most, 0.0)
+    total = looked.sum(1)
+    if mode == "sum":
+        return total
+    return total / (looked.shape[1] if counts is None else counts.clamp_min(1))
 
 
 def cell(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,8 +93,13 @@ def cell(func: Callable[..., Any]) -> Callable[..., Any]:
         w_hh: Tensor,
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Tensor, ...] | None:
         states = [hx] if isinstance(hx, Tensor) else [*hx]
+        if any(state.shape[:-1] != input.shape[:-1] for state in states):
+            return None
+        kind = input.device.type
+        if kind != "cpu" and torch.is_autocast_enabled(kind):  # which lowers cells on accelerators
+            states = [state.to(torch.get_autocast_dtype(kind)) for state in states]
         entering, held = F.linear(input, w_ih, b_ih), F.linear(states[0], w_hh, b_hh)
         if layer is torch.gru:
             return gru_state(entering, held, states[0])
@@ -100,7 +127,16 @@ def lstm_states(gates: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(o) * torch.tanh(cells), cells
 
 
-# Those of one name take what the function takes; what gives `None` is left to torch.
+def done_by_parts(
+    parts: Callable[..., Any], mode: Interception, func: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    """The result by parts, to each of which the rules of ``mode`` apply, or torch's where there is none."""
+    with mode:
+        out = parts(*args, **kwargs)
+    return func(*args, **kwargs) if out is None else out
+
+
+# Each takes what the function takes, and gives `None` for what is left to torch.
 BY_PARTS: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     F.bilinear: bilinear,

@@ -170,7 +170,7 @@ def _through_time(
     for x in entering.unbind(1):
         h = states[0]
         if func is torch.gru:
-            states = [gru_state(x, product(state_bias, h, of_states, 1), h.to(x.dtype))]
+            states = [gru_state(x, product(state_bias, h, of_states, 1), h)]
         elif func is torch.lstm:
             h, c = lstm_states(torch.baddbmm(x, h, of_states), states[1])
             states = [h if projection is None else torch.bmm(h, projection), c]

@@ -1,5 +1,6 @@
 """Operations by parts that have derivatives of every kind, as fused kernels do not."""
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._attention import attention_weights, open_attention
-from ._by_parts import BY_PARTS
+from ._by_parts import BY_PARTS, done_by_parts
 from ._call import Interception
 
 Args = tuple[Any, ...]
@@ -31,17 +32,14 @@ class Unfused(Interception):
                 F.multi_head_attention_forward: open_attention,
                 F.scaled_dot_product_attention: _attention,
                 F.embedding: _without_padding,
-                **dict.fromkeys((torch._weight_norm, F.embedding_bag), _by_parts),
+                **{
+                    func: functools.partial(done_by_parts, BY_PARTS[func])
+                    for func in (torch._weight_norm, F.embedding_bag)
+                },
                 **dict.fromkeys((F.prelu, torch.Tensor.prelu), _prelu),
                 **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
             }
         )
-
-
-def _by_parts(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:
-    with mode:  # parts, too
-        out = BY_PARTS[func](*args, **kwargs)
-    return func(*args, **kwargs) if out is None else out
 
 
 def _attention(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Tensor:

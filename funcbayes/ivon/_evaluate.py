@@ -20,7 +20,7 @@ from .._remember import Remembered
 from .._tree import Fixed, Params, index, map_leaves, merge, named_leaves, select
 from ..likelihoods import Likelihood
 from ..training._batch import Batch
-from ..training._loader import global_generators
+from ..training._loader import watched
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ def traits_of(fn: Model, params: Params, x: Any) -> Traits:
 def look(fn: Model, params: Params, x: Any) -> tuple[Traits, Any]:
     """Evaluate a model once, without effect; also its outputs."""
     with torch.no_grad(), forked(0):
-        before = [g.get_state() for g in global_generators()]
-        outputs, changed = training_call(fn, params, x, 0)
-        after = [g.get_state() for g in global_generators()]
-    draws_globally = any(not torch.equal(a, b) for a, b in zip(before, after, strict=False))
+        (outputs, changed), draws_globally = watched(lambda: training_call(fn, params, x, 0))
     return Traits(frozenset(named_leaves(changed)), draws_globally), outputs
 
 

@@ -137,9 +137,7 @@ def fit(
     """
     check_model(fn, _CALL)
     check_callback(callback, _CALL)
-    updater = Updater.of(
-        *(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL), programs_of=fn if compile else None
-    )
+    updater = Updater.of(fn, likelihood, num_samples, max_grad_norm, chunk_size, compile, _CALL)
     num_epochs = positive_int(num_epochs, f"{_CALL}(num_epochs=...)")
     num = count_members(params, f"{_CALL}(fn, params, ..., stacked=True)") if stacked else 1
     state, behind = _started(params, start, hess_init, where, num if stacked else None)
@@ -254,6 +252,7 @@ class _Run:
         check_num_data(self.num_data, y.shape[0], _CALL)
         first = (index(self.held, 0), index(state, 0)) if self.stacked else (self.held, state)
         traits, outputs = look(self.updater.fn, whole(*first), x)
+        self.updater.check(traits)
         self.updater.likelihood.check(outputs, y, call=f"{_CALL}(data=...)")
         return traits
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_covers, check_model, check_num_data, positive_int
-from .._compiled import compiled
+from .._compiled import compiled, refuse_random_numbers
 from .._functional import Model
 from .._functorch import map_first_axis
 from .._random import Seed, fold, forked, resolve_seed
@@ -117,13 +117,12 @@ def update(
     scale = Scale.of(num_data, prior_precision, ess, _CALL)
     check_num_data(num_data, batch[1].shape[0] if batch[1].ndim else 1, _CALL)
     rule = Rule.of(scale, learning_rate, beta1, beta2, clip_radius, rescale_lr, _CALL)
-    updater = Updater.of(
-        *(fn, likelihood, num_samples, max_grad_norm, chunk_size, _CALL), programs_of=fn if compile else None
-    )
+    updater = Updater.of(fn, likelihood, num_samples, max_grad_norm, chunk_size, compile, _CALL)
     with torch.inference_mode(False), torch.enable_grad():
         params = map_leaves(lambda leaf: ready(leaf, None), params)
         rows = flat((as_tree(batch[0]), batch[1]), device_of(state.mean))
         traits = traits_of(fn, whole(params, state), rows.member(0)[0])
+        updater.check(traits)
         return updater.one(params, state, rows, rule, resolve_seed(seed), traits)
 
 
@@ -134,19 +133,15 @@ def whole(params: Params, state: IVONState) -> Params:
 
 @dataclass(frozen=True)
 class Updater:
-    """What stays the same from one update to the next; see :func:`update`.
-
-    Attributes:
-        programs_of: What compiled programs are kept for; ``None`` to do without them.
-    """
+    """What stays the same from one update to the next; see :func:`update`."""
 
     fn: Model
     likelihood: Likelihood
     num_samples: int
     max_grad_norm: float | None
     chunk_size: int | None
+    compile: bool
     call: str
-    programs_of: Any
 
     @classmethod
     def of(
@@ -156,9 +151,8 @@ class Updater:
         num_samples: Any,
         max_grad_norm: Any,
         chunk_size: Any,
+        compile: bool,
         call: str,
-        *,
-        programs_of: Any,
     ) -> "Updater":
         """Check the arguments that a user gives."""
         check_is_likelihood(likelihood, f"{call}(likelihood=...)")
@@ -166,7 +160,12 @@ class Updater:
         max_grad_norm = positive_or_none(max_grad_norm, f"{call}(max_grad_norm=...)")
         if chunk_size is not None:
             chunk_size = positive_int(chunk_size, f"{call}(chunk_size=...)")
-        return cls(fn, likelihood, num_samples, max_grad_norm, chunk_size, call, programs_of)
+        return cls(fn, likelihood, num_samples, max_grad_norm, chunk_size, compile, call)
+
+    def check(self, traits: Traits) -> None:
+        """Refuse what cannot be compiled."""
+        if self.compile and traits.draws_globally:
+            refuse_random_numbers(self.call)
 
     def one(
         self, params: Params, state: IVONState, batch: Batch, rule: Rule, seed: Seed, traits: Traits
@@ -225,11 +224,6 @@ class Updater:
     def _can_be_mapped(self, state: IVONState, traits: Traits) -> bool:
         # Under vmap a buffer that is written has to have an axis of draws. Those that are still inside `fn`
         # get one by the first update. What draws from the global state would be upset by trying vmap.
-        if traits.draws_globally and self.programs_of is not None:
-            raise ValueError(
-                f"`{self.call}(compile=True)` should be given a model without random numbers of its own, "
-                "which compiled code would draw otherwise. Use `nn.Dropout`, or leave `compile` out."
-            )
         return traits.changes <= named_leaves(state.fixed).keys() and not traits.draws_globally
 
     def _found(
@@ -251,9 +245,9 @@ class Updater:
             return found.losses, gradients, found.changed
 
         given = self.likelihood, shared, own, draws, batch.leaves, keys
-        if self.programs_of is None or not can_be_mapped:
+        if not self.compile or not can_be_mapped:
             return Found(*find(given))
-        return Found(*compiled(self.programs_of, settings, find, given))
+        return Found(*compiled(self.fn, settings, find, given))
 
 
 def _with_buffers(state: IVONState, changed: Params) -> IVONState:

@@ -287,8 +287,9 @@ class _Climber:
         }
         learned = by_leaf(found.prior_precision, covered, _CALL)
         self.joint.precision = {**self.joint.precision, **{n: p.detach() for n, p in learned.items()}}
-        if found.noise_std is not None and noise_of(self.joint.likelihood) is not None:
-            self.joint.likelihood = Normal(found.noise_std.detach())
+        noise = noise_of(self.joint.likelihood)
+        if found.noise_std is not None and noise is not None:
+            self.joint.likelihood = Normal(found.noise_std.detach().to(noise))
         value = float(found.log_marginal_likelihood)
         if not self.history or value > max(self.history):
             self.best = network, found, gaussian

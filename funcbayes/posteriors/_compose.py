@@ -108,11 +108,14 @@ def orthogonal(posterior: Posterior) -> Posterior:
 
     Each draw is one of the posterior. Those of a group stand at right angles to each other, as the inverse
     covariance measures angles, so that they do not fall close together by chance. That matters where there
-    are few dimensions: of ``P`` parameters a group has ``P`` draws if that is less, which average what is
-    quadratic around the mean with ``(P + 2) / 2`` times less variance than independent ones. Of many
-    dimensions independent draws are nearly orthogonal anyway: nothing is gained from some hundred parameters
-    on, and each group costs a product with the inverse covariance. What is odd around the mean is not
-    averaged better: for that ``antithetic(orthogonal(posterior))``.
+    are few dimensions. Of ``P`` parameters a group has ``P`` draws if that is less. They average a function
+    that is quadratic around the mean, and zero on average over all directions, with ``(P + 2) / 2`` times
+    less variance than independent ones; how far draws are from the mean is not averaged better, nor is what
+    is odd around it: for that ``antithetic(orthogonal(posterior))``.
+
+    It is for posteriors of at most some hundred parameters. Of more, independent draws are nearly orthogonal
+    anyway, and a draw takes the time and the memory of its whole group, with a product with the inverse
+    covariance in double precision, anew for every chunk of draws; :func:`to_ensemble` makes them once.
 
     Args:
         posterior: A Gaussian, or a mixture or join, whose Gaussians have such draws then.
@@ -182,7 +185,8 @@ def restrict(posterior: Posterior, where: Where) -> Posterior:
 
     Returns:
         A posterior of the same kind. Where no leaf has correlations with those left out, its draws
-        are those of ``posterior``. Of a linearised one the leaves that are kept stay so.
+        are those of ``posterior``, unless these are orthogonal: then its own are, in the leaves that are
+        kept. Of a linearised one the leaves that are kept stay so.
 
     Raises:
         TypeError: If the posterior is dropout, which covers no leaves, or has it as a part.

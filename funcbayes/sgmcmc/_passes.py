@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from .._checks import check_num_data
-from .._compiled import compiled
+from .._compiled import compiled, refuse_random_numbers
 from .._engine import signature
 from .._functorch import unintercepted
 from .._mapping import map_draws
+from .._random import forked
 from .._tree import Params, concatenate, index, merge
 from ..priors import Normal
 from ..training._batch import Batch, RaggedBatch
+from ..training._loader import watched
 from ._normal_terms import NormalTerms
 from ._potential import Potential
 from ._start import Start
@@ -65,8 +67,10 @@ class Passes:
         x, y = batch.member(0)
         held = index(self.start.held, 0) if self.start.is_stacked else self.start.held
         params = merge(held, index(self.start.covered, 0))
-        with torch.no_grad():
-            outputs = self.potential.fn(params, x)
+        with torch.no_grad(), forked(0):
+            outputs, draws_globally = watched(lambda: self.potential.fn(params, x))
+        if self.compile and draws_globally:
+            refuse_random_numbers(self.call)
         self.potential.likelihood.check(outputs, y, call=f"{self.call}(data=...)")
 
     def _part(

@@ -17,7 +17,7 @@ from ..likelihoods import Likelihood
 from ..likelihoods._layout import wide
 from ._batch import Batch, Pair
 from ._data import Data, Source, are_tensors, open_data
-from ._loader import global_generators
+from ._loader import watched
 
 _ROWS = 1024  # evaluated at a time, of data in tensors
 
@@ -110,11 +110,8 @@ class Validation:
         with torch.no_grad(), torch.inference_mode(False):
             x, y = next(iter(self._batches())).member(0)
             with forked(0):
-                before = [g.get_state() for g in global_generators()]
-                outputs = fn(index(members, 0), x)
-                after = [g.get_state() for g in global_generators()]
+                outputs, self._draws_globally = watched(lambda: fn(index(members, 0), x))
             likelihood.check(outputs, y, call=f"{call}(validation=...)")
-        self._draws_globally = any(not torch.equal(a, b) for a, b in zip(before, after, strict=False))
         if self._draws_globally or chunk_size == 1:
             self._kind = "loop"
 

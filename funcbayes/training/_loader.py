@@ -1,9 +1,9 @@
 """Batches made by a loader of the user's, as functions of a seed."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from .. import _random
 from .._random import fold
 from .._tree import as_tree, num_rows
 from ._batch import Batch, Pair, RaggedBatch, flat, stacked
+
+_T = TypeVar("_T")
 
 
 class Loader:
@@ -119,6 +121,14 @@ def global_generators() -> tuple[torch.Generator, ...]:
     """The generators of torch's global state, on the CPU and on devices in use."""
     on_devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     return (torch.default_generator, *on_devices)
+
+
+def watched(call: Callable[[], _T]) -> tuple[_T, bool]:
+    """What a call gives, and whether it draws from torch's global state."""
+    before = [g.get_state() for g in global_generators()]
+    found = call()
+    after = [g.get_state() for g in global_generators()]
+    return found, any(not torch.equal(a, b) for a, b in zip(after, before, strict=False))
 
 
 def _generators_of(loader: Any) -> list[torch.Generator]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._allocator import keep_large_blocks
-from .._compiled import compiled
+from .._compiled import compiled, refuse_random_numbers
 from .._random import Seed, fold, forked
 from .._tree import (
     Fixed,
@@ -25,7 +25,7 @@ from .._tree import (
 )
 from ._batch import Batch, RaggedBatch, ready
 from ._fixed import FixedValues
-from ._loader import global_generators
+from ._loader import watched
 from ._objective import Objective
 
 
@@ -147,16 +147,12 @@ class Networks:
         """
         params = merge(index(self.members, 0), self.fixed.of(0))
         with torch.no_grad(), forked(self.keys[0]):
-            before = [g.get_state() for g in global_generators()]
-            _, changed = self.objective(params, *batch.member(0), self.keys[0], True)
-            after = [g.get_state() for g in global_generators()]
-        self.adds_buffers = not named_leaves(changed).keys() <= named_leaves(self.fixed.of(0)).keys()
-        self.draws_globally = any(not torch.equal(a, b) for a, b in zip(after, before, strict=False))
-        if self.compile and self.draws_globally:
-            raise ValueError(
-                f"`{self.call}(compile=True)` should be given a model without random numbers of its own, "
-                "which compiled code would draw otherwise. Use `nn.Dropout`, or leave `compile` out."
+            (_, changed), self.draws_globally = watched(
+                lambda: self.objective(params, *batch.member(0), self.keys[0], True)
             )
+        self.adds_buffers = not named_leaves(changed).keys() <= named_leaves(self.fixed.of(0)).keys()
+        if self.compile and self.draws_globally:
+            refuse_random_numbers(self.call)
 
     def present(self, leaves: Sequence[Tensor]) -> Params:
         """Members with these trained leaves ``(K, *s)`` and the present fixed values."""
