@@ -134,6 +134,7 @@ def evaluate(
     first_row: int = 0,
     dtype: torch.dtype | None = None,
     compile: bool = False,
+    model: Model | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Evaluate draws of one structure.
 
@@ -149,11 +150,12 @@ def evaluate(
         first_row: Number of the first row of ``x`` in a larger data set.
         dtype: In which linearised draws are evaluated; everything else has it already.
         compile: Whether chunks, all of one size, are evaluated by one compiled program.
+        model: The user's, for messages, if ``fn`` is something that was made of it.
 
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
     """
-    run = _Run(fn, params, x, make_draws, numbers, key, noise, first_row, dtype)
+    run = _Run(fn, params, x, make_draws, numbers, key, noise, first_row, dtype, model)
     if compile:
         yield from run.compiled(chunk_size)
     elif chunk_size is not None:
@@ -178,8 +180,10 @@ class _Run:
         noise: Seed,
         first_row: int,
         dtype: torch.dtype | None,
+        model: Model | None = None,
     ) -> None:
         self.fn, self.params, self.x = fn, params, x
+        self.model = fn if model is None else model
         self.make_draws, self.numbers, self.first_row = make_draws, numbers, first_row
         self.dtype = dtype
         self.num_draws = num_draws = len(numbers)
@@ -379,13 +383,13 @@ class _Run:
         if self.tuner.draws_globally:
             reason = "it draws random numbers of its own, which are now a function of the draw"
         warnings.warn(
-            f"`vmap` cannot take {self.fn!r}, so its draws are evaluated in a loop: {reason}",
+            f"`vmap` cannot take {self.model!r}, so its draws are evaluated in a loop: {reason}",
             UserWarning,
             stacklevel=levels_to_the_user(),
         )
 
     def _was_warned(self) -> bool:
-        seen = _warned.get(self.fn, "warned", list)
+        seen = _warned.get(self.model, "warned", list)
         seen.append(True)
         return len(seen) > 1
 

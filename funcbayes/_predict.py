@@ -299,6 +299,7 @@ def _predict(
                 first_row=first_row,
                 dtype=dtype,
                 compile=compile,
+                model=fn,
             ):
                 collect.add(positions[part], outputs)
         return collect.prediction()

@@ -230,3 +230,15 @@ def test_a_module_with_other_layers_keeps_its_fixed_leaves():
     q, x = diagonal(params), randn(4, 3)
     one, two = (fb.predict(fn, None, q, x, num_samples=S, seed=m, marginal=bool(m)).samples for m in (0, 1))
     assert ((one.mean(0) - two.mean(0)).abs() < 5 * ((one.var(0) + two.var(0)) / S).sqrt()).all()
+
+
+def test_a_model_that_vmap_cannot_take_is_told_once_and_by_its_own_name():
+    def looks(params, x):
+        return net(params, x) * float(params["w2"].sum().item() > 0)
+
+    q, x = diagonal(leaves()), randn(4, 3)
+    with pytest.warns(UserWarning, match="`vmap` cannot take .*looks.* loop") as caught:
+        draws(looks, q, x)
+    assert len(caught) == 1
+    assert "method" not in str(caught[0].message)
+    draws(looks, q, x, marginal=False)  # where another warning would be an error
