@@ -19,11 +19,12 @@ import funcbayes as fb
 
 from ._measure import How, Result, compare, fastest, median_of
 from ._models import MODELS, around, inputs
+from .ensemble_against_one_by_one import ROWS
 
 ON_ANY_DEVICE = True
 TIMES, NUM_DATA, SCALE = 10, 10_000, 0.05  # networks, draws, or outputs
 PIECES = (1, 2, 5, 10)
-STEPS = 10  # of training in one call
+STEPS = 5  # of training in one call
 Call = Callable[[], object]
 
 
@@ -37,7 +38,7 @@ def run(how: How) -> Iterator[Result]:
     for kind, make in kinds.items():
         found = []
         for name in how.some(MODELS, 3):
-            for rows in how.some((32,) if name == "resnet" else (32, 128)):
+            for rows in how.some(ROWS.get(name, (32, 128))):
                 x = inputs(name, rows, how.device)
                 y = torch.randint(0, 10, (rows,), generator=torch.Generator().manual_seed(1)).to(how.device)
                 ours, numbers, has_steps = make(name, x, y)
@@ -54,7 +55,7 @@ def _network(name: str, device: torch.device) -> nn.Module:
 
 
 def _training(name: str, x: Tensor, y: Tensor) -> tuple[Call, int, bool]:
-    """Ten steps, so that what begins and ends a fit is a small part."""
+    """Several steps, so that what begins and ends a fit is a small part."""
     device = x.device
     fn, members = fb.ensemble.init(lambda: MODELS[name]().to(device), TIMES, seed=0)
     adam = functools.partial(torch.optim.Adam, lr=1e-3)
