@@ -319,8 +319,8 @@ class _Run:
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
         first: Kind = "folded" if self._may_fold(draw) else self.default
         # Memory is fast on an accelerator, and kernels are many at a time: fewer draws gain nothing there.
-        smaller = {max(2, top // 2), max(2, top // 4)} - {top} if device == "cpu" else set()
-        chunks = sorted(smaller, reverse=True)
+        smaller = {max(2, top // 2), max(2, top // 4)} - {top}
+        chunks = sorted(smaller, reverse=True) if device == "cpu" else []
         if _of_kind(Linearization, draw):  # the rules do not reach into `jvp`
             return [Mechanism("vmap", top), loop, *(Mechanism("vmap", chunk) for chunk in chunks)]
         other: Kind = "rows_first" if self.default == "channels_last" else "channels_last"

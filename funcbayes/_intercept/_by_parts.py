@@ -10,13 +10,6 @@ from torch import Tensor
 from ._call import Interception
 from ._mapped import one_dtype
 
-CELLS = {
-    torch.lstm_cell: torch.lstm,
-    torch.gru_cell: torch.gru,
-    torch.rnn_tanh_cell: torch.rnn_tanh,
-    torch.rnn_relu_cell: torch.rnn_relu,
-}
-
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``g v / |v|``, with a norm for each entry of an axis, or with -1 one of all."""
@@ -84,7 +77,6 @@ def _of_bags(looked: Tensor, counts: Tensor | None, mode: str) -> Tensor:
 
 def cell(func: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.lstm_cell``, ``torch.gru_cell``, ``torch.rnn_tanh_cell`` or ``torch.rnn_relu_cell``."""
-    layer = CELLS[func]
 
     def by_parts(
         input: Tensor,
@@ -101,11 +93,11 @@ def cell(func: Callable[..., Any]) -> Callable[..., Any]:
         if kind != "cpu" and torch.is_autocast_enabled(kind):  # which lowers cells on accelerators
             states = [state.to(torch.get_autocast_dtype(kind)) for state in states]
         entering, held = F.linear(input, w_ih, b_ih), F.linear(states[0], w_hh, b_hh)
-        if layer is torch.gru:
+        if func is torch.gru_cell:
             return gru_state(entering, held, states[0])
-        if layer is torch.lstm:
+        if func is torch.lstm_cell:
             return lstm_states(entering + held, states[1])
-        return torch.tanh(entering + held) if layer is torch.rnn_tanh else torch.relu(entering + held)
+        return (torch.tanh if func is torch.rnn_tanh_cell else torch.relu)(entering + held)
 
     return by_parts
 
@@ -141,5 +133,5 @@ BY_PARTS: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     F.bilinear: bilinear,
     F.embedding_bag: embedding_bag,
-    **{func: cell(func) for func in CELLS},
+    **{f: cell(f) for f in (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)},
 }
