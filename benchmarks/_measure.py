@@ -170,7 +170,7 @@ def _warmed_up(side: Callable[[int], float], *, most: int, fewest: int) -> float
     return last
 
 
-def fastest(ways: list[Callable[[], _T]]) -> Callable[[], _T]:
+def fastest(ways: Iterable[Callable[[], _T]]) -> Callable[[], _T]:
     """The way that takes the least time, of several to one thing."""
 
     def seconds(way: Callable[[], _T]) -> float:

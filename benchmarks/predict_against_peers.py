@@ -102,7 +102,7 @@ def _ways_to_drop(net: nn.Module, x: Tensor) -> dict[str, Predictive]:
 def _torch_uncertainty(net: nn.Module, x: Tensor) -> Predictive:
     from torch_uncertainty.methods import mc_dropout
 
-    model = mc_dropout(copy.deepcopy(net), DRAWS).eval()
+    model = mc_dropout(copy.deepcopy(net), DRAWS).eval()  # in which it draws, and leaves its dropout on
 
     @torch.no_grad()
     def run() -> Tensor:

@@ -26,7 +26,8 @@ def run(how: How) -> Iterator[Result]:
     for name in how.some(MODELS):
         for rows in how.some(ROWS):
             torch.manual_seed(0)
-            module, x = MODELS[name]().eval().to(how.device), inputs(name, rows, how.device)
+            module = MODELS[name]().eval().to(how.device)  # loops take its mode
+            x = inputs(name, rows, how.device)
             fn, params = fb.make_functional(module)
             members = fb.Ensemble(around(params).sample(DRAWS, seed=0))
 
