@@ -22,8 +22,10 @@ import funcbayes
 
 _T = TypeVar("_T")
 # A warm-up of long calls ends after so many seconds, but not before so many calls.
-_WARM_UP_SECONDS, _FEWEST = 6.0, 7
+_WARM_UP_SECONDS, _FEWEST = 8.0, 7
 _SECONDS = 2.0  # of timing at least, so that quick calls are timed more often than they have to be
+# After so many seconds there is no more warming up, and three timings are enough.
+_PATIENCE, _ENOUGH = 30.0, 3
 _REST = 0.05  # seconds in which the threads of another process go to sleep
 
 
@@ -76,14 +78,15 @@ def compare(
     *,
     repeats: int,
     at_least: float | None = None,
-    warm_up: int = 25,
+    warm_up: int = 40,
     seconds: float = 0.1,
     of_interval: bool = False,
 ) -> Result:
     """Time both in turns, so that what disturbs the machine disturbs both.
 
     The engine learns from its first calls which mechanism is fastest, so these belong to the warm-up, which
-    ends early where calls are long. There are as many timings as ``repeats`` or, of quick calls, more.
+    ends early where calls are long. There are as many timings as ``repeats``, of quick calls more, and three
+    of very long ones.
     """
     return _in_turns(case, [_timed(theirs), _timed(ours)], repeats, at_least, warm_up, seconds, of_interval)
 
@@ -94,7 +97,7 @@ def compare_apart(
     make_ours: Callable[[], Callable[[], object]],
     *,
     repeats: int,
-    warm_up: int = 25,
+    warm_up: int = 40,
     seconds: float = 0.1,
 ) -> Result:
     """The same, each way in a process of its own, because both have to share one's memory otherwise.
@@ -152,7 +155,9 @@ def _in_turns(
     numbers = [max(1, int(seconds / each)) for each in once]
     pairs = []
     began = time.perf_counter()
-    while len(pairs) < repeats or time.perf_counter() - began < _SECONDS:
+    while (elapsed := time.perf_counter() - began) < _SECONDS or len(pairs) < repeats:
+        if elapsed > _PATIENCE and len(pairs) >= _ENOUGH:
+            break
         pairs.append([side(number) for side, number in zip(sides, numbers, strict=True)])
     ratios = sorted(a / b for a, b in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
@@ -165,7 +170,8 @@ def _warmed_up(side: Callable[[int], float], *, most: int, fewest: int) -> float
     began = time.perf_counter()
     for number in range(1, most + 1):
         last = side(1)
-        if number >= fewest and time.perf_counter() - began > _WARM_UP_SECONDS:
+        elapsed = time.perf_counter() - began
+        if (number >= fewest and elapsed > _WARM_UP_SECONDS) or elapsed > _PATIENCE:
             break
     return last
 

@@ -12,6 +12,7 @@ the ResNet, where a call takes ten seconds.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +22,7 @@ import funcbayes as fb
 
 from ._measure import How, Result, compare, fastest, median_of
 from ._models import MODELS, around, inputs
-from .predict_against_loop import ROWS, cells
+from .predict_against_loop import QUICK_ROWS, ROWS
 
 ON_ANY_DEVICE = True
 NUM_SAMPLES = 32
@@ -40,9 +41,8 @@ def run(how: How) -> Iterator[Result]:
 
 def _cells(how: How) -> list[tuple[str, int]]:
     """Models and rows."""
-    if how.is_quick:
-        return [(name, rows) for name, rows, _ in cells(how)]
-    return [(name, rows) for name in MODELS for rows in ROWS if (name, rows) != ("resnet", 1024)]
+    every = itertools.product(MODELS, QUICK_ROWS if how.is_quick else ROWS)
+    return [cell for cell in every if cell != ("resnet", 1024)]
 
 
 def _cell(kind: str, name: str, rows: int, how: How) -> Result:

@@ -7,6 +7,7 @@ Which one is best for a model and shape is learned from the time that the chunks
 """
 
 import dataclasses
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -45,6 +46,8 @@ _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than t
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
 # It is timed twice more where it is within this factor of the best, for something may have disturbed it.
 _HOPELESS, _TRIALS = 2.0, 4
+# Where the loop and the best of the others are within this factor, both are timed on, so often in all.
+_CLOSE, _FINAL = 1.25, 10
 
 _T = TypeVar("_T")
 Kind = Literal["loop", "threads", "folded", "vmap", "rows_first", "channels_last"]
@@ -84,9 +87,11 @@ class _Tuner:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
         if self.settled is None:
             wanted = [c for c in self.candidates if self._wants_timing(c)] if len(self.candidates) > 1 else []
+            finalists = [] if wanted else self._finalists()
+            wanted = wanted or [c for c in finalists if len(self.seconds[c]) < _FINAL]
             if wanted:  # in turns, for the speed of a machine changes from time to time
                 return min(wanted, key=lambda c: len(self.seconds.get(c, ())) // 2)
-            self.settled = self.fastest()
+            self.settled = min(finalists, key=self._usual_seconds) if finalists else self.fastest()
         return None
 
     def fastest(self) -> Mechanism:
@@ -106,6 +111,20 @@ class _Tuner:
         seconds = min(self.seconds.get(candidate, (float("inf"),)))
         # Of several timings that are about equal the least is a lucky one. The loop should not lose to luck.
         return seconds * (_LOOP_UNLESS if candidate.kind == "loop" else 1)
+
+    def _usual_seconds(self, candidate: Mechanism) -> float:
+        seconds = statistics.median(self.seconds[candidate][1::2])
+        return seconds * (_LOOP_UNLESS if candidate.kind == "loop" else 1)
+
+    def _finalists(self) -> list[Mechanism]:
+        """The loop and the best of the others, where the least timings do not tell them apart."""
+        loops = [c for c in self.candidates if c.kind == "loop" and c in self.seconds]
+        others = [c for c in self.candidates if c.kind != "loop" and c in self.seconds]
+        if not (loops and others):
+            return []
+        pair = [*loops, min(others, key=self._best_seconds)]
+        least, most = sorted(map(self._best_seconds, pair))
+        return pair if most < _CLOSE * least else []
 
     def _wants_timing(self, candidate: Mechanism) -> bool:
         if candidate.kind in self.failed or (self.most is not None and candidate.chunk > self.most):
@@ -399,7 +418,7 @@ class _Run:
             whole = to(merge(self.params, index(draws.leaves, 0)), dtype=self.dtype) if masks else None
             self.tuner.row_axes = [mask.find_rows(self.fn, whole, self.x) for mask in masks]
         if mechanism.kind in ("loop", "threads"):
-            outputs = self._one_by_one(unbind(draws), mechanism, start)
+            outputs = self._one_by_one(draws, mechanism, start)
             return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
         if mechanism.kind == "folded":
             return self._folded(_of_kind(DropoutMasks, draws))
@@ -422,18 +441,19 @@ class _Run:
         _check_outputs(outputs)
         return outputs
 
-    def _one_by_one(self, draws: list[Draw], mechanism: Mechanism, start: int) -> list[Tensor]:
+    def _one_by_one(self, draws: Draw, mechanism: Mechanism, start: int) -> list[Tensor]:
         fn = self.fn
-        is_pure = self.tuner.draws_globally is False and not draws[0].effects
+        is_pure = self.tuner.draws_globally is False and not draws.effects
         if not is_pure or not isinstance(fn, FunctionalModule):
             numbers = self.numbers[start:].tolist()
-            return [self._alone(draw, number) for draw, number in zip(draws, numbers, strict=False)]
+            return [self._alone(draw, number) for draw, number in zip(unbind(draws), numbers, strict=False)]
 
-        def evaluate(own: Sequence[Draw]) -> list[Tensor]:
-            return fn.in_turn([merge(self.params, draw.leaves) for draw in own], self.x)
+        def evaluate(own: Sequence[Params]) -> list[Tensor]:
+            return fn.in_turn([merge(self.params, leaves) for leaves in own], self.x)
 
         in_threads = mechanism.kind == "threads" and may_divide() and current_call().kind == "eval"
-        outputs = side_by_side(evaluate, draws) if in_threads else evaluate(draws)
+        each = unbind(draws.leaves)
+        outputs = side_by_side(evaluate, each) if in_threads else evaluate(each)
         _check_outputs(outputs[0])
         return outputs
 

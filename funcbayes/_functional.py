@@ -151,7 +151,7 @@ class FunctionalModule:
         inputs = Inputs(x) if self._may_write_inputs else None
         try:
             for params in draws:
-                values = {**buffers, **params} if is_plain else self._values(params)
+                values = {**buffers, **params} if buffers else params if is_plain else self._values(params)
                 own = x if inputs is None else inputs.copied()
                 outputs.append(skeleton.run(self._call or _call_module, values, own, call)[0])
         finally:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]  # made in C++, without stubs
 from torch._C._functorch import TransformType
 from torch._functorch.vmap import lazy_load_decompositions
+from torch.autograd import forward_ad
 
 from ._warning import first_line
 
@@ -85,6 +86,15 @@ def has_modes() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def may_write_over(tensors: Sequence[Tensor]) -> bool:
+    """Whether what is computed of these may be written over: nothing watches, and no derivative needs it."""
+    is_watched = is_traced() or is_autocast_on() or torch._C._len_torch_dispatch_stack() > 0
+    has_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    has_tangents = forward_ad._current_level >= 0
+    is_plain = all(map(is_concrete, tensors)) and len({t.dtype for t in tensors}) == 1
+    return is_plain and not (is_watched or has_gradients or has_tangents)
 
 
 class outside_transforms:  # noqa: N801  # used as a function is; a generator would take twice as long

@@ -36,10 +36,13 @@ class Inputs:
 
     def __init__(self, x: Any) -> None:
         self._leaves, self._structure = optree.tree_flatten(as_tree(x))
+        self._is_tensor = isinstance(x, Tensor)
         self._copies: dict[int, Tensor] = {}
 
     def copied(self) -> Any:
         """The inputs in containers of their own, with tensors of their own."""
+        if self._is_tensor:
+            return self._copy(0)
         return self._structure.unflatten(map(self._copy, range(len(self._leaves))))
 
     def _copy(self, i: int) -> Any:
@@ -62,6 +65,9 @@ class Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        # Names, and identities of values, of modules that hold nothing that can be written into: between two
+        # draws these are compared in two steps, where going through the names would take far more.
+        self._unwritten: list[tuple[list[str], list[int]] | None] = []
         for part in module.modules():
             if not is_of_torch(part):
                 attributes = vars(part)
@@ -72,11 +78,15 @@ class Attributes:
                 }
                 passed_on = {name: value for name, value in attributes.items() if name not in copied}
                 self._parts.append((attributes, passed_on, copied))
+                identities = None if copied else ([*passed_on], [*map(id, passed_on.values())])
+                self._unwritten.append(identities)
         self.restore()
 
     def restore(self) -> None:
         """Forget attributes that are new, and put the others back."""
-        for attributes, passed_on, copied in self._parts:
+        for (attributes, passed_on, copied), unwritten in zip(self._parts, self._unwritten, strict=True):
+            if unwritten and ([*attributes], [*map(id, attributes.values())]) == unwritten:
+                continue
             if len(attributes) != len(passed_on) + len(copied):
                 for name in attributes.keys() - passed_on.keys() - copied.keys():
                     del attributes[name]

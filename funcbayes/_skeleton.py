@@ -27,7 +27,16 @@ class Skeleton:
         # parameter has one name and several places.
         stores: list[dict[str, Any]] = [s for m in self.module.modules() for s in (m._parameters, m._buffers)]
         self.slots = [(s, key, names[id(v)]) for s in stores for key, v in s.items() if v is not None]
-        self.recurrent = [part for part in self.module.modules() if isinstance(part, nn.RNNBase)]
+        # Recurrent layers keep their weights in a list of their own too; some may be computed of others.
+        self.recurrent: list[tuple[dict[str, Any], nn.RNNBase, list[tuple[str, str | None]]]] = [
+            (
+                vars(part),
+                part,
+                [(k, names.get(id(part._parameters.get(k)))) for k in part._flat_weights_names],
+            )
+            for part in self.module.modules()
+            if isinstance(part, nn.RNNBase)
+        ]
         self.writable = _names_of_writable_buffers(self.module, kind)
         self.placeholders = {name: store[key] for store, key, name in self.slots}
         # What a module keeps of a call, it would give to the next: buffers set, attributes, caches.
@@ -75,8 +84,9 @@ class Skeleton:
         finally:
             self.attributes.restore()
             for store, before in self.stores:
-                store.clear()
-                store.update(before)
+                if store or before:
+                    store.clear()
+                    store.update(before)
             self.path.clear()
             call.path = outer_path
 
@@ -87,8 +97,8 @@ class Skeleton:
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for store, key, name in self.slots:
             store[key] = values[name]
-        for part in self.recurrent:  # these keep their weights in a list of their own too
-            part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+        for store, part, weights in self.recurrent:
+            store["_flat_weights"] = [values[name] if name else getattr(part, key) for key, name in weights]
 
 
 def _enter(path: list[str], name: str, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import unittest.mock
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 
 import funcbayes as fb
@@ -760,6 +762,37 @@ def test_a_recurrent_layer_of_one_sequence_and_of_packed_ones_equals_a_loop(laye
     assert check(recurrent(layer, {}, mapped, shape=(5,)), "vmap").fired
     if mapped[0] == "s":  # what draws differ in cannot be packed: torch looks at its lengths
         assert check(recurrent(layer, {}, mapped, shape=(4, 2), packed=True), "vmap").fired
+
+
+@pytest.mark.parametrize(("layer", "settings"), RECURRENT_CASES)
+def test_a_recurrent_layer_without_gradients_writes_over_its_buffers_and_equals_a_loop(
+    layer, settings, monkeypatch
+):
+    case = recurrent(layer, settings, "bsb")
+    in_buffers = unittest.mock.Mock(wraps=_recurrent._in_buffers)
+    monkeypatch.setattr(_recurrent, "_in_buffers", in_buffers)
+    arguments, in_dims = arguments_of(case), in_dims_of(case)
+    given = [argument.clone() for argument in arguments]
+    with torch.no_grad():
+        found = [vmap(Watch("vmap", case.func)(case.function), in_dims)(*arguments) for _ in range(2)]
+        expected = loop(case.function, arguments, in_dims)
+    assert in_buffers.called != ("proj_size" in settings)
+    torch.testing.assert_close(found, [expected, expected])  # the first was not written over by the second
+    torch.testing.assert_close(arguments, given, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", ["lstm", "gru"])
+def test_a_recurrent_layer_that_somebody_differentiates_forwards_keeps_what_lies_between(layer):
+    case = recurrent(layer, {}, "bsb")
+    arguments, in_dims = arguments_of(case), in_dims_of(case)
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(a, torch.ones_like(a)) for a in arguments]
+        out = vmap(Watch("vmap", case.func)(case.function), in_dims)(*duals)[0]
+        tangent = forward_ad.unpack_dual(out).tangent
+    ones = tuple(map(torch.ones_like, arguments))
+    function = lambda *a: loop(case.function, a, in_dims)[0]  # noqa: E731
+    expected = torch.autograd.functional.jvp(function, tuple(arguments), ones)[1]
+    torch.testing.assert_close(tangent, expected)
 
 
 @pytest.mark.parametrize("layer", ["lstm", "gru"])

@@ -113,6 +113,18 @@ def test_one_disturbed_timing_of_a_mechanism_does_not_decide(disturbed, is_found
     assert [len(tuner.seconds[m]) for m in (best, hopeless)] == [4, 2]  # what is slow is not tried for ever
 
 
+@pytest.mark.parametrize(("others", "is_found"), [(1.1, True), (0.9, False)])
+def test_one_lucky_timing_of_another_mechanism_does_not_take_the_place_of_the_loop(others, is_found):
+    """The other is usually slower or faster by a tenth, and was once so fast as never again."""
+    loop, other = _engine.Mechanism("loop", 8), _engine.Mechanism("threads", 8)
+    tuner = _engine._Tuner([other, loop])
+    while mechanism := tuner.next_to_time():
+        number = len(tuner.seconds.get(mechanism, ()))
+        tuner.record(mechanism, 1.0 if mechanism == loop else 0.85 if number == 1 else others)
+    assert (tuner.fastest() == loop) == is_found
+    assert {len(times) for times in tuner.seconds.values()} == {10}
+
+
 def test_an_accelerator_is_waited_for_around_what_is_timed(monkeypatch):
     events, find = [], _engine._Run._candidates
 

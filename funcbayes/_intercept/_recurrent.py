@@ -15,14 +15,17 @@ import optree
 import torch
 from torch import Tensor
 
-from .._functorch import is_concrete, outside_transforms, unwrap, wrap
+from .._functorch import is_concrete, may_write_over, outside_transforms, unwrap, wrap
 from ._by_parts import gru_state, lstm_states
 from ._mapped import product
 
 Args = tuple[Any, ...]
 RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-# Rows up to which steps of all draws together are faster than torch's kernel, draw by draw, on a CPU.
-_MOST_ROWS = {torch.lstm: 8, torch.gru: 128, torch.rnn_tanh: 128, torch.rnn_relu: 128}
+# Rows, and bytes of the state's weights in one draw, up to which steps of all draws together are faster than
+# torch's kernel, draw by draw, on a CPU: from step to step the weights of one draw stay in cache, not always
+# those of all.
+_MOST_ROWS = {torch.lstm: 16, torch.gru: 128, torch.rnn_tanh: 128, torch.rnn_relu: 128}
+_MOST_BYTES = {torch.lstm: 192 << 10, torch.gru: 1 << 20, torch.rnn_tanh: 1 << 20, torch.rnn_relu: 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def _all_rows(
     if not any(weights_mapped):
         return _as_rows(func, structure.unflatten(leaves), value_mapped, hidden_mapped, draws, rows)
     num_rows = value.shape[rows + value_mapped]
-    if num_rows > _MOST_ROWS[func] or value.device.type != "cpu":
+    nbytes = weights[1].nbytes // (draws if weights_mapped[1] else 1)
+    are_many = num_rows > _MOST_ROWS[func] or nbytes > _MOST_BYTES[func]
+    if are_many or value.device.type != "cpu":
         return _one_by_one(func, leaves, is_mapped, draws, structure)
     states = hidden if isinstance(hidden, list | tuple) else (hidden,)
     are_mapped = hidden_mapped if isinstance(hidden, list | tuple) else (hidden_mapped,)
@@ -166,6 +171,8 @@ def _through_time(
     if input_bias is not None and state_bias is not None and func is not torch.gru:
         input_bias = input_bias + state_bias  # only there the two are not simply added
     entering = product(input_bias, value.flatten(1, 2), of_inputs, 1).unflatten(1, (steps, rows))
+    if projection is None and may_write_over([entering, of_states, *states]):
+        return _in_buffers(func, entering, states, of_states, state_bias)
     outputs = []
     for x in entering.unbind(1):
         h = states[0]
@@ -179,3 +186,42 @@ def _through_time(
             states = [torch.tanh(entered) if func is torch.rnn_tanh else torch.relu(entered)]
         outputs.append(states[0])
     return torch.stack(outputs, 1), states
+
+
+def _in_buffers(
+    func: Callable[..., Any],
+    entering: Tensor,
+    states: Sequence[Tensor],
+    of_states: Tensor,
+    state_bias: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The same where nobody needs what lies between: each step writes where the last one did.
+
+    With few rows a step takes as long as its calls, and a tensor that is made anew is one more of them.
+    """
+    h, cells = states[0], [state.clone() for state in states[1:]]
+    width, steps = h.shape[-1], entering.unbind(1)
+    outputs = entering.new_empty(len(steps), *h.shape)
+    gates = torch.empty_like(steps[0], memory_format=torch.contiguous_format)
+    each = gates.split(width, -1)  # of an LSTM i, f, g and o; of a GRU r, z and n
+    r_and_z, spare = gates[..., : 2 * width], torch.empty_like(each[0])
+    for x, out in zip(steps, outputs.unbind(0), strict=True):
+        if func is torch.lstm:
+            torch.baddbmm(x, h, of_states, out=gates)
+            torch.tanh(each[2], out=spare)
+            gates.sigmoid_()
+            c = cells[0].mul_(each[1]).addcmul_(each[0], spare)
+            torch.mul(each[3], torch.tanh(c, out=spare), out=out)
+        elif func is torch.gru:
+            if state_bias is None:
+                torch.bmm(h, of_states, out=gates)
+            else:
+                torch.baddbmm(state_bias.unsqueeze(1), h, of_states, out=gates)
+            r_and_z.add_(x[..., : 2 * width]).sigmoid_()
+            n = torch.addcmul(x[..., 2 * width :], each[0], each[2], out=spare).tanh_()
+            torch.lerp(n, h, each[1], out=out)
+        else:
+            torch.baddbmm(x, h, of_states, out=out)
+            torch.tanh(out, out=out) if func is torch.rnn_tanh else torch.relu_(out)
+        h = out
+    return outputs.transpose(0, 1), [h, *cells]
