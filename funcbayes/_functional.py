@@ -146,18 +146,18 @@ class FunctionalModule:
             return [self(params, x) for params in draws]
         is_plain = isinstance(draws[0], Mapping) and self._is_plain(draws[0])
         buffers = self._buffers_for(draws[0]) if is_plain else {}
-        pool, outputs = self._idle["plain", call.locate], []
+        if not is_plain:
+            values = map(self._values, draws)
+        else:
+            values = ({**buffers, **params} for params in draws) if buffers else draws
+        inputs = Inputs(x).copied if self._may_write_inputs else lambda: x
+        pool = self._idle["plain", call.locate]
         skeleton = self._taken_from(pool, "plain", call)
-        inputs = Inputs(x) if self._may_write_inputs else None
         try:
-            for params in draws:
-                values = {**buffers, **params} if buffers else params if is_plain else self._values(params)
-                own = x if inputs is None else inputs.copied()
-                outputs.append(skeleton.run(self._call or _call_module, values, own, call)[0])
+            return skeleton.run_each(self._call or _call_module, values, inputs, call)
         finally:
             skeleton.empty()
             pool.append(skeleton)
-        return outputs
 
     def _taken_from(self, pool: list[Skeleton], kind: str, call: Call) -> Skeleton:
         try:

@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,12 +65,7 @@ class Skeleton:
         outer_path, call.path = call.path, self.path if self.locate else None
         try:
             self._fill(used)
-            try:
-                outputs = call_module(self.module, x)
-            except RuntimeError as error:
-                if "saved tensor hooks" not in str(error):
-                    raise
-                raise RuntimeError(_CHECKPOINTING) from error
+            outputs = self._called(call_module, x)
             if self.kind != "training":
                 return outputs, {}
             after = {name: store[key] for store, key, name in self.slots if name in versions}
@@ -82,13 +77,46 @@ class Skeleton:
                 or any(value is statistic for statistic in call.statistics)
             }
         finally:
-            self.attributes.restore()
-            for store, before in self.stores:
-                if store or before:
-                    store.clear()
-                    store.update(before)
-            self.path.clear()
+            self._restore()
             call.path = outer_path
+
+    def run_each(
+        self,
+        call_module: Callable[[nn.Module, Any], Any],
+        values: Iterable[Mapping[str, Tensor]],
+        inputs: Callable[[], Any],
+        call: Call,
+    ) -> list[Any]:
+        """The outputs of :meth:`run` for several values, not in training, with fewer steps between two."""
+        if self.writable or self.locate:
+            return [self.run(call_module, own, inputs(), call)[0] for own in values]
+        outputs, outer_path, call.path = [], call.path, None
+        try:
+            for own in values:
+                self._fill(own)
+                outputs.append(self._called(call_module, inputs()))
+                self._restore()
+        finally:
+            self._restore()
+            call.path = outer_path
+        return outputs
+
+    def _called(self, call_module: Callable[[nn.Module, Any], Any], x: Any) -> Any:
+        try:
+            return call_module(self.module, x)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise RuntimeError(_CHECKPOINTING) from error
+
+    def _restore(self) -> None:
+        """Forget what the modules remember of a call."""
+        self.attributes.restore()
+        for store, before in self.stores:
+            if store or before:
+                store.clear()
+                store.update(before)
+        self.path.clear()
 
     def empty(self) -> None:
         """Forget the values of the last run."""
