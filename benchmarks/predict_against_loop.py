@@ -43,7 +43,7 @@ def run(how: How) -> Iterator[Result]:
             yield found[-1]
     yield geometric_mean_of("geometric mean of all", found, MEAN)
     for case, (theirs, ours) in _ends(how.device).items():
-        yield compare(case, theirs, ours, repeats=how.repeats, at_least=OF_DRAWS * 32, warm_up=8)
+        yield compare(case, theirs, ours, repeats=how.repeats, at_least=OF_DRAWS * 32)
 
 
 def _claim(kind: str, name: str, rows: int, draws: int, device: str) -> dict[str, Any]:

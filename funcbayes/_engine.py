@@ -118,16 +118,19 @@ class _Tuner:
 
     def _finalists(self) -> list[Mechanism]:
         """The loop and the best of the others, where the least timings do not tell them apart."""
-        loops = [c for c in self.candidates if c.kind == "loop" and c in self.seconds]
-        others = [c for c in self.candidates if c.kind != "loop" and c in self.seconds]
+        timed = [c for c in self.candidates if c in self.seconds and self._is_possible(c)]
+        loops, others = ([c for c in timed if (c.kind == "loop") == is_loop] for is_loop in (True, False))
         if not (loops and others):
             return []
         pair = [*loops, min(others, key=self._best_seconds)]
         least, most = sorted(map(self._best_seconds, pair))
         return pair if most < _CLOSE * least else []
 
+    def _is_possible(self, candidate: Mechanism) -> bool:
+        return candidate.kind not in self.failed and (self.most is None or candidate.chunk <= self.most)
+
     def _wants_timing(self, candidate: Mechanism) -> bool:
-        if candidate.kind in self.failed or (self.most is not None and candidate.chunk > self.most):
+        if not self._is_possible(candidate):
             return False
         taken = self.seconds.get(candidate, ())
         if not taken or len(taken) % 2:

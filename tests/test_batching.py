@@ -781,6 +781,23 @@ def test_a_recurrent_layer_without_gradients_writes_over_its_buffers_and_equals_
     torch.testing.assert_close(arguments, given, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_recurrent_layer_has_the_gradient_of_each_argument_alone(layer, bias):
+    case = recurrent(layer, {"bias": bias}, "bsb")
+    in_dims, given = in_dims_of(case), arguments_of(case)
+    for i in range(len(given)):
+        arguments = [a.clone().requires_grad_(j == i) for j, a in enumerate(given)]
+        got, expected = (
+            torch.autograd.grad(function(*arguments)[0].square().sum(), arguments[i])[0]
+            for function in (
+                vmap(Watch("vmap", case.func)(case.function), in_dims),
+                lambda *a: loop(case.function, a, in_dims),
+            )
+        )
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("layer", ["lstm", "gru"])
 def test_a_recurrent_layer_that_somebody_differentiates_forwards_keeps_what_lies_between(layer):
     case = recurrent(layer, {}, "bsb")

@@ -92,7 +92,7 @@ def test_results_stay_right_while_the_engine_learns_which_mechanism_is_fastest(n
     model = MODELS[name]()
     x, posterior = model.inputs(num_rows), zoo.gaussian(model.params)
     expected = expected_samples(model, posterior, x, S, 3)
-    for call in range(25):
+    for call in range(40):
         got = fb.predict(model.fn, model.params, posterior, x, num_samples=S, seed=3)
         assert_close(got.samples, expected, msg=saying(f"call {call}"))
 
@@ -343,7 +343,7 @@ def test_results_stay_right_while_the_engine_learns_for_every_posterior(name):
     posterior = (POSTERIORS | zoo.WITH_FIXED | zoo.DROPOUTS)[name](model)
     x = model.inputs(4)
     expected = expected_samples(model, posterior, x, 5, 0)
-    for call in range(25):
+    for call in range(40):
         got = fb.predict(model.fn, model.params, posterior, x, num_samples=5, seed=0)
         assert_close(got.samples, expected, msg=saying(f"call {call}"))
 
@@ -728,6 +728,33 @@ def test_recurrent_layers_are_evaluated_in_one_pass_without_a_warning(num_rows):
                 model.fn, model.params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size
             )
             assert_close(got.samples, expected)
+
+
+class ViewsOutputs(nn.Module):
+    """Merges steps and rows of a recurrent layer's outputs without a copy, and writes there."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.cell = kind(3, 4)
+
+    def forward(self, x):
+        outputs, _ = self.cell(x.transpose(0, 1))
+        merged = outputs.view(-1, 4)
+        F.relu(merged, inplace=True)
+        return merged.view(-1, len(x), 4).sum(0) + outputs[-1]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_outputs_of_recurrent_layers_can_be_viewed_and_written_into_as_torchs(kind, chunk_size, recwarn):
+    fn, params = fb.make_functional(ViewsOutputs(kind).double())
+    posterior, x = gaussian(params), randn(5, 7, 3)
+    members = fb.to_ensemble(posterior, S, seed=0).members
+    expected = torch.stack([fn({k: v[s] for k, v in members.items()}, x) for s in range(S)])
+    for _ in range(3):
+        got = fb.predict(fn, params, posterior, x, num_samples=S, seed=0, chunk_size=chunk_size)
+        assert_close(got.samples, expected)
+    assert not recwarn.list
 
 
 # Models that vmap cannot take.

@@ -171,7 +171,8 @@ def _through_time(
     if input_bias is not None and state_bias is not None and func is not torch.gru:
         input_bias = input_bias + state_bias  # only there the two are not simply added
     entering = product(input_bias, value.flatten(1, 2), of_inputs, 1).unflatten(1, (steps, rows))
-    if projection is None and may_write_over([entering, of_states, *states]):
+    others = [] if state_bias is None else [state_bias]
+    if projection is None and may_write_over([entering, of_states, *states, *others]):
         return _in_buffers(func, entering, states, of_states, state_bias)
     outputs = []
     for x in entering.unbind(1):
@@ -201,11 +202,11 @@ def _in_buffers(
     """
     h, cells = states[0], [state.clone() for state in states[1:]]
     width, steps = h.shape[-1], entering.unbind(1)
-    outputs = entering.new_empty(len(steps), *h.shape)
+    outputs = entering.new_empty(*entering.shape[:3], width)
     gates = torch.empty_like(steps[0], memory_format=torch.contiguous_format)
     each = gates.split(width, -1)  # of an LSTM i, f, g and o; of a GRU r, z and n
     r_and_z, spare = gates[..., : 2 * width], torch.empty_like(each[0])
-    for x, out in zip(steps, outputs.unbind(0), strict=True):
+    for x, out in zip(steps, outputs.unbind(1), strict=True):
         if func is torch.lstm:
             torch.baddbmm(x, h, of_states, out=gates)
             torch.tanh(each[2], out=spare)
@@ -221,7 +222,7 @@ def _in_buffers(
             n = torch.addcmul(x[..., 2 * width :], each[0], each[2], out=spare).tanh_()
             torch.lerp(n, h, each[1], out=out)
         else:
-            torch.baddbmm(x, h, of_states, out=out)
-            torch.tanh(out, out=out) if func is torch.rnn_tanh else torch.relu_(out)
+            torch.baddbmm(x, h, of_states, out=gates)
+            torch.tanh(gates, out=out) if func is torch.rnn_tanh else torch.clamp_min(gates, 0, out=out)
         h = out
-    return outputs.transpose(0, 1), [h, *cells]
+    return outputs, [h, *cells]

@@ -1,7 +1,7 @@
 """Choosing the prior precision by held-out data, on a grid, with one curvature and one projection on it."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,7 @@ def minimize_validation_nll(
     form: Form = "variance" if link == "probit" and not isinstance(likelihood, Normal) else "covariance"
     spectral, lowest = _spectral(c, factor, form)
     usable = precisions > -lowest.cpu()  # under the others there is no posterior
+    tried = {g: float(precisions[g]) for g in usable.nonzero().flatten().tolist()}
     totals, count = torch.where(usable, 0.0, torch.inf).double(), 0
     with torch.no_grad():
         for number, x, y in problem.batches():
@@ -140,15 +141,7 @@ def minimize_validation_nll(
                 outputs, own = jacobian.block.outputs[0], y[jacobian.block.rows]
                 likelihood.check(outputs, own, call=problem.quoted(number))
                 refuse_infinite(outputs[None], data_term(likelihood, outputs[None], own, 0), number, _CALL)
-                flat = outputs.reshape(len(outputs), -1)
-                parts: dict[int, list[Tensor]] = {g: [] for g in usable.nonzero().flatten().tolist()}
-                for piece in jacobian.pieces() if form == "variance" else [jacobian]:
-                    terms = spectral(piece)
-                    for g, of_outputs in parts.items():
-                        precision = float(precisions[g])
-                        of_outputs.append(gathered(terms(precision), flat[:, piece.covered], form))
-                for g, of_outputs in parts.items():
-                    found = torch.cat(of_outputs, 1)
+                for g, found in _by_precision(jacobian, spectral, outputs, tried, form):
                     variance = found if form == "variance" else found.diagonal(dim1=-2, dim2=-1)
                     component = Component(outputs, variance, lambda found=found: found, None)
                     prediction = LinearizedPrediction(
@@ -180,6 +173,20 @@ def _checked_grid(grid: Tensor | Sequence[float] | None) -> Tensor:
             f"`{_CALL}(grid=...)` should be positive and finite numbers, at least one, got {values.tolist()}."
         )
     return values
+
+
+def _by_precision(
+    jacobian: Jacobian, spectral: _Spectral, outputs: Tensor, tried: Mapping[int, float], form: Form
+) -> Iterator[tuple[int, Tensor]]:
+    """Variances or covariances of the outputs of some rows, under each of several prior precisions."""
+    flat = outputs.reshape(len(outputs), -1)
+    parts: dict[int, list[Tensor]] = {g: [] for g in tried}
+    for piece in jacobian.pieces() if form == "variance" else [jacobian]:
+        terms = spectral(piece)
+        for g, precision in tried.items():
+            parts[g].append(gathered(terms(precision), flat[:, piece.covered], form))
+    for g, of_outputs in parts.items():
+        yield g, torch.cat(of_outputs, 1)
 
 
 def _spectral(c: Curvature, factor: Tensor, form: Form) -> tuple[_Spectral, Tensor]:

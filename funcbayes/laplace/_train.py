@@ -161,13 +161,7 @@ def train(
         raise ValueError(f"`{_CALL}(structure=...)` should be one of {known}, got {structure!r}.")
     update_every = positive_int(update_every, f"{_CALL}(update_every=...)")
     num_steps = positive_int(num_steps, f"{_CALL}(num_steps=...)")
-    if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
-        raise ValueError(f"`{_CALL}(start_epoch=...)` should be an int from 0 on, got {start_epoch!r}.")
-    if start_epoch + update_every > num_epochs:
-        raise ValueError(
-            f"`{_CALL}(start_epoch={start_epoch}, update_every={update_every})` should leave an epoch at "
-            f"whose end the evidence is found, of `num_epochs={num_epochs}`."
-        )
+    _check_epochs(start_epoch, update_every, num_epochs)
     check_per(per, f"{_CALL}(per=...)", is_kronecker=structure == "kron")
     leaves = parameters_of(params)
     numbers = Prior.of(leaves, prior_precision, 0.0, None, _CALL).precision
@@ -216,6 +210,17 @@ def train(
         found.log_marginal_likelihood,
         torch.tensor(climber.history, dtype=found.log_marginal_likelihood.dtype),
     )
+
+
+def _check_epochs(start_epoch: int, update_every: int, num_epochs: int) -> None:
+    """There is an epoch at whose end the evidence is climbed."""
+    if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
+        raise ValueError(f"`{_CALL}(start_epoch=...)` should be an int from 0 on, got {start_epoch!r}.")
+    if start_epoch + update_every > num_epochs:
+        raise ValueError(
+            f"`{_CALL}(start_epoch={start_epoch}, update_every={update_every})` should leave an epoch at "
+            f"whose end the evidence is found, of `num_epochs={num_epochs}`."
+        )
 
 
 class _NegativeLogJoint(Objective):
