@@ -42,12 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown or repeats < 2:
         parser.error(f"no claim {sorted(unknown)[0]!r}" if unknown else "--repeats should be at least 2")
     how = _measure.How(repeats, args.quick, args.device)
-    report: dict[str, object] = {"environment": _measure.environment(args.device)}
+    report: dict[str, Any] = {"environment": _measure.environment(args.device)}
     broken = 0
     for name in args.claims or claims:
         module = importlib.import_module(f"{__package__}.{name}")
         print(f"\n{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
-        results = []
+        results = report[name] = []
         if torch.device(args.device).type != "cpu" and not getattr(module, "ON_ANY_DEVICE", False):
             print("\nNot measured: it is of the CPU.", flush=True)
             continue
@@ -55,20 +55,30 @@ def main(arguments: list[str] | None = None) -> int:
             for result in module.run(how):
                 results.append(result)
                 print(f"  {result.case}: {result.ratio:.2f}", flush=True)
+                _write(args.json, report)  # now, for what comes may take an hour
         except _measure.Unavailable as reason:
             print(f"\nNot measured: {reason}", flush=True)
             continue
         print("\n" + _measure.table(results), flush=True)
         if args.pictures is not None and (path := _pictures.draw(name, results, args.pictures)):
             print(f"\n{path}", flush=True)
-        report[name] = [
-            _of_numbers(dataclasses.asdict(result)) | {"holds": result.holds} for result in results
-        ]
         broken += sum(not result.holds for result in results)
-    args.json.write_text(json.dumps(report, indent=2) + "\n")
+    _write(args.json, report)
     found = f"{broken} of the ratios are below what is claimed" if broken else "Every claim holds"
     print(f"\n{found}; results are in {args.json}.")
     return int(broken > 0)
+
+
+def _write(path: pathlib.Path, report: dict[str, Any]) -> None:
+    """As JSON, without claims that were not measured."""
+    written = {
+        name: [_of_numbers(dataclasses.asdict(result)) | {"holds": result.holds} for result in found]
+        if isinstance(found, list)
+        else found
+        for name, found in report.items()
+        if found
+    }
+    path.write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _of_numbers(result: dict[str, Any]) -> dict[str, Any]:
