@@ -108,13 +108,12 @@ class _Tuner:
             torch.accelerator.synchronize(self.queue)
 
     def _best_seconds(self, candidate: Mechanism) -> float:
-        seconds = min(self.seconds.get(candidate, (float("inf"),)))
-        # Of several timings that are about equal the least is a lucky one. The loop should not lose to luck.
-        return seconds * (_LOOP_UNLESS if candidate.kind == "loop" else 1)
+        return _favoured(candidate, min(self.seconds.get(candidate, (float("inf"),))))
 
     def _usual_seconds(self, candidate: Mechanism) -> float:
-        seconds = statistics.median(self.seconds[candidate][1::2])
-        return seconds * (_LOOP_UNLESS if candidate.kind == "loop" else 1)
+        return _favoured(
+            candidate, statistics.median(self.seconds[candidate][1::2])
+        )  # the second of each two
 
     def _finalists(self) -> list[Mechanism]:
         """The loop and the best of the others, where the least timings do not tell them apart."""
@@ -137,6 +136,11 @@ class _Tuner:
             return True
         best = min(min(times) for times in list(self.seconds.values()))  # another thread may add to them
         return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
+
+
+def _favoured(candidate: Mechanism, seconds: float) -> float:
+    """Of timings that are about equal the least is a lucky one, and the loop should not lose to luck."""
+    return seconds * (_LOOP_UNLESS if candidate.kind == "loop" else 1)
 
 
 _tuners: Remembered[_Tuner] = Remembered()

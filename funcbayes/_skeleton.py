@@ -28,12 +28,8 @@ class Skeleton:
         stores: list[dict[str, Any]] = [s for m in self.module.modules() for s in (m._parameters, m._buffers)]
         self.slots = [(s, key, names[id(v)]) for s in stores for key, v in s.items() if v is not None]
         # Recurrent layers keep their weights in a list of their own too; some may be computed of others.
-        self.recurrent: list[tuple[dict[str, Any], nn.RNNBase, list[tuple[str, str | None]]]] = [
-            (
-                vars(part),
-                part,
-                [(k, names.get(id(part._parameters.get(k)))) for k in part._flat_weights_names],
-            )
+        self.recurrent: list[tuple[nn.RNNBase, list[tuple[str, str | None]]]] = [
+            (part, [(key, names.get(id(part._parameters.get(key)))) for key in part._flat_weights_names])
             for part in self.module.modules()
             if isinstance(part, nn.RNNBase)
         ]
@@ -125,8 +121,9 @@ class Skeleton:
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         for store, key, name in self.slots:
             store[key] = values[name]
-        for store, part, weights in self.recurrent:
-            store["_flat_weights"] = [values[name] if name else getattr(part, key) for key, name in weights]
+        for part, weights in self.recurrent:  # set past `__setattr__`, which takes longer than all the rest
+            own = [values[name] if name else getattr(part, key) for key, name in weights]
+            vars(part)["_flat_weights"] = own
 
 
 def _enter(path: list[str], name: str, *_: Any) -> None:

@@ -807,8 +807,9 @@ def test_a_recurrent_layer_that_somebody_differentiates_forwards_keeps_what_lies
         out = vmap(Watch("vmap", case.func)(case.function), in_dims)(*duals)[0]
         tangent = forward_ad.unpack_dual(out).tangent
     ones = tuple(map(torch.ones_like, arguments))
-    function = lambda *a: loop(case.function, a, in_dims)[0]  # noqa: E731
-    expected = torch.autograd.functional.jvp(function, tuple(arguments), ones)[1]
+    expected = torch.autograd.functional.jvp(
+        lambda *a: loop(case.function, a, in_dims)[0], tuple(arguments), ones
+    )[1]
     torch.testing.assert_close(tangent, expected)
 
 
