@@ -781,6 +781,50 @@ def test_a_recurrent_layer_without_gradients_writes_over_its_buffers_and_equals_
     torch.testing.assert_close(arguments, given, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("mapped", MAPPED)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_an_lstm_whose_inputs_enter_with_the_state_equals_a_loop(settings, mapped, steps, monkeypatch):
+    shape = (20, steps) if settings.get("batch_first") else (steps, 20)
+    case = recurrent("lstm", settings, mapped, shape)
+    in_one_product = unittest.mock.Mock(wraps=_recurrent._in_one_product)
+    monkeypatch.setattr(_recurrent, "_in_one_product", in_one_product)
+    arguments, in_dims = arguments_of(case), in_dims_of(case)
+    given = [argument.clone() for argument in arguments]
+    with torch.no_grad():
+        found = [vmap(Watch("vmap", case.func)(case.function), in_dims)(*arguments) for _ in range(2)]
+        expected = loop(case.function, arguments, in_dims)
+    assert in_one_product.called == (mapped[2] == "b")
+    torch.testing.assert_close(found, [expected, expected])
+    torch.testing.assert_close(arguments, given, rtol=0, atol=0)
+
+
+def test_an_lstm_of_numbers_that_are_coarse_near_one_is_left_to_tanh(monkeypatch):
+    case = recurrent("lstm", {}, "bsb", (5, 20))
+    monkeypatch.setattr(_recurrent, "_in_one_product", unittest.mock.Mock(side_effect=AssertionError))
+    arguments, in_dims = [a.bfloat16() for a in arguments_of(case)], in_dims_of(case)
+    with torch.no_grad():
+        found = vmap(Watch("vmap", case.func)(case.function), in_dims)(*arguments)
+        expected = loop(case.function, arguments, in_dims)
+    torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_an_lstm_rounds_as_torchs_kernel_does_however_large_its_gates_are(scale):
+    case = recurrent("lstm", {}, "bsb", (5, 20))
+    arguments, in_dims = [scale * a for a in arguments_of(case)], in_dims_of(case)
+    single = [a.float() for a in arguments]
+    with torch.no_grad():
+        exact = loop(case.function, arguments, in_dims)
+        kernels = loop(case.function, single, in_dims)
+        ours = vmap(Watch("vmap", case.func)(case.function), in_dims)(*single)
+    # Numbers near one are rounded in each of 5 steps; large gates make more of it, of the kernel's, too.
+    errors = [
+        max((a - b).abs().max() for a, b in zip(found, exact, strict=True)) for found in (ours, kernels)
+    ]
+    assert errors[0] < 5 * torch.finfo(torch.float32).eps + 3 * errors[1]
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_recurrent_layer_has_the_gradient_of_each_argument_alone(layer, bias):

@@ -26,6 +26,10 @@ RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 # those of all.
 _MOST_ROWS = {torch.lstm: 16, torch.gru: 128, torch.rnn_tanh: 128, torch.rnn_relu: 128}
 _MOST_BYTES = {torch.lstm: 192 << 10, torch.gru: 1 << 20, torch.rnn_tanh: 1 << 20, torch.rnn_relu: 1 << 20}
+# An LSTM in one product a step is faster than any of these for so many rows, and up to so many bytes of
+# weights in one layer of one draw.
+_ROWS_IN_ONE_PRODUCT, _BYTES_IN_ONE_PRODUCT = range(8, 1025), 256 << 10
+_FINE_DTYPES = (torch.float32, torch.float64)  # in which the rounding of numbers near one is nothing
 
 
 @dataclass(frozen=True)
@@ -93,25 +97,20 @@ def _all_rows(
     rows = 0 if settings.is_batch_first else 1
     if not any(weights_mapped):
         return _as_rows(func, structure.unflatten(leaves), value_mapped, hidden_mapped, draws, rows)
-    num_rows = value.shape[rows + value_mapped]
-    nbytes = weights[1].nbytes // (draws if weights_mapped[1] else 1)
-    are_many = num_rows > _MOST_ROWS[func] or nbytes > _MOST_BYTES[func]
-    if are_many or value.device.type != "cpu":
-        return _one_by_one(func, leaves, is_mapped, draws, structure)
     states = hidden if isinstance(hidden, list | tuple) else (hidden,)
     are_mapped = hidden_mapped if isinstance(hidden, list | tuple) else (hidden_mapped,)
 
     def expanded(tensor: Tensor, mapped: bool) -> Tensor:
         return tensor if mapped else tensor.expand(draws, *tensor.shape)
 
-    value = expanded(value, value_mapped)
-    output, *last = _stepped(
-        func,
-        value.transpose(1, 2) if settings.is_batch_first else value,
-        [expanded(t, mapped) for t, mapped in zip(states, are_mapped, strict=True)],
-        [expanded(t, mapped) for t, mapped in zip(weights, weights_mapped, strict=True)],
-        settings,
-    )
+    value = expanded(value, value_mapped).transpose(1, 2 if settings.is_batch_first else 1)
+    states = [expanded(t, mapped) for t, mapped in zip(states, are_mapped, strict=True)]
+    weights = [expanded(t, mapped) for t, mapped in zip(weights, weights_mapped, strict=True)]
+    layers, directions = _Layer.all(weights, settings), 2 if settings.is_bidirectional else 1
+    through_time = _way_through_time(func, value, states, weights, layers)
+    if through_time is None:
+        return _one_by_one(func, leaves, is_mapped, draws, structure)
+    output, *last = _stepped(through_time, func, value, states, layers, directions)
     return (output.transpose(1, 2) if settings.is_batch_first else output, *last)
 
 
@@ -134,72 +133,121 @@ def _as_rows(
     return (apart(output, rows), *(apart(t, 1) for t in last))
 
 
+ThroughTime = Callable[[Callable[..., Any], Tensor, list[Tensor], "_Layer"], tuple[Tensor, list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Weights of one layer in one direction: of its inputs ``(S, I, G H)`` and of its states ``(S, H, G H)``.
+
+    Attributes:
+        projection: ``(S, H, P)``, which makes the output of the state in an LSTM with projections.
+    """
+
+    of_inputs: Tensor
+    of_states: Tensor
+    input_bias: Tensor | None
+    state_bias: Tensor | None
+    projection: Tensor | None
+
+    @classmethod
+    def all(cls, weights: Sequence[Tensor], settings: _Settings) -> list["_Layer"]:
+        """Layers in order, of each its directions, from the list that torch has of their weights."""
+        size = len(weights) // (settings.num_layers * (2 if settings.is_bidirectional else 1))
+        layers = []
+        for i in range(0, len(weights), size):
+            of_inputs, of_states, *others = weights[i : i + size]
+            biases = others[:2] if settings.has_biases else [None, None]
+            projection = others[-1].mT if size % 2 else None
+            layers.append(cls(of_inputs.mT, of_states.mT, *biases, projection))
+        return layers
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The sum of both, where nothing else is done with them."""
+        if self.input_bias is None or self.state_bias is None:
+            return None
+        return self.input_bias + self.state_bias
+
+    @property
+    def bytes_of_a_draw(self) -> int:
+        """Of the two matrices."""
+        return sum(weight[0].nbytes for weight in (self.of_inputs, self.of_states))
+
+
+def _way_through_time(
+    func: Callable[..., Any], value: Tensor, states: list[Tensor], weights: list[Tensor], layers: list[_Layer]
+) -> ThroughTime | None:
+    """How all draws are stepped together; ``None`` where torch's kernel is faster, draw by draw."""
+    num_rows, own = value.shape[2], layers[0]
+    if value.device.type != "cpu":
+        return None
+    in_buffers = own.projection is None and may_write_over([value, *states, *weights])
+    if func is torch.lstm and in_buffers and num_rows in _ROWS_IN_ONE_PRODUCT:
+        are_few = max(layer.bytes_of_a_draw for layer in layers) <= _BYTES_IN_ONE_PRODUCT
+        if are_few and value.dtype in _FINE_DTYPES:
+            return _in_one_product
+    if num_rows > _MOST_ROWS[func] or own.of_states[0].nbytes > _MOST_BYTES[func]:
+        return None
+    return _in_buffers if in_buffers else _anew
+
+
 def _stepped(
+    through_time: ThroughTime,
     func: Callable[..., Any],
     value: Tensor,
     states: Sequence[Tensor],
-    weights: list[Tensor],
-    settings: _Settings,
+    layers: Sequence[_Layer],
+    directions: int,
 ) -> tuple[Tensor, ...]:
     """Step through time with all draws: inputs ``(S, T, N, I)``, states ``(S, L, N, H)``."""
-    directions = 2 if settings.is_bidirectional else 1
-    of_each = len(weights) // (settings.num_layers * directions)
     last: list[list[Tensor]] = []
-    for layer in range(settings.num_layers):
+    for first in range(0, len(layers), directions):
         outputs = []
-        for direction in range(directions):
-            i = layer * directions + direction
-            own = weights[i * of_each : (i + 1) * of_each]
-            start = [state[:, i] for state in states]
+        for direction, layer in enumerate(layers[first : first + directions]):
+            start = [state[:, first + direction] for state in states]
             inputs = value.flip(1) if direction else value
-            output, end = _through_time(func, inputs, start, own, has_biases=settings.has_biases)
+            output, end = through_time(func, inputs, start, layer)
             outputs.append(output.flip(1) if direction else output)
             last.append(end)
         value = outputs[0] if directions == 1 else torch.cat(outputs, -1)
     return (value, *(torch.stack(ends, 1) for ends in zip(*last, strict=True)))
 
 
-def _through_time(
-    func: Callable[..., Any], value: Tensor, states: list[Tensor], weights: list[Tensor], *, has_biases: bool
+def _entering(func: Callable[..., Any], value: Tensor, layer: _Layer) -> Tensor:
+    """What the inputs of all steps give, ``(S, T, N, G H)``, with both biases where they are simply added."""
+    bias = layer.input_bias if func is torch.gru else layer.bias
+    steps_and_rows = value.shape[1:3]
+    return product(bias, value.flatten(1, 2), layer.of_inputs, 1).unflatten(1, steps_and_rows)
+
+
+def _anew(
+    func: Callable[..., Any], value: Tensor, states: list[Tensor], layer: _Layer
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer in one direction, in the equations of torch's ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``."""
-    of_inputs, of_states = weights[0].mT, weights[1].mT
-    input_bias, state_bias = (weights[2], weights[3]) if has_biases else (None, None)
-    # An LSTM with projections has one more matrix, which makes the output of the state.
-    projection = weights[-1].mT if len(weights) % 2 else None
-    steps, rows = value.shape[1:3]
-    if input_bias is not None and state_bias is not None and func is not torch.gru:
-        input_bias = input_bias + state_bias  # only there the two are not simply added
-    entering = product(input_bias, value.flatten(1, 2), of_inputs, 1).unflatten(1, (steps, rows))
-    others = [] if state_bias is None else [state_bias]
-    if projection is None and may_write_over([entering, of_states, *states, *others]):
-        return _in_buffers(func, entering, states, of_states, state_bias)
     outputs = []
-    for x in entering.unbind(1):
+    for x in _entering(func, value, layer).unbind(1):
         h = states[0]
         if func is torch.gru:
-            states = [gru_state(x, product(state_bias, h, of_states, 1), h)]
+            states = [gru_state(x, product(layer.state_bias, h, layer.of_states, 1), h)]
         elif func is torch.lstm:
-            h, c = lstm_states(torch.baddbmm(x, h, of_states), states[1])
-            states = [h if projection is None else torch.bmm(h, projection), c]
+            h, c = lstm_states(torch.baddbmm(x, h, layer.of_states), states[1])
+            states = [h if layer.projection is None else torch.bmm(h, layer.projection), c]
         else:
-            entered = torch.baddbmm(x, h, of_states)
+            entered = torch.baddbmm(x, h, layer.of_states)
             states = [torch.tanh(entered) if func is torch.rnn_tanh else torch.relu(entered)]
         outputs.append(states[0])
     return torch.stack(outputs, 1), states
 
 
 def _in_buffers(
-    func: Callable[..., Any],
-    entering: Tensor,
-    states: Sequence[Tensor],
-    of_states: Tensor,
-    state_bias: Tensor | None,
+    func: Callable[..., Any], value: Tensor, states: list[Tensor], layer: _Layer
 ) -> tuple[Tensor, list[Tensor]]:
     """The same where nobody needs what lies between: each step writes where the last one did.
 
     With few rows a step takes as long as its calls, and a tensor that is made anew is one more of them.
     """
+    entering, of_states = _entering(func, value, layer), layer.of_states
     h, cells = states[0], [state.clone() for state in states[1:]]
     width, steps = h.shape[-1], entering.unbind(1)
     outputs = entering.new_empty(*entering.shape[:3], width)
@@ -214,10 +262,10 @@ def _in_buffers(
             c = cells[0].mul_(each[1]).addcmul_(each[0], spare)
             torch.mul(each[3], torch.tanh(c, out=spare), out=out)
         elif func is torch.gru:
-            if state_bias is None:
+            if layer.state_bias is None:
                 torch.bmm(h, of_states, out=gates)
             else:
-                torch.baddbmm(state_bias.unsqueeze(1), h, of_states, out=gates)
+                torch.baddbmm(layer.state_bias.unsqueeze(1), h, of_states, out=gates)
             r_and_z.add_(x[..., : 2 * width]).sigmoid_()
             n = torch.addcmul(x[..., 2 * width :], each[0], each[2], out=spare).tanh_()
             torch.lerp(n, h, each[1], out=out)
@@ -226,3 +274,35 @@ def _in_buffers(
             torch.tanh(gates, out=out) if func is torch.rnn_tanh else torch.clamp_min(gates, 0, out=out)
         h = out
     return outputs, [h, *cells]
+
+
+def _in_one_product(
+    func: Callable[..., Any], value: Tensor, states: list[Tensor], layer: _Layer
+) -> tuple[Tensor, list[Tensor]]:
+    """An LSTM in buffers for more rows: states, inputs and a one for the biases enter a step in one product.
+
+    So no step reads what inputs gave before, which would be four times as wide as the outputs, and out of
+    cache by then. ``tanh(a) = 2 sigmoid(2 a) - 1`` takes a third of the time of ``tanh``, and its error is
+    absolute: that of rounding numbers near one. To double and halve numbers is exact: the state of the
+    buffers is ``h / 2``, that of the cells ``2 c``, and the weights of ``g`` and of states are doubled.
+    """
+    del func
+    width, bias, (start, cells) = states[0].shape[-1], layer.bias, states
+    of_states, of_inputs = layer.of_states.mT, layer.of_inputs.mT  # laid out as they are, for speed
+    weights = torch.cat([2 * of_states, of_inputs, *([] if bias is None else [bias.unsqueeze(2)])], 2).mT
+    weights[..., 2 * width : 3 * width] *= 2
+    entering = value.new_ones(*start.shape[:2], weights.shape[1])
+    h, x = entering[..., :width], entering[..., width : width + value.shape[-1]]
+    torch.mul(start, 0.5, out=h)
+    c, outputs = 2 * cells, value.new_empty(*value.shape[:3], width)
+    gates = value.new_empty(*start.shape[:2], 4 * width)
+    (i, f, g, o), spare = gates.split(width, -1), torch.empty_like(c)
+    half = c.new_tensor(0.5)  # a number would be made a tensor at each step
+    for inputs, out in zip(value.unbind(1), outputs.unbind(1), strict=True):
+        x.copy_(inputs)
+        torch.bmm(entering, weights, out=gates)
+        gates.sigmoid_()
+        c.mul_(f).addcmul_(i, g.sub_(half), value=4)
+        torch.mul(o, torch.sigmoid(c, out=spare).sub_(half), out=h)
+        out.copy_(h)
+    return outputs.mul_(2), [2 * h, c.mul_(0.5)]
