@@ -7,7 +7,6 @@ Which one is best for a model and shape is learned from the time that the chunks
 """
 
 import dataclasses
-import functools
 import statistics
 import time
 import warnings
@@ -539,16 +538,14 @@ def signature(tree: Any) -> tuple[Hashable, ...]:
     if isinstance(tree, Tensor):
         return tree.shape, tree.dtype, tree.device
     if dataclasses.is_dataclass(tree):
-        kind = type(tree)
-        return kind, *(
-            signature(value) if is_child else "function" if callable(value) else value
-            for is_child, value in ((is_child, getattr(tree, name)) for name, is_child in _fields(kind))
+        return type(tree), *(
+            _of_field(field, getattr(tree, field.name)) for field in dataclasses.fields(tree)
         )
     leaves, structure = optree.tree_flatten(tree)
     return structure, tuple((t.shape, t.dtype, t.device) for t in leaves if isinstance(t, Tensor))
 
 
-@functools.cache
-def _fields(kind: type) -> list[tuple[str, bool]]:
-    """Names of the fields of a node, and whether they are children of it."""
-    return [(field.name, not field.metadata.get("static", False)) for field in dataclasses.fields(kind)]
+def _of_field(field: dataclasses.Field[Any], value: Any) -> Hashable:
+    if not field.metadata.get("static", False):
+        return signature(value)
+    return "function" if callable(value) else value

@@ -781,48 +781,123 @@ def test_a_recurrent_layer_without_gradients_writes_over_its_buffers_and_equals_
     torch.testing.assert_close(arguments, given, rtol=0, atol=0)
 
 
+def ways_through_time(monkeypatch):
+    """Mocks by name of the ways in which draws can be stepped together, or not."""
+    ways = {
+        name: unittest.mock.Mock(wraps=getattr(_recurrent, name))
+        for name in ("_in_one_product", "_in_buffers", "_one_by_one")
+    }
+    for name, way in ways.items():
+        monkeypatch.setattr(_recurrent, name, way)
+    return ways
+
+
+def mapped_without_gradients(case, arguments):
+    with torch.no_grad():
+        return vmap(Watch("vmap", case.func)(case.function), in_dims_of(case))(*arguments)
+
+
+def looped_without_gradients(case, arguments):
+    with torch.no_grad():
+        return loop(case.function, arguments, in_dims_of(case))
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("mapped", MAPPED)
 @pytest.mark.parametrize("steps", [1, 5])
 def test_an_lstm_whose_inputs_enter_with_the_state_equals_a_loop(settings, mapped, steps, monkeypatch):
     shape = (20, steps) if settings.get("batch_first") else (steps, 20)
     case = recurrent("lstm", settings, mapped, shape)
-    in_one_product = unittest.mock.Mock(wraps=_recurrent._in_one_product)
-    monkeypatch.setattr(_recurrent, "_in_one_product", in_one_product)
-    arguments, in_dims = arguments_of(case), in_dims_of(case)
+    ways, arguments = ways_through_time(monkeypatch), arguments_of(case)
     given = [argument.clone() for argument in arguments]
-    with torch.no_grad():
-        found = [vmap(Watch("vmap", case.func)(case.function), in_dims)(*arguments) for _ in range(2)]
-        expected = loop(case.function, arguments, in_dims)
-    assert in_one_product.called == (mapped[2] == "b")
-    torch.testing.assert_close(found, [expected, expected])
+    found = [mapped_without_gradients(case, arguments) for _ in range(2)]
+    assert ways["_in_one_product"].called == (mapped[2] == "b")
+    expected = looped_without_gradients(case, arguments)
+    torch.testing.assert_close(found, [expected, expected])  # the first was not written over by the second
     torch.testing.assert_close(arguments, given, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("which", range(4))
+def test_an_lstm_of_whose_weights_one_is_mapped_equals_a_loop(which, monkeypatch):
+    case = recurrent("lstm", {}, "sss", (5, 20))
+    case = case._replace(mapped="sss" + "".join("sb"[i == which] for i in range(4)))
+    ways, arguments = ways_through_time(monkeypatch), arguments_of(case)
+    found = mapped_without_gradients(case, arguments)
+    assert ways["_in_one_product"].called
+    torch.testing.assert_close(found, looped_without_gradients(case, arguments))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "settings", "way"),
+    [
+        (7, {}, "_in_buffers"),
+        (8, {}, "_in_one_product"),
+        (1024, {}, "_in_one_product"),
+        (1025, {}, "_one_by_one"),
+        (8, {"proj_size": 2}, None),
+        (17, {"proj_size": 2}, "_one_by_one"),
+    ],
+)
+def test_how_an_lstm_is_stepped_depends_on_its_rows(num_rows, settings, way, monkeypatch):
+    case = recurrent("lstm", settings, "ssb", (2, num_rows))
+    ways, arguments = ways_through_time(monkeypatch), arguments_of(case)
+    found = mapped_without_gradients(case, arguments)
+    assert [name for name, mock in ways.items() if mock.called] == ([] if way is None else [way])
+    torch.testing.assert_close(found, looped_without_gradients(case, arguments))
+
+
+def test_an_lstm_of_many_weights_is_not_stepped_in_one_product(monkeypatch):
+    case = recurrent("lstm", {}, "ssb", (2, 8))
+    ways, arguments = ways_through_time(monkeypatch), arguments_of(case)
+    nbytes = 16 * (3 + 4) * 8  # of 4 gates of 4 units, 3 inputs and 4 states, in float64
+    for most, way in ((nbytes, "_in_one_product"), (nbytes - 1, "_in_buffers")):
+        monkeypatch.setattr(_recurrent, "_BYTES_IN_ONE_PRODUCT", most)
+        mapped_without_gradients(case, arguments)
+        assert ways[way].call_count == 1
+
+
 def test_an_lstm_of_numbers_that_are_coarse_near_one_is_left_to_tanh(monkeypatch):
-    case = recurrent("lstm", {}, "bsb", (5, 20))
-    monkeypatch.setattr(_recurrent, "_in_one_product", unittest.mock.Mock(side_effect=AssertionError))
-    arguments, in_dims = [a.bfloat16() for a in arguments_of(case)], in_dims_of(case)
-    with torch.no_grad():
-        found = vmap(Watch("vmap", case.func)(case.function), in_dims)(*arguments)
-        expected = loop(case.function, arguments, in_dims)
+    case = recurrent("lstm", {}, "bsb", (5, 10))
+    ways, arguments = ways_through_time(monkeypatch), [a.bfloat16() for a in arguments_of(case)]
+    found = mapped_without_gradients(case, arguments)
+    assert ways["_in_buffers"].called
+    expected = looped_without_gradients(case, arguments)
     torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_an_lstm_rounds_as_torchs_kernel_does_however_large_its_gates_are(scale):
+def test_an_lstm_in_one_product_errs_by_the_rounding_of_numbers_near_one(scale, monkeypatch):
     case = recurrent("lstm", {}, "bsb", (5, 20))
-    arguments, in_dims = [scale * a for a in arguments_of(case)], in_dims_of(case)
-    single = [a.float() for a in arguments]
-    with torch.no_grad():
-        exact = loop(case.function, arguments, in_dims)
-        kernels = loop(case.function, single, in_dims)
-        ours = vmap(Watch("vmap", case.func)(case.function), in_dims)(*single)
-    # Numbers near one are rounded in each of 5 steps; large gates make more of it, of the kernel's, too.
-    errors = [
-        max((a - b).abs().max() for a, b in zip(found, exact, strict=True)) for found in (ours, kernels)
-    ]
-    assert errors[0] < 5 * torch.finfo(torch.float32).eps + 3 * errors[1]
+    ways, single = ways_through_time(monkeypatch), [scale * a.float() for a in arguments_of(case)]
+    found = mapped_without_gradients(case, single)
+    assert ways["_in_one_product"].called
+    exact, kernel = (looped_without_gradients(case, a) for a in ([t.double() for t in single], single))
+    # In each of 5 steps; where gates are large so are the errors of their sums, in torch's kernel, too.
+    ours, theirs = (
+        max(float((a - b).abs().max()) for a, b in zip(outputs, exact, strict=True))
+        for outputs in (found, kernel)
+    )
+    assert ours < 5 * torch.finfo(torch.float32).eps + 2 * theirs
+
+
+@pytest.mark.parametrize("num_rows", [2, 20])
+@pytest.mark.parametrize(
+    ("inputs", "state"),
+    [((0, 3), (4,)), ((5, 2), (4,)), ((5, 4), (4,)), ((5, 1), (4,)), ((5, 3), (1,)), ((5, 3), (5,))],
+    ids=["no_steps", "narrow_inputs", "wide_inputs", "inputs_of_one", "narrow_state", "wide_state"],
+)
+def test_an_lstm_refuses_what_torchs_kernel_refuses(inputs, state, num_rows):
+    # nn.LSTM checks this by itself; torch.lstm may be called without.
+    weights = [randn(S, *shape) for shape in ((16, 3), (16, 4), (16,), (16,))]
+    x, hidden = randn(inputs[0], num_rows, inputs[1]), [randn(1, num_rows, *state) for _ in range(2)]
+
+    def function(*own):
+        return torch.lstm(x, hidden, list(own), True, 1, 0.0, False, False, False)[0]
+
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        function(*(weight[0] for weight in weights))
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        vmap(Watch("vmap", torch.lstm)(function))(*weights)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -746,9 +746,12 @@ class ViewsOutputs(nn.Module):
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_outputs_of_recurrent_layers_can_be_viewed_and_written_into_as_torchs(kind, chunk_size, recwarn):
+@pytest.mark.parametrize("num_rows", [5, 10])
+def test_outputs_of_recurrent_layers_can_be_viewed_and_written_into_as_torchs(
+    num_rows, kind, chunk_size, recwarn
+):
     fn, params = fb.make_functional(ViewsOutputs(kind).double())
-    posterior, x = gaussian(params), randn(5, 7, 3)
+    posterior, x = gaussian(params), randn(num_rows, 7, 3)
     members = fb.to_ensemble(posterior, S, seed=0).members
     expected = torch.stack([fn({k: v[s] for k, v in members.items()}, x) for s in range(S)])
     for _ in range(3):

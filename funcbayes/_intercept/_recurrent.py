@@ -2,10 +2,11 @@
 
 Draws that share the weights, as those of dropout elsewhere do, are more rows of one call. With weights of
 their own they are either stepped through time together, one product of all draws a step, or given to torch's
-kernel one by one: a step costs little more for all draws than for one where rows are few, while the kernels
-of torch do without the memory traffic between steps.
+kernel one by one: a step costs little more for all draws than for one, unless rows or weights are so many
+that the kernel, which does without the memory traffic between steps, is faster.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 # those of all.
 _MOST_ROWS = {torch.lstm: 16, torch.gru: 128, torch.rnn_tanh: 128, torch.rnn_relu: 128}
 _MOST_BYTES = {torch.lstm: 192 << 10, torch.gru: 1 << 20, torch.rnn_tanh: 1 << 20, torch.rnn_relu: 1 << 20}
-# An LSTM in one product a step is faster than any of these for so many rows, and up to so many bytes of
-# weights in one layer of one draw.
+# Rows with which an LSTM is faster still if its inputs enter in the product of the state, and bytes of both
+# matrices in one layer, direction and draw up to which it is.
 _ROWS_IN_ONE_PRODUCT, _BYTES_IN_ONE_PRODUCT = range(8, 1025), 256 << 10
-_FINE_DTYPES = (torch.float32, torch.float64)  # in which the rounding of numbers near one is nothing
+_FINE_DTYPES = (torch.float32, torch.float64)  # in which rounding numbers near one leaves small ones in place
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,23 @@ def _all_rows(
     rows = 0 if settings.is_batch_first else 1
     if not any(weights_mapped):
         return _as_rows(func, structure.unflatten(leaves), value_mapped, hidden_mapped, draws, rows)
+    if value.device.type != "cpu":
+        return _one_by_one(func, leaves, is_mapped, draws, structure)
     states = hidden if isinstance(hidden, list | tuple) else (hidden,)
     are_mapped = hidden_mapped if isinstance(hidden, list | tuple) else (hidden_mapped,)
 
     def expanded(tensor: Tensor, mapped: bool) -> Tensor:
         return tensor if mapped else tensor.expand(draws, *tensor.shape)
 
-    value = expanded(value, value_mapped).transpose(1, 2 if settings.is_batch_first else 1)
+    value = expanded(value, value_mapped)
+    steps_first = value.transpose(1, 2) if settings.is_batch_first else value
     states = [expanded(t, mapped) for t, mapped in zip(states, are_mapped, strict=True)]
     weights = [expanded(t, mapped) for t, mapped in zip(weights, weights_mapped, strict=True)]
-    layers, directions = _Layer.all(weights, settings), 2 if settings.is_bidirectional else 1
-    through_time = _way_through_time(func, value, states, weights, layers)
+    layers = _layers(weights, settings)
+    through_time = _way_through_time(func, steps_first, states, weights, layers)
     if through_time is None:
         return _one_by_one(func, leaves, is_mapped, draws, structure)
-    output, *last = _stepped(through_time, func, value, states, layers, directions)
+    output, *last = _stepped(through_time, steps_first, states, layers, 1 + settings.is_bidirectional)
     return (output.transpose(1, 2) if settings.is_batch_first else output, *last)
 
 
@@ -133,15 +137,16 @@ def _as_rows(
     return (apart(output, rows), *(apart(t, 1) for t in last))
 
 
-ThroughTime = Callable[[Callable[..., Any], Tensor, list[Tensor], "_Layer"], tuple[Tensor, list[Tensor]]]
-
-
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of one layer in one direction: of its inputs ``(S, I, G H)`` and of its states ``(S, H, G H)``.
+    """Weights of one layer in one direction, with ``G`` gates, as torch has them.
 
     Attributes:
-        projection: ``(S, H, P)``, which makes the output of the state in an LSTM with projections.
+        of_inputs: ``(S, G H, I)``.
+        of_states: ``(S, G H, H)``, or ``(S, G H, P)`` with projections.
+        input_bias: ``(S, G H)``.
+        state_bias: ``(S, G H)``.
+        projection: ``(S, P, H)``, which makes the output of the state in an LSTM with projections.
     """
 
     of_inputs: Tensor
@@ -149,18 +154,6 @@ class _Layer:
     input_bias: Tensor | None
     state_bias: Tensor | None
     projection: Tensor | None
-
-    @classmethod
-    def all(cls, weights: Sequence[Tensor], settings: _Settings) -> list["_Layer"]:
-        """Layers in order, of each its directions, from the list that torch has of their weights."""
-        size = len(weights) // (settings.num_layers * (2 if settings.is_bidirectional else 1))
-        layers = []
-        for i in range(0, len(weights), size):
-            of_inputs, of_states, *others = weights[i : i + size]
-            biases = others[:2] if settings.has_biases else [None, None]
-            projection = others[-1].mT if size % 2 else None
-            layers.append(cls(of_inputs.mT, of_states.mT, *biases, projection))
-        return layers
 
     @property
     def bias(self) -> Tensor | None:
@@ -170,31 +163,46 @@ class _Layer:
         return self.input_bias + self.state_bias
 
     @property
-    def bytes_of_a_draw(self) -> int:
-        """Of the two matrices."""
-        return sum(weight[0].nbytes for weight in (self.of_inputs, self.of_states))
+    def nbytes(self) -> int:
+        """Of both matrices, in one draw."""
+        return (self.of_inputs.nbytes + self.of_states.nbytes) // len(self.of_inputs)
+
+
+def _layers(weights: Sequence[Tensor], settings: _Settings) -> list[_Layer]:
+    """Layers in order, of each its directions, from the list that torch has of their weights."""
+    size = len(weights) // (settings.num_layers * (1 + settings.is_bidirectional))
+    layers = []
+    for i in range(0, len(weights), size):
+        of_inputs, of_states, *others = weights[i : i + size]
+        biases = others[:2] if settings.has_biases else [None, None]
+        layers.append(_Layer(of_inputs, of_states, *biases, others[-1] if size % 2 else None))
+    return layers
+
+
+# Of inputs ``(S, T, N, I)``, states ``(S, N, H)`` and weights, outputs ``(S, T, N, H)`` and the last states.
+ThroughTime = Callable[[Tensor, list[Tensor], _Layer], tuple[Tensor, list[Tensor]]]
 
 
 def _way_through_time(
     func: Callable[..., Any], value: Tensor, states: list[Tensor], weights: list[Tensor], layers: list[_Layer]
 ) -> ThroughTime | None:
-    """How all draws are stepped together; ``None`` where torch's kernel is faster, draw by draw."""
-    num_rows, own = value.shape[2], layers[0]
-    if value.device.type != "cpu":
+    """How all draws are stepped together; ``None`` where torch's kernel is faster one by one, or complains."""
+    first, (draws, steps, num_rows, width) = layers[0], value.shape
+    of_state = (draws, len(layers), num_rows, first.of_states.shape[-1])
+    if not steps or width != first.of_inputs.shape[-1] or states[0].shape != of_state:
         return None
-    in_buffers = own.projection is None and may_write_over([value, *states, *weights])
+    in_buffers = first.projection is None and may_write_over([value, *states, *weights])
     if func is torch.lstm and in_buffers and num_rows in _ROWS_IN_ONE_PRODUCT:
-        are_few = max(layer.bytes_of_a_draw for layer in layers) <= _BYTES_IN_ONE_PRODUCT
+        are_few = max(layer.nbytes for layer in layers) <= _BYTES_IN_ONE_PRODUCT
         if are_few and value.dtype in _FINE_DTYPES:
             return _in_one_product
-    if num_rows > _MOST_ROWS[func] or own.of_states[0].nbytes > _MOST_BYTES[func]:
+    if num_rows > _MOST_ROWS[func] or first.of_states.nbytes // draws > _MOST_BYTES[func]:
         return None
-    return _in_buffers if in_buffers else _anew
+    return functools.partial(_in_buffers if in_buffers else _anew, func)
 
 
 def _stepped(
     through_time: ThroughTime,
-    func: Callable[..., Any],
     value: Tensor,
     states: Sequence[Tensor],
     layers: Sequence[_Layer],
@@ -207,7 +215,7 @@ def _stepped(
         for direction, layer in enumerate(layers[first : first + directions]):
             start = [state[:, first + direction] for state in states]
             inputs = value.flip(1) if direction else value
-            output, end = through_time(func, inputs, start, layer)
+            output, end = through_time(inputs, start, layer)
             outputs.append(output.flip(1) if direction else output)
             last.append(end)
         value = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -218,23 +226,23 @@ def _entering(func: Callable[..., Any], value: Tensor, layer: _Layer) -> Tensor:
     """What the inputs of all steps give, ``(S, T, N, G H)``, with both biases where they are simply added."""
     bias = layer.input_bias if func is torch.gru else layer.bias
     steps_and_rows = value.shape[1:3]
-    return product(bias, value.flatten(1, 2), layer.of_inputs, 1).unflatten(1, steps_and_rows)
+    return product(bias, value.flatten(1, 2), layer.of_inputs.mT, 1).unflatten(1, steps_and_rows)
 
 
 def _anew(
     func: Callable[..., Any], value: Tensor, states: list[Tensor], layer: _Layer
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer in one direction, in the equations of torch's ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``."""
-    outputs = []
+    of_states, outputs = layer.of_states.mT, []
     for x in _entering(func, value, layer).unbind(1):
         h = states[0]
         if func is torch.gru:
-            states = [gru_state(x, product(layer.state_bias, h, layer.of_states, 1), h)]
+            states = [gru_state(x, product(layer.state_bias, h, of_states, 1), h)]
         elif func is torch.lstm:
-            h, c = lstm_states(torch.baddbmm(x, h, layer.of_states), states[1])
-            states = [h if layer.projection is None else torch.bmm(h, layer.projection), c]
+            h, c = lstm_states(torch.baddbmm(x, h, of_states), states[1])
+            states = [h if layer.projection is None else torch.bmm(h, layer.projection.mT), c]
         else:
-            entered = torch.baddbmm(x, h, layer.of_states)
+            entered = torch.baddbmm(x, h, of_states)
             states = [torch.tanh(entered) if func is torch.rnn_tanh else torch.relu(entered)]
         outputs.append(states[0])
     return torch.stack(outputs, 1), states
@@ -247,7 +255,7 @@ def _in_buffers(
 
     With few rows a step takes as long as its calls, and a tensor that is made anew is one more of them.
     """
-    entering, of_states = _entering(func, value, layer), layer.of_states
+    entering, of_states = _entering(func, value, layer), layer.of_states.mT
     h, cells = states[0], [state.clone() for state in states[1:]]
     width, steps = h.shape[-1], entering.unbind(1)
     outputs = entering.new_empty(*entering.shape[:3], width)
@@ -276,20 +284,18 @@ def _in_buffers(
     return outputs, [h, *cells]
 
 
-def _in_one_product(
-    func: Callable[..., Any], value: Tensor, states: list[Tensor], layer: _Layer
-) -> tuple[Tensor, list[Tensor]]:
+def _in_one_product(value: Tensor, states: list[Tensor], layer: _Layer) -> tuple[Tensor, list[Tensor]]:
     """An LSTM in buffers for more rows: states, inputs and a one for the biases enter a step in one product.
 
-    So no step reads what inputs gave before, which would be four times as wide as the outputs, and out of
-    cache by then. ``tanh(a) = 2 sigmoid(2 a) - 1`` takes a third of the time of ``tanh``, and its error is
-    absolute: that of rounding numbers near one. To double and halve numbers is exact: the state of the
-    buffers is ``h / 2``, that of the cells ``2 c``, and the weights of ``g`` and of states are doubled.
+    So no step reads what inputs gave before, which is four times as wide as the outputs and out of cache by
+    then. ``tanh(a) = 2 sigmoid(2 a) - 1`` takes a third of the time of ``tanh``, and errs by the rounding of
+    numbers near one, however small ``a`` is. To double and halve numbers is exact: the state of the buffers
+    is ``h / 2``, that of the cells ``2 c``, and the weights of states and those of ``g`` are doubled.
     """
-    del func
     width, bias, (start, cells) = states[0].shape[-1], layer.bias, states
-    of_states, of_inputs = layer.of_states.mT, layer.of_inputs.mT  # laid out as they are, for speed
-    weights = torch.cat([2 * of_states, of_inputs, *([] if bias is None else [bias.unsqueeze(2)])], 2).mT
+    biases = [] if bias is None else [bias.unsqueeze(2)]
+    # Laid out as torch has them: transposed, the copy would take twice as long, and the product no less.
+    weights = torch.cat([2 * layer.of_states, layer.of_inputs, *biases], 2).mT
     weights[..., 2 * width : 3 * width] *= 2
     entering = value.new_ones(*start.shape[:2], weights.shape[1])
     h, x = entering[..., :width], entering[..., width : width + value.shape[-1]]
