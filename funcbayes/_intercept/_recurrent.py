@@ -186,7 +186,7 @@ ThroughTime = Callable[[Tensor, list[Tensor], _Layer], tuple[Tensor, list[Tensor
 def _way_through_time(
     func: Callable[..., Any], value: Tensor, states: list[Tensor], weights: list[Tensor], layers: list[_Layer]
 ) -> ThroughTime | None:
-    """How all draws are stepped together; ``None`` where torch's kernel is faster one by one, or complains."""
+    """How draws are stepped together; ``None`` where torch's kernel is faster one by one, or complains."""
     first, (draws, steps, num_rows, width) = layers[0], value.shape
     of_state = (draws, len(layers), num_rows, first.of_states.shape[-1])
     if not steps or width != first.of_inputs.shape[-1] or states[0].shape != of_state:
