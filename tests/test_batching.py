@@ -1387,6 +1387,19 @@ def test_the_largest_result_does_not_depend_on_the_number_of_draws():
     assert largest(1) == largest(7) == 2 * 4 * 6 * 6 * 8
 
 
+def test_a_result_that_comes_together_with_others_is_counted():
+    case = recurrent("lstm", {}, "ssb", (5, 2))
+    seen = Observed()
+    rules = Batching("rows_first", seen)
+
+    def last_state(*arguments):
+        with rules:
+            return case.function(*arguments)[1]
+
+    vmap(last_state, in_dims_of(case))(*arguments_of(case))
+    assert seen.nbytes == 5 * 2 * 4 * 8  # of the outputs of all steps
+
+
 # Whole models -------------------------------------------------------------------------------------
 
 

@@ -53,9 +53,9 @@ class Observed:
         self.nbytes, self.needs_rules = 0, False
 
     def see(self, result: Any) -> None:
-        """Take note of a result; where a model is linearised, of how it changes."""
-        if isinstance(result, Tensor):
-            physical, axis = unwrap_change(result)
+        """Take note of a result, one tensor or several; where a model is linearised, of how it changes."""
+        for tensor in tensors(result):
+            physical, axis = unwrap_change(tensor)
             if axis is not None:
                 self.nbytes = max(self.nbytes, physical.nbytes // physical.shape[axis])
 

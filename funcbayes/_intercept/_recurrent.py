@@ -174,8 +174,9 @@ def _layers(weights: Sequence[Tensor], settings: _Settings) -> list[_Layer]:
     layers = []
     for i in range(0, len(weights), size):
         of_inputs, of_states, *others = weights[i : i + size]
-        biases = others[:2] if settings.has_biases else [None, None]
-        layers.append(_Layer(of_inputs, of_states, *biases, others[-1] if size % 2 else None))
+        input_bias, state_bias = others[:2] if settings.has_biases else (None, None)
+        projection = others[-1] if size % 2 else None
+        layers.append(_Layer(of_inputs, of_states, input_bias, state_bias, projection))
     return layers
 
 
