@@ -111,9 +111,8 @@ class _Tuner:
         return _favoured(candidate, min(self.seconds.get(candidate, (float("inf"),))))
 
     def _usual_seconds(self, candidate: Mechanism) -> float:
-        return _favoured(
-            candidate, statistics.median(self.seconds[candidate][1::2])
-        )  # the second of each two
+        second_of_each_two = self.seconds[candidate][1::2]
+        return _favoured(candidate, statistics.median(second_of_each_two))
 
     def _finalists(self) -> list[Mechanism]:
         """The loop and the best of the others, where the least timings do not tell them apart."""

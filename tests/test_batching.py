@@ -764,23 +764,6 @@ def test_a_recurrent_layer_of_one_sequence_and_of_packed_ones_equals_a_loop(laye
         assert check(recurrent(layer, {}, mapped, shape=(4, 2), packed=True), "vmap").fired
 
 
-@pytest.mark.parametrize(("layer", "settings"), RECURRENT_CASES)
-def test_a_recurrent_layer_without_gradients_writes_over_its_buffers_and_equals_a_loop(
-    layer, settings, monkeypatch
-):
-    case = recurrent(layer, settings, "bsb")
-    in_buffers = unittest.mock.Mock(wraps=_recurrent._in_buffers)
-    monkeypatch.setattr(_recurrent, "_in_buffers", in_buffers)
-    arguments, in_dims = arguments_of(case), in_dims_of(case)
-    given = [argument.clone() for argument in arguments]
-    with torch.no_grad():
-        found = [vmap(Watch("vmap", case.func)(case.function), in_dims)(*arguments) for _ in range(2)]
-        expected = loop(case.function, arguments, in_dims)
-    assert in_buffers.called != ("proj_size" in settings)
-    torch.testing.assert_close(found, [expected, expected])  # the first was not written over by the second
-    torch.testing.assert_close(arguments, given, rtol=0, atol=0)
-
-
 def ways_through_time(monkeypatch):
     """Mocks by name of the ways in which draws can be stepped together, or not."""
     ways = {
@@ -800,6 +783,20 @@ def mapped_without_gradients(case, arguments):
 def looped_without_gradients(case, arguments):
     with torch.no_grad():
         return loop(case.function, arguments, in_dims_of(case))
+
+
+@pytest.mark.parametrize(("layer", "settings"), RECURRENT_CASES)
+def test_a_recurrent_layer_without_gradients_writes_over_its_buffers_and_equals_a_loop(
+    layer, settings, monkeypatch
+):
+    case = recurrent(layer, settings, "bsb")
+    ways, arguments = ways_through_time(monkeypatch), arguments_of(case)
+    given = [argument.clone() for argument in arguments]
+    found = [mapped_without_gradients(case, arguments) for _ in range(2)]
+    expected = looped_without_gradients(case, arguments)
+    assert ways["_in_buffers"].called != ("proj_size" in settings)
+    torch.testing.assert_close(found, [expected, expected])  # the first was not written over by the second
+    torch.testing.assert_close(arguments, given, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
