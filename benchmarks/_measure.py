@@ -82,7 +82,7 @@ def compare(
     seconds: float = 0.1,
     of_interval: bool = False,
 ) -> Result:
-    """Time both in turns, so that what disturbs the machine disturbs both.
+    """Time both in turns, so that what disturbs the machine disturbs both; every other time ours first.
 
     The engine learns from its first calls which mechanism is fastest, so these belong to the warm-up, which
     ends early where calls are long. There are as many timings as ``repeats``, of quick calls more, and three
@@ -158,7 +158,11 @@ def _in_turns(
     while (elapsed := time.perf_counter() - began) < _SECONDS or len(pairs) < repeats:
         if elapsed > _PATIENCE and len(pairs) >= _ENOUGH:
             break
-        pairs.append([side(number) for side, number in zip(sides, numbers, strict=True)])
+        both = [*zip(sides, numbers, strict=True)]
+        # A machine that becomes slower or faster is in favour of neither.
+        in_turn = both[::-1] if len(pairs) % 2 else both
+        times = [side(number) for side, number in in_turn]
+        pairs.append(times[::-1] if len(pairs) % 2 else times)
     ratios = sorted(a / b for a, b in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4)
     theirs_ms, ours_ms = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))

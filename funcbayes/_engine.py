@@ -6,6 +6,7 @@ intermediate within a fixed budget, and the loop, in one thread or in several, i
 Which one is best for a model and shape is learned from the time that the chunks of real predictions take.
 """
 
+import copy
 import dataclasses
 import statistics
 import time
@@ -22,8 +23,17 @@ from torch import Tensor
 from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
-from ._functorch import is_autocast_on, map_first_axis
-from ._intercept import Batching, DropoutMasks, Folded, Observed, current_call, with_dropout
+from ._functorch import is_autocast_on, is_concrete, is_readable, map_first_axis
+from ._intercept import (
+    Batching,
+    DropoutMasks,
+    Folded,
+    Observed,
+    Prepared,
+    current_call,
+    prepared,
+    with_dropout,
+)
 from ._linearize import Linearization, with_linearization
 from ._random import Place, Seed, fold, forked
 from ._remember import Remembered
@@ -40,7 +50,7 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # not grow with the number of draws.
 _MANY_DRAWS = 32
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
-_LOOPED = 8  # draws of a loop that are timed together
+_LOOPED = 8  # draws of a loop that are timed together; fewer where their intermediates are large
 _IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
@@ -50,7 +60,8 @@ _HOPELESS, _TRIALS = 2.0, 4
 _CLOSE, _FINAL = 1.25, 10
 
 _T = TypeVar("_T")
-Kind = Literal["loop", "threads", "folded", "vmap", "rows_first", "channels_last"]
+_LOOPS = "loop", "loop_channels_last", "threads"
+Kind = Literal["loop", "loop_channels_last", "threads", "folded", "vmap", "rows_first", "channels_last"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,10 @@ class Mechanism:
     """How a chunk of draws is evaluated.
 
     Attributes:
-        kind: ``"loop"`` over the draws, or a loop in each of several ``"threads"``; or vectorised: the draws
-            ``"folded"`` into the rows, ``"vmap"`` with no batching rules but those that it cannot do without,
-            or with all of them and images ``"rows_first"`` (NCHW) or ``"channels_last"``.
+        kind: ``"loop"`` over the draws, ``"loop_channels_last"`` with images in that layout, or a loop in
+            each of several ``"threads"``; or vectorised: the draws ``"folded"`` into the rows, ``"vmap"``
+            with no batching rules but those that it cannot do without, or with all of them and images
+            ``"rows_first"`` (NCHW) or ``"channels_last"``.
         chunk: Draws at a time.
     """
 
@@ -78,9 +90,12 @@ class _Tuner:
     failed: set[Kind] = field(default_factory=set)
     most: int | None = None  # draws at a time that memory was enough for, after it was not
     row_axes: list[Any] | None = None  # of the effects, where masks are shared
-    places: list[Place] = field(default_factory=list)  # of masks, where draws are folded into the rows
+    # Of masks: where draws are folded into the rows, and where they are alone.
+    places: list[Place] = field(default_factory=list)
+    places_alone: list[Place] = field(default_factory=list)
     draws_globally: bool | None = None  # from torch's random state; unknown at first
     needs_rules: bool = True  # plain ``vmap``, too; as far as was seen
+    is_any_layout_right: bool = False  # for the loop; as far as was seen
     queue: torch.device | None = None  # the accelerator on which work is queued, if there is one
 
     def next_to_time(self) -> Mechanism | None:
@@ -303,7 +318,7 @@ class _Run:
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever the model raises; if it is its own error, the last raises it, too
-                self.tuner.needs_rules |= kind not in ("threads", "folded")
+                self.tuner.needs_rules |= kind not in (*_LOOPS, "folded")
                 failed.add(kind)
         else:
             kind = last
@@ -313,10 +328,8 @@ class _Run:
 
     def _ways(self, kind: Kind) -> list[Kind]:
         """Kinds to try in turn."""
-        if kind == "loop":
-            return [kind]
-        if kind == "threads":
-            return ["loop"] if kind in self.tuner.failed else [kind, "loop"]
+        if kind in _LOOPS:
+            return [kind, "loop"] if kind != "loop" and kind not in self.tuner.failed else ["loop"]
         known: tuple[Kind, ...] = (kind, "vmap", self.default)
         ways: list[Kind] = [k for k in dict.fromkeys(known) if k not in self.tuner.failed]
         if kind == "vmap" and not self.tuner.needs_rules:
@@ -338,7 +351,8 @@ class _Run:
         nbytes = max(1, sum(t.nbytes for t in tensors(draw)))
         held = min(_DRAWS_BUDGET[device] // nbytes, max(_MANY_DRAWS, _SMALL_DRAWS[device] // nbytes))
         largest = self._largest_intermediate(draw)
-        loop = Mechanism("loop", max(1, min(self.num_draws, held, _LOOPED)))
+        several = _LOOPED if largest is None else min(_LOOPED, max(2, _BUDGET[device] // max(1, largest)))
+        loop = Mechanism("loop", max(1, min(self.num_draws, held, several)))
         if largest is None:
             return [loop]
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
@@ -352,6 +366,7 @@ class _Run:
         return [
             Mechanism(first, top),
             loop,
+            *([Mechanism("loop_channels_last", loop.chunk)] if self._may_change_layout(device) else []),
             *(self._in_threads(draw, largest, held) if device == "cpu" else []),
             *(Mechanism(first, chunk) for chunk in chunks),
             *(Mechanism(kind, top) for kind in dict.fromkeys((self.default, self.bare)) if kind != first),
@@ -369,6 +384,12 @@ class _Run:
             and not any(mask.shared_mask for mask in masks)
             and not tensors(draw.leaves)
         )
+
+    def _may_change_layout(self, device: str) -> bool:
+        """Whether there are images that a loop could have in the layout in which kernels are fastest."""
+        images = [t for t in tensors(self.x) if t.ndim == 4 and is_concrete(t)]
+        is_other = not all(t.is_contiguous(memory_format=torch.channels_last) for t in images)
+        return device == "cpu" and self.default == "channels_last" and is_other
 
     def _in_threads(self, draw: Draw, largest: int, held: int) -> list[Mechanism]:
         """The loop in threads, where each has a module of its own; other functions may share one."""
@@ -424,8 +445,9 @@ class _Run:
             whole = to(merge(self.params, index(draws.leaves, 0)), dtype=self.dtype) if masks else None
             self.tuner.row_axes = [mask.find_rows(self.fn, whole, self.x) for mask in masks]
         if mechanism.kind in ("loop", "threads"):
-            outputs = self._one_by_one(draws, mechanism, start)
-            return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
+            return _stacked(self._one_by_one(draws, mechanism, start))
+        if mechanism.kind == "loop_channels_last":
+            return self._in_channels_last(draws, mechanism, start)
         if mechanism.kind == "folded":
             return self._folded(_of_kind(DropoutMasks, draws))
         is_plain = mechanism.kind == "vmap" and not self.tuner.needs_rules and seen is None
@@ -438,6 +460,18 @@ class _Run:
 
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
 
+    def _in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:
+        run = copy.copy(self)
+        run.x = optree.tree_map(_channels_last, self.x)
+        outputs = _stacked(run._one_by_one(draws, mechanism, start)).contiguous()
+        if not self.tuner.is_any_layout_right:
+            # What `flatten` gives is a copy in one layout; in another a view, through which models may write.
+            first = _stacked(self._one_by_one(index(draws, slice(0, 1)), mechanism, start))
+            if not _agree(outputs[:1], first):
+                raise RuntimeError("Outputs depend on the layout of the inputs.")
+            self.tuner.is_any_layout_right = True
+        return outputs
+
     def _folded(self, masks: list[DropoutMasks]) -> Tensor:
         if has_global_hooks():
             raise RuntimeError("Hooks of all modules may mix rows.")
@@ -445,43 +479,51 @@ class _Run:
         folded = Folded(len(masks[0].key), self.tuner.places if len(masks) == 1 else [])
         outputs = with_dropout(self.fn, at_rows, folded)(self.params, self.x)
         _check_outputs(outputs)
-        return outputs
+        return outputs.unflatten(0, (folded.num_draws, -1))
 
     def _one_by_one(self, draws: Draw, mechanism: Mechanism, start: int) -> list[Tensor]:
         fn = self.fn
         is_pure = self.tuner.draws_globally is False and not draws.effects
         if not is_pure or not isinstance(fn, FunctionalModule):
             numbers = self.numbers[start:].tolist()
-            return [self._alone(draw, number) for draw, number in zip(unbind(draws), numbers, strict=False)]
+            each = zip(unbind(draws), numbers, self._prepared(draws), strict=False)
+            return [self._alone(draw, number, source) for draw, number, source in each]
 
         def evaluate(own: Sequence[Params]) -> list[Tensor]:
             return fn.in_turn([merge(self.params, leaves) for leaves in own], self.x)
 
         in_threads = mechanism.kind == "threads" and may_divide() and current_call().kind == "eval"
-        each = unbind(draws.leaves)
-        outputs = side_by_side(evaluate, each) if in_threads else evaluate(each)
+        own = unbind(draws.leaves)
+        outputs = side_by_side(evaluate, own) if in_threads else evaluate(own)
         _check_outputs(outputs[0])
         return outputs
 
-    def _alone(self, draw: Draw, number: int) -> Tensor:
+    def _prepared(self, draws: Draw) -> Sequence[Prepared | None]:
+        """The masks of each draw, as far as it is known where they will be wanted."""
+        masks = _of_kind(DropoutMasks, draws)
+        if len(masks) != 1 or masks[0].shared_mask or not is_readable(masks[0].key):
+            return [None] * tensors(draws)[0].shape[0]
+        return prepared(masks[0].at_rows(self.first_row, None).key, self.tuner.places_alone)
+
+    def _alone(self, draw: Draw, number: int, source: Prepared | None) -> Tensor:
         """One draw outside ``vmap``; what the model draws for itself is a function of the draw, too."""
         tuner = self.tuner
         if tuner.draws_globally is False:
-            return self._one(draw)
+            return self._one(draw, source)
         with forked(fold(fold(self.noise, "global"), number)):
             before = torch.get_rng_state()
-            outputs = self._one(draw)
+            outputs = self._one(draw, source)
             if not torch.equal(before, torch.get_rng_state()):
                 tuner.draws_globally = True
             elif tuner.draws_globally is None:
                 tuner.draws_globally = False
         return outputs
 
-    def _one(self, draw: Draw) -> Tensor:
+    def _one(self, draw: Draw, source: Prepared | None = None) -> Tensor:
         fn = self.fn
         if masks := _of_kind(DropoutMasks, draw):
             located = zip(masks, self.tuner.row_axes or (), strict=True)
-            fn = with_dropout(fn, [mask.at_rows(self.first_row, axes) for mask, axes in located])
+            fn = with_dropout(fn, [mask.at_rows(self.first_row, axes) for mask, axes in located], source)
         if around := _of_kind(Linearization, draw):  # of the model with its masks
             fn = with_linearization(fn, around, self.dtype)
         outputs = fn(merge(self.params, draw.leaves), self.x)
@@ -523,6 +565,24 @@ def _apart(draws: Draw) -> tuple[Draw, tuple[Linearization, ...]]:
 
 def _of_kind(kind: type[_T], draw: Draw) -> list[_T]:
     return [effect for effect in draw.effects if isinstance(effect, kind)]
+
+
+def _stacked(outputs: list[Tensor]) -> Tensor:
+    return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
+
+
+def _agree(outputs: Tensor, expected: Tensor) -> bool:
+    """Whether outputs are the same but for rounding: to half of the digits, as the largest have them."""
+    if not outputs.is_floating_point() or outputs.shape != expected.shape:
+        return torch.equal(outputs, expected)
+    largest = expected.nan_to_num(0, 0, 0).abs().max().item() if expected.numel() else 0.0
+    tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * largest
+    return torch.allclose(outputs, expected, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _channels_last(leaf: Any) -> Any:
+    is_image = isinstance(leaf, Tensor) and leaf.ndim == 4
+    return leaf.contiguous(memory_format=torch.channels_last) if is_image else leaf
 
 
 def _has_images(x: Any) -> bool:

@@ -41,6 +41,25 @@ def test_what_takes_longer_is_slower():
     assert got.at_least is None
 
 
+def test_a_machine_that_becomes_slower_is_in_favour_of_neither(monkeypatch):
+    """Each call takes a tenth longer than the one before it, whichever it is."""
+    seconds, order = [1.0], []
+
+    def timed(call):
+        def side(number):
+            order.append(call)
+            seconds.append(1.1 * seconds[-1])
+            return seconds[-1]
+
+        return side
+
+    monkeypatch.setattr(_measure, "_timed", timed)
+    monkeypatch.setattr(_measure, "_SECONDS", 0.0)
+    got = _measure.compare("case", "theirs", "ours", repeats=4)
+    assert order[-8:] == ["theirs", "ours", "ours", "theirs"] * 2
+    torch.testing.assert_close([got.low, got.ratio, got.high], [1 / 1.1, (1.1 + 1 / 1.1) / 2, 1.1])
+
+
 @pytest.mark.parametrize(
     ("ratio", "at_least", "holds"),
     [(0.5, None, True), (1.01, 1.0, True), (0.99, 1.0, False), (0.95, 0.9, True), (0.89, 0.9, False)],

@@ -14,7 +14,7 @@ from torch.nn.utils import rnn
 
 import funcbayes as fb
 from funcbayes import _engine
-from funcbayes._intercept import _folded
+from funcbayes._intercept import Folded, _dropout, _folded, _prepared
 
 F64 = torch.float64
 P = 0.3
@@ -878,9 +878,9 @@ def folded(monkeypatch):
     counts = []
     own = _engine.with_dropout
 
-    def noting(fn, masks, folded=None):
-        counts.extend([] if folded is None else [folded.num_draws])
-        return own(fn, masks, folded)
+    def noting(fn, masks, source=None):
+        counts.extend([source.num_draws] if isinstance(source, Folded) else [])
+        return own(fn, masks, source)
 
     monkeypatch.setattr(_engine, "with_dropout", noting)
     monkeypatch.setattr(_engine._Tuner, "next_to_time", lambda self: self.candidates[0])
@@ -987,6 +987,79 @@ def test_masks_made_together_are_those_wanted_this_time(folded, together):
             torch.testing.assert_close(got, alone)
     assert set(together) == {2, 3}
     assert len(folded) == 16
+
+
+# Prepared ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_in_place(monkeypatch):
+    """Shapes of masks that were made when a place was met, in a loop over draws."""
+    shapes = []
+
+    def noting(key, place):
+        shapes.append(place.shape)
+        return fb._random.dropout_mask(key, place)
+
+    monkeypatch.setattr(_dropout, "dropout_mask", noting)
+    monkeypatch.setattr(_engine._Tuner, "next_to_time", lambda self: None)
+    monkeypatch.setattr(_engine._Tuner, "fastest", lambda self: _engine.Mechanism("loop", 4))
+    return shapes
+
+
+@pytest.mark.parametrize("largest", [1 << 13, 40, 0])
+@pytest.mark.parametrize("name", ROW_WISE)
+def test_masks_are_made_before_the_model_is_called_once_their_places_are_known(
+    monkeypatch, made_in_place, name, largest
+):
+    monkeypatch.setattr(_prepared, "_LARGEST", largest)
+    make, shape = ROW_WISE[name]
+    fn, params = functional(make)
+    x = randn(*shape)
+    alone = torch.cat([draws(fn, params, x, num_samples=s + 1, chunk_size=1)[s:] for s in range(6)])
+    wanted = made_in_place[:]
+    for _ in range(2):
+        made_in_place.clear()
+        torch.testing.assert_close(draws(fn, params, x), alone)
+    are_too_large = [sizes for sizes in set(wanted) if torch.Size(sizes).numel() > largest]
+    assert set(made_in_place) == set(are_too_large)
+    assert bool(made_in_place) == bool(are_too_large)
+
+
+def test_masks_made_beforehand_are_those_of_batches_and_of_this_call(made_in_place):
+    """Other rows, another rate and other places; two dropouts of which each has its own masks."""
+    fn, params = functional(ROW_WISE["images"][0])
+    x, options = randn(*ROW_WISE["images"][1]), {"labelled": False, "num_samples": 6, "seed": 0}
+    chosen = lambda kept: lambda path, leaf: path in kept  # noqa: E731
+    two = fb.join(fb.Dropout(rate=0.5, where="3"), fb.Dropout(where="8*"))
+    one = [fb.Dropout(where=chosen("3")), fb.Dropout(where=chosen("36")), fb.Dropout(0.6), fb.Dropout()]
+    for posterior in (*one, two, *one):
+        alone = fb.predict_batches(fn, params, posterior, x.split(2), chunk_size=1, **options).samples
+        for _ in range(2):
+            got = fb.predict_batches(fn, params, posterior, x.split(2), **options).samples
+            torch.testing.assert_close(got, alone)
+
+
+def test_masks_made_beforehand_are_not_those_of_a_place_that_is_not_met(made_in_place):
+    """A model that drops twice for some draws and once for others."""
+
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Dropout(0.5), nn.Dropout(0.2), nn.Dropout(0.5)
+
+        def forward(self, x):
+            x = self.first(x)
+            if x.sum() > 20:
+                x = self.second(x)
+            return self.third(x)
+
+    fn, params = functional(Sometimes)
+    x = torch.ones(4, 5, dtype=F64)
+    alone = draws(fn, params, x, num_samples=12, chunk_size=1)
+    assert {round(draw.max().item(), 6) for draw in alone} == {4.0, 5.0}  # 1 / (0.5 * 0.5), and over 0.8
+    for _ in range(3):
+        torch.testing.assert_close(draws(fn, params, x, num_samples=12), alone)
 
 
 class Mixing(nn.Module):

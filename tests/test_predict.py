@@ -205,6 +205,118 @@ def test_draws_evaluated_in_threads_equal_the_loop(monkeypatch, three_threads, d
     assert divided == ([3, 5, 3] if isinstance(model.fn, fb.FunctionalModule) else [])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loop_with_images_in_another_layout_equals_the_loop(monkeypatch, name):
+    model = MODELS[name]()
+    x, posterior = model.inputs(6), zoo.gaussian(model.params)
+    expected = expected_samples(model, posterior, x, 8, 3)
+    _always(monkeypatch, "loop_channels_last", 5)
+    for _ in range(2):
+        got = fb.predict(model.fn, model.params, posterior, x, num_samples=8, seed=3).samples
+        assert got.is_contiguous()
+        assert_close(got, expected)
+
+
+class NoticesLayout(nn.Module):
+    """Remembers how its inputs lie in memory; as a class, for all of its copies."""
+
+    seen: ClassVar[list] = []
+
+    def __init__(self, flat):
+        super().__init__()
+        self.conv, self.drop, self.head = nn.Conv2d(2, 4, 3), nn.Dropout(0.5), nn.Linear(16, 2)
+        self.flat = flat
+
+    def forward(self, x):
+        self.seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return self.head(self.flat(F.max_pool2d(self.drop(self.conv(x)), 2)))
+
+
+def written_into(h):
+    h.flatten(1).add_(1.0)
+    return h.reshape(len(h), -1)
+
+
+def by_strides(h):
+    return h.as_strided((len(h), 16), (16, 1))
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize(
+    ("flat", "is_taken"),
+    [
+        (lambda h: h.flatten(1), True),
+        (lambda h: h.view(len(h), -1), False),
+        (written_into, False),
+        (by_strides, False),
+    ],
+)
+def test_a_loop_in_another_layout_is_left_where_the_model_depends_on_it(monkeypatch, flat, is_taken, drops):
+    torch.manual_seed(0)
+    fn, params = fb.make_functional(NoticesLayout(flat).double())
+    q = fb.Dropout() if drops else zoo.gaussian(params)
+    x, options = randn(6, 2, 6, 6), {"num_samples": 8, "seed": 3}
+    expected = fb.predict(fn, params, q, x, chunk_size=1, **options).samples
+    _always(monkeypatch, "loop_channels_last", 5)
+    for _ in range(2):
+        NoticesLayout.seen.clear()
+        assert_close(fb.predict(fn, params, q, x, **options).samples, expected)
+    assert NoticesLayout.seen == [is_taken] * 8
+
+
+def _kinds_tried(monkeypatch, fn, q, x):
+    tried, find = [], _engine._Run._candidates
+    monkeypatch.setattr(_engine._Run, "_candidates", lambda run: tried.extend(find(run)) or tried)
+    fb.predict(fn, None, q, x, num_samples=8, seed=0)
+    return {m.kind for m in tried}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changed", "device", "is_tried"),
+    [
+        (6, lambda x: x, "cpu", True),
+        (1, lambda x: x, "cpu", False),
+        (6, lambda x: x.contiguous(memory_format=torch.channels_last), "cpu", False),
+        (6, lambda x: x, "meta", False),  # not measured
+    ],
+)
+def test_a_loop_in_another_layout_is_tried_for_images_of_several_rows(
+    monkeypatch, rows, changed, device, is_tried
+):
+    fn, params = fb.make_functional(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()))
+    q, x = (fb.to(part, device=device) for part in (zoo.gaussian(params), randn(rows, 2, 6, 6).float()))
+    assert ("loop_channels_last" in _kinds_tried(monkeypatch, fn, q, changed(x))) == is_tried
+
+
+def test_images_can_be_mapped_over_while_layouts_are_chosen():
+    fn, params = fb.make_functional(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 2)))
+    q, x = zoo.gaussian(params), randn(2, 6, 2, 6, 6).float()
+    predict = functools.partial(fb.predict, fn, None, q, num_samples=4, seed=0)
+    expected = torch.stack([predict(rows, chunk_size=1).samples for rows in x])
+    for _ in range(20):
+        assert_close(vmap(lambda rows: predict(rows).samples)(x), expected)
+
+
+def test_a_loop_in_another_layout_is_not_tried_for_what_are_no_images(monkeypatch):
+    fn, params = fb.make_functional(nn.Linear(3, 2))
+    assert "loop_channels_last" not in _kinds_tried(monkeypatch, fn, zoo.gaussian(params), torch.ones(6, 3))
+
+
+def test_draws_of_a_loop_are_timed_together_unless_they_are_large(monkeypatch):
+    fn, params = fb.make_functional(nn.Linear(3, 512))
+    q, chunks, find = zoo.gaussian(params), {}, _engine._Run._candidates
+
+    def noting(run):
+        found = find(run)
+        chunks.update({len(run.x): m.chunk for m in found if m.kind == "loop"})
+        return found
+
+    monkeypatch.setattr(_engine._Run, "_candidates", noting)
+    for rows in (8, 2048, 4096):  # outputs of 2 KB a row; 16 MB are meant to be in work
+        fb.predict(fn, None, q, torch.ones(rows, 3), num_samples=16, seed=0)
+    assert chunks == {8: 8, 2048: 4, 4096: 2}
+
+
 class NoticesThreads(torch.nn.Linear):
     """Remembers where it ran; as a class, for all of its copies."""
 

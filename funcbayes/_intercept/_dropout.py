@@ -16,6 +16,7 @@ from .._tree import Params, Where, matcher, pytree_dataclass, static
 from ._attention import attention_weights, open_attention
 from ._call import Call, Handler, Interception, calling
 from ._folded import Folded
+from ._prepared import Prepared
 from ._rows import RowAxes, row_axis, two_rows
 
 # The negative saturation of SELU, Klambauer et al. (2017), section 2: -scale * alpha.
@@ -71,18 +72,19 @@ class DropoutMasks:
 
 
 def with_dropout(
-    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks], folded: Folded | None = None
+    fn: Callable[[Params, Any], Any], masks: Sequence[DropoutMasks], source: Folded | Prepared | None = None
 ) -> Callable[[Params, Any], Any]:
     """``fn`` with its dropout active; where several masks apply the first is used.
 
     Args:
         fn: Pure model.
         masks: Effects, unbatched (or batched by a surrounding ``vmap``).
-        folded: Evaluate several draws at once, whose keys the effects have: ``fn`` should treat rows one by
-            one. Masks are not shared.
+        source: Where masks come from that are not made for each place when it is met; these are not shared.
+            For ``Folded`` ones the effects have the keys of several draws, and ``fn`` should treat rows one
+            by one.
 
     Returns:
-        A function of ``(params, x)``; if ``folded``, outputs have a leading axis of draws. It raises
+        A function of ``(params, x)``; with ``Folded`` masks, outputs have the rows of all draws. It raises
         ``ValueError`` if the model drops nothing, and ``TypeError`` if ``where`` is given for a model that
         has no modules.
     """
@@ -90,15 +92,14 @@ def with_dropout(
     def dropped(params: Params, x: Any) -> Any:
         locate = any(m.where is not None for m in masks)
         with calling(Call("stochastic", locate)) as call:
-            outputs, mode = run_with_masks(fn, params, x, masks, call, folded)
+            outputs, mode = run_with_masks(fn, params, x, masks, call, source)
         if not mode.num_dropped:
             with calling(Call("stochastic", locate=True)) as call:  # again, to name the places
-                _, mode = run_with_masks(fn, params, x, masks, call, folded)
+                _, mode = run_with_masks(fn, params, x, masks, call, source)
             raise ValueError(_nothing_dropped(fn, masks[0], mode))
-        if folded is None:
-            return outputs
-        folded.end()
-        return outputs.unflatten(0, (folded.num_draws, -1))
+        if source is not None:
+            source.end()
+        return outputs
 
     return dropped
 
@@ -109,10 +110,10 @@ def run_with_masks(
     x: Any,
     masks: Sequence[DropoutMasks],
     call: Call,
-    folded: Folded | None = None,
+    source: Folded | Prepared | None = None,
 ) -> tuple[Any, "_DropoutMode"]:
     """Evaluate ``fn`` in the ambient ``call`` with dropout from ``masks``; also what was seen."""
-    mode = _DropoutMode(masks, call, folded)
+    mode = _DropoutMode(masks, call, source)
     with mode:
         return fn(params, x), mode
 
@@ -139,12 +140,12 @@ class _DropoutMode(Interception):
         self,
         masks: Sequence[DropoutMasks],
         call: Call,
-        folded: Folded | None = None,
+        source: Folded | Prepared | None = None,
         *,
         record: bool = False,
     ) -> None:
         super().__init__(_HANDLERS if call.kind != "training" else _TRAINING_HANDLERS)
-        self.folded = folded
+        self.source = source
         self.record = record
         self.masks = masks
         self.chosen = [matcher(m.where) for m in masks]
@@ -184,9 +185,9 @@ class _DropoutMode(Interception):
         return None
 
     def _draw(self, masks: DropoutMasks, place: Place) -> Tensor:
-        if self.folded is not None:
-            with unintercepted():
-                return self.folded.mask(masks.key, place)
+        made = None if self.source is None else self.source.mask(masks.key, place)
+        if made is not None:
+            return made
         axis = masks.row_axes[place.site] if masks.row_axes is not None else None
         if axis is None:
             return _kept(masks.key, place)
