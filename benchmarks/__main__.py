@@ -33,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="file for results and environment (default %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="few cases of each claim")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="when no further case of many should begin"
+    )
     parser.add_argument("--device", default="cpu", help="where: cpu, cuda, ... (default %(default)s)")
     parser.add_argument("--pictures", type=pathlib.Path, metavar="FOLDER", help="draw them, with matplotlib")
     args = parser.parse_args(arguments)
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         repeats = 3 if args.quick else 9
     if unknown or repeats < 2:
         parser.error(f"no claim {sorted(unknown)[0]!r}" if unknown else "--repeats should be at least 2")
-    how = _measure.How(repeats, args.quick, args.device)
+    how = _measure.How(repeats, args.quick, args.device, args.minutes)
     report: dict[str, Any] = {"environment": _measure.environment(args.device)}
     broken = 0
     for name in args.claims or claims:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -33,12 +33,20 @@ _REST = 0.05  # seconds in which the threads of another process go to sleep
 class How:
     """How claims are measured.
 
-    ``is_quick`` asks for a few of the cases, ``device`` is where the work is done.
+    ``is_quick`` asks for a few of the cases, ``device`` is where the work is done. Of a claim with many cases
+    those are left out that would begin ``minutes`` after this was made, or later.
     """
 
     repeats: int
     is_quick: bool = False
     device: str = "cpu"
+    minutes: float = math.inf
+    _began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further case should begin."""
+        return time.perf_counter() - self._began >= 60 * self.minutes
 
     def some(self, cases: Iterable[_T], number: int = 1) -> list[_T]:
         """All cases; of a quick run so many of the first."""
@@ -180,11 +188,16 @@ def _warmed_up(side: Callable[[int], float], *, most: int, fewest: int) -> float
     return last
 
 
-def fastest(ways: Iterable[Callable[[], _T]]) -> Callable[[], _T]:
-    """The way that takes the least time, of several to one thing."""
+def fastest(
+    ways: Iterable[Callable[[], _T]], check: Callable[[_T], object] = lambda found: None
+) -> Callable[[], _T]:
+    """The way that takes the least time, of several to one thing, each of which passes a check."""
 
     def seconds(way: Callable[[], _T]) -> float:
-        first = _timed(way)(1)
+        began = time.perf_counter()
+        found = way()
+        first = time.perf_counter() - began
+        check(found)
         return first if first > 1 else _timed(way)(3)
 
     return min(ways, key=seconds)

@@ -110,6 +110,30 @@ def test_a_quick_run_has_few_of_the_cells():
     )
     assert set(few) < set(every)
     assert {name for name, _, _ in few} == set(_models.MODELS)
+    sizes = [rows * draws for _, rows, draws in every]
+    assert sizes == sorted(sizes)
+
+
+def test_no_case_begins_when_time_is_over(monkeypatch):
+    monkeypatch.setattr(predict_against_loop, "_ends", lambda device: {})
+    monkeypatch.setattr(predict_against_loop, "compare", lambda case, *_, **__: result(1.0))
+    monkeypatch.setattr(predict_against_loop, "_weights", lambda *_: (None, None))
+    answers = iter([False, True])
+    monkeypatch.setattr(_measure.How, "is_over", property(lambda how: next(answers)))
+    assert len(list(predict_against_loop.run(_measure.How(repeats=2)))) == 2  # one case, and the mean of all
+
+
+@pytest.mark.parametrize(
+    ("options", "is_over"), [({}, False), ({"minutes": 1}, False), ({"minutes": 0}, True)]
+)
+def test_time_is_over_after_so_many_minutes(options, is_over):
+    assert _measure.How(repeats=2, **options).is_over == is_over
+
+
+def test_every_way_to_one_thing_has_to_pass_the_check():
+    ways, seen = [lambda: sum(range(1000000)), lambda: 2], []
+    assert _measure.fastest(ways, seen.append)() == 2
+    assert seen == [sum(range(1000000)), 2]
 
 
 def test_a_claim_about_the_cpu_is_not_measured_elsewhere(monkeypatch, tmp_path, capsys):

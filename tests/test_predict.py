@@ -212,9 +212,16 @@ def test_a_loop_with_images_in_another_layout_equals_the_loop(monkeypatch, name)
     expected = expected_samples(model, posterior, x, 8, 3)
     _always(monkeypatch, "loop_channels_last", 5)
     for _ in range(2):
-        got = fb.predict(model.fn, model.params, posterior, x, num_samples=8, seed=3).samples
-        assert got.is_contiguous()
-        assert_close(got, expected)
+        got = fb.predict(model.fn, model.params, posterior, x, num_samples=8, seed=3)
+        assert_close(got.samples, expected)
+
+
+def test_images_that_come_of_a_loop_in_another_layout_lie_in_memory_as_others(monkeypatch):
+    fn, params = fb.make_functional(nn.Conv2d(2, 3, 3))
+    _always(monkeypatch, "loop_channels_last", 8)
+    for _ in range(2):
+        got = fb.predict(fn, None, zoo.gaussian(params), randn(6, 2, 5, 5).float(), num_samples=8, seed=3)
+        assert got.samples.is_contiguous()
 
 
 class NoticesLayout(nn.Module):
