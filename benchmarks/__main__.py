@@ -34,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="few cases of each claim")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="when no further case of many should begin"
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="for so long predict_against_loop begins with further cells (default: all)",
     )
     parser.add_argument("--device", default="cpu", help="where: cpu, cuda, ... (default %(default)s)")
     parser.add_argument("--pictures", type=pathlib.Path, metavar="FOLDER", help="draw them, with matplotlib")
@@ -44,7 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
         repeats = 3 if args.quick else 9
     if unknown or repeats < 2:
         parser.error(f"no claim {sorted(unknown)[0]!r}" if unknown else "--repeats should be at least 2")
-    how = _measure.How(repeats, args.quick, args.device, args.minutes)
     report: dict[str, Any] = {"environment": _measure.environment(args.device)}
     broken = 0
     for name in args.claims or claims:
@@ -54,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         if torch.device(args.device).type != "cpu" and not getattr(module, "ON_ANY_DEVICE", False):
             print("\nNot measured: it is of the CPU.", flush=True)
             continue
+        how = _measure.How(repeats, args.quick, args.device, args.minutes)
         try:
             for result in module.run(how):
                 results.append(result)

@@ -1,6 +1,7 @@
 """Timing two ways of doing one thing against each other, in one run."""
 
 import datetime
+import itertools
 import math
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -16,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch.utils.benchmark import Timer
 
 import funcbayes
 
@@ -90,11 +91,12 @@ def compare(
     seconds: float = 0.1,
     of_interval: bool = False,
 ) -> Result:
-    """Time both in turns, so that what disturbs the machine disturbs both; every other time ours first.
+    """Time both in turns, so that what disturbs the machine disturbs both.
 
-    The engine learns from its first calls which mechanism is fastest, so these belong to the warm-up, which
-    ends early where calls are long. There are as many timings as ``repeats``, of quick calls more, and three
-    of very long ones.
+    A timing of ours is compared with the geometric mean of theirs before and after it, so that a machine that
+    becomes slower or faster is in favour of neither. The engine learns from its first calls which mechanism is
+    fastest, so these belong to the warm-up, which ends early where calls are long. There are as many timings
+    as ``repeats``, of quick calls more, and three of very long ones.
     """
     return _in_turns(case, [_timed(theirs), _timed(ours)], repeats, at_least, warm_up, seconds, of_interval)
 
@@ -143,9 +145,21 @@ def _time_held(number: int) -> float:
 
 
 def _timed(call: Callable[[], object]) -> Callable[[int], float]:
-    """Gives the mean seconds of a number of calls."""
-    timer = Timer("f()", globals={"f": call}, num_threads=torch.get_num_threads())
-    return lambda number: timer.timeit(number).mean
+    """Gives the mean seconds of a number of calls; before several there is one more, for caches."""
+    timer = timeit.Timer(call, timer=_now)
+
+    def seconds(number: int) -> float:
+        if number > 1:
+            call()
+        return timer.timeit(number) / number
+
+    return seconds
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _in_turns(
@@ -160,20 +174,18 @@ def _in_turns(
     """Two ways, theirs first, each of which gives the mean seconds of a number of calls."""
     theirs, ours = sides
     once = [_warmed_up(theirs, most=3, fewest=1), _warmed_up(ours, most=warm_up, fewest=_FEWEST)]
-    numbers = [max(1, int(seconds / each)) for each in once]
-    pairs = []
+    of_theirs, of_ours = (max(1, int(seconds / each)) for each in once)
+    their_times, our_times = [theirs(of_theirs)], []
     began = time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < _SECONDS or len(pairs) < repeats:
-        if elapsed > _PATIENCE and len(pairs) >= _ENOUGH:
+    while (elapsed := time.perf_counter() - began) < _SECONDS or len(our_times) < repeats:
+        if elapsed > _PATIENCE and len(our_times) >= _ENOUGH:
             break
-        both = [*zip(sides, numbers, strict=True)]
-        # A machine that becomes slower or faster is in favour of neither.
-        in_turn = both[::-1] if len(pairs) % 2 else both
-        times = [side(number) for side, number in in_turn]
-        pairs.append(times[::-1] if len(pairs) % 2 else times)
-    ratios = sorted(a / b for a, b in pairs)
+        our_times.append(ours(of_ours))
+        their_times.append(theirs(of_theirs))
+    around = itertools.pairwise(their_times)
+    ratios = [math.sqrt(before * after) / own for (before, after), own in zip(around, our_times, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    theirs_ms, ours_ms = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
+    theirs_ms, ours_ms = (1e3 * statistics.median(times) for times in (their_times, our_times))
     return Result(case, middle, low, high, theirs_ms, ours_ms, at_least, of_interval=of_interval)
 
 
@@ -194,10 +206,8 @@ def fastest(
     """The way that takes the least time, of several to one thing, each of which passes a check."""
 
     def seconds(way: Callable[[], _T]) -> float:
-        began = time.perf_counter()
-        found = way()
-        first = time.perf_counter() - began
-        check(found)
+        check(way())
+        first = _timed(way)(1)
         return first if first > 1 else _timed(way)(3)
 
     return min(ways, key=seconds)

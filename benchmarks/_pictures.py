@@ -36,7 +36,8 @@ def _against_loop(figure: Any, results: Sequence[Result]) -> None:
         for axes, fixed, varied in ((over_rows, 1, 0), (over_draws, 0, 1)):
             at = {0: 1, 1: 32}[fixed]
             points = sorted((cell[varied], ratio) for cell, ratio in of_model.items() if cell[fixed] == at)
-            axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
     for axes, xlabel, title in (
         (over_rows, "rows", "32 draws of the weights"),
         (over_draws, "draws", "1 row"),

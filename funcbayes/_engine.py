@@ -8,6 +8,7 @@ Which one is best for a model and shape is learned from the time that the chunks
 
 import copy
 import dataclasses
+import functools
 import statistics
 import time
 import warnings
@@ -23,11 +24,12 @@ from torch import Tensor
 from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
-from ._functorch import is_autocast_on, is_concrete, is_readable, map_first_axis
+from ._functorch import is_autocast_on, is_inside_transform, is_readable, map_first_axis
 from ._intercept import (
     Batching,
     DropoutMasks,
     Folded,
+    LayoutWatch,
     Observed,
     Prepared,
     current_call,
@@ -50,7 +52,8 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # not grow with the number of draws.
 _MANY_DRAWS = 32
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
-_LOOPED = 8  # draws of a loop that are timed together; fewer where their intermediates are large
+# Draws of a loop that are timed together; fewer where their intermediates are large, for these take longer.
+_LOOPED = 8
 _IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
@@ -95,7 +98,7 @@ class _Tuner:
     places_alone: list[Place] = field(default_factory=list)
     draws_globally: bool | None = None  # from torch's random state; unknown at first
     needs_rules: bool = True  # plain ``vmap``, too; as far as was seen
-    is_any_layout_right: bool = False  # for the loop; as far as was seen
+    is_layout_free: bool = False  # whether the model was seen not to depend on the layout of its inputs
     queue: torch.device | None = None  # the accelerator on which work is queued, if there is one
 
     def next_to_time(self) -> Mechanism | None:
@@ -229,7 +232,7 @@ class _Run:
         self.num_draws = num_draws = len(numbers)
         self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
         around = torch.get_num_threads(), may_divide(), is_autocast_on(), torch.is_grad_enabled()
-        self.cell = (key, num_draws, signature(x), *around)
+        self.cell = (key, num_draws, signature(x), *around, is_inside_transform())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
         # Autocast does not reach all that `vmap` makes of a model, but what the rules make of it.
         self.bare: Kind = self.default if is_autocast_on() else "vmap"
@@ -387,9 +390,8 @@ class _Run:
 
     def _may_change_layout(self, device: str) -> bool:
         """Whether there are images that a loop could have in the layout in which kernels are fastest."""
-        images = [t for t in tensors(self.x) if t.ndim == 4 and is_concrete(t)]
-        is_other = not all(t.is_contiguous(memory_format=torch.channels_last) for t in images)
-        return device == "cpu" and self.default == "channels_last" and is_other
+        is_plain = device == "cpu" and not (is_inside_transform() or is_autocast_on())
+        return is_plain and self.default == "channels_last" and self._in_channels_last is not None
 
     def _in_threads(self, draw: Draw, largest: int, held: int) -> list[Mechanism]:
         """The loop in threads, where each has a module of its own; other functions may share one."""
@@ -447,7 +449,7 @@ class _Run:
         if mechanism.kind in ("loop", "threads"):
             return _stacked(self._one_by_one(draws, mechanism, start))
         if mechanism.kind == "loop_channels_last":
-            return self._in_channels_last(draws, mechanism, start)
+            return self._loop_in_channels_last(draws, mechanism, start)
         if mechanism.kind == "folded":
             return self._folded(_of_kind(DropoutMasks, draws))
         is_plain = mechanism.kind == "vmap" and not self.tuner.needs_rules and seen is None
@@ -460,17 +462,28 @@ class _Run:
 
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
 
-    def _in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:
-        run = copy.copy(self)
-        run.x = optree.tree_map(_channels_last, self.x)
-        outputs = _stacked(run._one_by_one(draws, mechanism, start)).contiguous()
-        if not self.tuner.is_any_layout_right:
-            # What `flatten` gives is a copy in one layout; in another a view, through which models may write.
-            first = _stacked(self._one_by_one(index(draws, slice(0, 1)), mechanism, start))
-            if not _agree(outputs[:1], first):
+    def _loop_in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:
+        run = self._in_channels_last or self
+        if run is not self and not self.tuner.is_layout_free:
+            first = index(draws, slice(0, 1))
+            with LayoutWatch():
+                (outputs,) = run._one_by_one(first, mechanism, start)
+            (expected,) = self._one_by_one(first, mechanism, start)
+            if not _agree(outputs, expected):
                 raise RuntimeError("Outputs depend on the layout of the inputs.")
-            self.tuner.is_any_layout_right = True
-        return outputs
+            self.tuner.is_layout_free = True
+        return _stacked(run._one_by_one(draws, mechanism, start)).contiguous()
+
+    @functools.cached_property
+    def _in_channels_last(self) -> "_Run | None":
+        """The same with images in that layout, if there are any that are not."""
+        leaves, structure = optree.tree_flatten(self.x)
+        changed = [*map(_channels_last, leaves)]
+        if all(one is other for one, other in zip(changed, leaves, strict=True)):
+            return None
+        run = copy.copy(self)
+        run.x = structure.unflatten(changed)
+        return run
 
     def _folded(self, masks: list[DropoutMasks]) -> Tensor:
         if has_global_hooks():
@@ -572,16 +585,20 @@ def _stacked(outputs: list[Tensor]) -> Tensor:
 
 
 def _agree(outputs: Tensor, expected: Tensor) -> bool:
-    """Whether outputs are the same but for rounding: to half of the digits, as the largest have them."""
-    if not outputs.is_floating_point() or outputs.shape != expected.shape:
+    """Whether outputs are the same but for rounding: to half of the digits of the largest of a column."""
+    if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
+        return False
+    if not outputs.is_floating_point() or not outputs.numel():
         return torch.equal(outputs, expected)
-    largest = expected.nan_to_num(0, 0, 0).abs().max().item() if expected.numel() else 0.0
-    tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * largest
-    return torch.allclose(outputs, expected, rtol=0, atol=tolerance, equal_nan=True)
+    rows = expected.nan_to_num(0, 0, 0).abs().reshape(-1, expected.shape[-1] if expected.ndim > 1 else 1)
+    tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * rows.amax(0)
+    is_near = (outputs - expected).abs() <= tolerance
+    is_same = (outputs == expected) | (outputs.isnan() & expected.isnan())
+    return bool((is_near | is_same).all())
 
 
 def _channels_last(leaf: Any) -> Any:
-    is_image = isinstance(leaf, Tensor) and leaf.ndim == 4
+    is_image = isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.dtype in (torch.float32, torch.float64)
     return leaf.contiguous(memory_format=torch.channels_last) if is_image else leaf
 
 

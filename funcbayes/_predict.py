@@ -73,7 +73,9 @@ def predict(
             time, which changes results by rounding only. On a CPU several draws of a model from
             ``make_functional`` may then run in threads at once, each with a copy of the module: what copies
             share, as hooks and globals, should be safe among threads. With a given size, or after
-            ``torch.set_num_threads(1)``, there are no threads.
+            ``torch.set_num_threads(1)``, there are no threads. Images may come to the model in
+            ``torch.channels_last``, if what it computes was seen not to depend on it; with a given size of
+            one they come as they are.
         dtype: Evaluate in this floating-point dtype: parameters, draws and inputs are converted to it.
         keep_samples: Keep the outputs of every draw. Otherwise moments, class log-probabilities and
             entropies are accumulated, in memory that does not grow with ``S``.

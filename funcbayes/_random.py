@@ -231,7 +231,7 @@ def dropout_mask(key: Seed, place: Place) -> Tensor:
         Mask of shape ``(*k, *s)``.
     """
     if not _is_hashed(place.shape, place.device):
-        is_kept = uniform(fold(key, place.site), place.shape, device=place.device).ge_(place.rate)
+        is_kept = uniform(fold(key, place.site), place.shape, device=place.device) >= place.rate
     else:
         keys = torch.as_tensor(key).to(place.device)
         is_kept = _counted(keys, _stream_of(place), tuple(place.shape)) >= _least_kept(place)

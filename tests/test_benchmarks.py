@@ -41,7 +41,8 @@ def test_what_takes_longer_is_slower():
     assert got.at_least is None
 
 
-def test_a_machine_that_becomes_slower_is_in_favour_of_neither(monkeypatch):
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_a_machine_that_becomes_slower_is_in_favour_of_neither(monkeypatch, repeats):
     """Each call takes a tenth longer than the one before it, whichever it is."""
     seconds, order = [1.0], []
 
@@ -55,9 +56,9 @@ def test_a_machine_that_becomes_slower_is_in_favour_of_neither(monkeypatch):
 
     monkeypatch.setattr(_measure, "_timed", timed)
     monkeypatch.setattr(_measure, "_SECONDS", 0.0)
-    got = _measure.compare("case", "theirs", "ours", repeats=4)
-    assert order[-8:] == ["theirs", "ours", "ours", "theirs"] * 2
-    torch.testing.assert_close([got.low, got.ratio, got.high], [1 / 1.1, (1.1 + 1 / 1.1) / 2, 1.1])
+    got = _measure.compare("case", "theirs", "ours", repeats=repeats)
+    assert order[-2 * repeats - 1 :] == [*["theirs", "ours"] * repeats, "theirs"]
+    torch.testing.assert_close([got.low, got.ratio, got.high], [1.0, 1.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -114,13 +115,19 @@ def test_a_quick_run_has_few_of_the_cells():
     assert sizes == sorted(sizes)
 
 
-def test_no_case_begins_when_time_is_over(monkeypatch):
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_no_case_begins_when_time_is_over(monkeypatch, number):
     monkeypatch.setattr(predict_against_loop, "_ends", lambda device: {})
     monkeypatch.setattr(predict_against_loop, "compare", lambda case, *_, **__: result(1.0))
     monkeypatch.setattr(predict_against_loop, "_weights", lambda *_: (None, None))
-    answers = iter([False, True])
+    monkeypatch.setattr(predict_against_loop, "_dropout", lambda *_: (None, None))
+    answers = iter([False] * number + [True])
     monkeypatch.setattr(_measure.How, "is_over", property(lambda how: next(answers)))
-    assert len(list(predict_against_loop.run(_measure.How(repeats=2)))) == 2  # one case, and the mean of all
+    *found, last = [None, *predict_against_loop.run(_measure.How(repeats=2))]
+    assert len(found) == (number + 1 if number else 0)
+    if number:
+        assert last.case == f"geometric mean of the first {number} of {6 * 12 * 2}"
+        assert last.at_least is None
 
 
 @pytest.mark.parametrize(

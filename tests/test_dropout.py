@@ -1,5 +1,6 @@
 """Dropout as a posterior: its masks against torch's own dropout, written out by hand, and in law."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -1016,14 +1017,60 @@ def test_masks_are_made_before_the_model_is_called_once_their_places_are_known(
     make, shape = ROW_WISE[name]
     fn, params = functional(make)
     x = randn(*shape)
-    alone = torch.cat([draws(fn, params, x, num_samples=s + 1, chunk_size=1)[s:] for s in range(6)])
+    with unprepared():
+        draws(fn, params, x)
+        made_in_place.clear()
+        alone = draws(fn, params, x)
     wanted = made_in_place[:]
     for _ in range(2):
         made_in_place.clear()
         torch.testing.assert_close(draws(fn, params, x), alone)
-    are_too_large = [sizes for sizes in set(wanted) if torch.Size(sizes).numel() > largest]
-    assert set(made_in_place) == set(are_too_large)
-    assert bool(made_in_place) == bool(are_too_large)
+    assert made_in_place == [shape for shape in wanted if torch.Size(shape).numel() > largest]
+
+
+@contextlib.contextmanager
+def unprepared():
+    """All masks are made where they are met."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _engine, "prepared", lambda keys, places: [_prepared.Prepared({}, []) for _ in range(len(keys))]
+        )
+        yield
+
+
+WIDE = 300  # numbers of one mask, more than are made by hashing
+
+
+def test_masks_made_beforehand_are_the_same_inside_of_transforms():
+    fn, params = functional(lambda: nn.Sequential(nn.Linear(3, WIDE), nn.Dropout(P), nn.Linear(WIDE, 2)))
+    x = randn(4, 3)
+
+    def outputs(x, seed=0):
+        return draws(fn, params, x, seed=seed, chunk_size=1)
+
+    with unprepared():
+        alone, slope = outputs(x), grad(lambda x: outputs(x).square().sum())(x)
+        each = torch.stack([outputs(row[None]) for row in x])
+    torch.testing.assert_close(outputs(x), alone)
+    torch.testing.assert_close(torch.vmap(lambda row: outputs(row[None]))(x), each)
+    torch.testing.assert_close(grad(lambda x: outputs(x).square().sum())(x), slope)
+    seeds = torch.vmap(lambda seed: outputs(x, seed))(torch.arange(2))
+    torch.testing.assert_close(seeds[0], alone)
+
+
+def test_masks_made_beforehand_are_those_of_each_dtype():
+    """The places of a call are those of the last one with its shapes, which may have been under autocast."""
+    fn, params = fb.make_functional(
+        nn.Sequential(nn.Linear(3, WIDE), nn.Dropout(P), nn.Linear(WIDE, 7), nn.Dropout(0.5))
+    )
+    x = randn(4, 3).float()
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
+            with unprepared():
+                alone = draws(fn, params, x, chunk_size=1)
+            got = draws(fn, params, x, chunk_size=1)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, alone, rtol=0, atol=0)
 
 
 def test_masks_made_beforehand_are_those_of_batches_and_of_this_call(made_in_place):
@@ -1034,7 +1081,8 @@ def test_masks_made_beforehand_are_those_of_batches_and_of_this_call(made_in_pla
     two = fb.join(fb.Dropout(rate=0.5, where="3"), fb.Dropout(where="8*"))
     one = [fb.Dropout(where=chosen("3")), fb.Dropout(where=chosen("36")), fb.Dropout(0.6), fb.Dropout()]
     for posterior in (*one, two, *one):
-        alone = fb.predict_batches(fn, params, posterior, x.split(2), chunk_size=1, **options).samples
+        with unprepared():
+            alone = fb.predict_batches(fn, params, posterior, x.split(2), chunk_size=1, **options).samples
         for _ in range(2):
             got = fb.predict_batches(fn, params, posterior, x.split(2), **options).samples
             torch.testing.assert_close(got, alone)
@@ -1056,7 +1104,8 @@ def test_masks_made_beforehand_are_not_those_of_a_place_that_is_not_met(made_in_
 
     fn, params = functional(Sometimes)
     x = torch.ones(4, 5, dtype=F64)
-    alone = draws(fn, params, x, num_samples=12, chunk_size=1)
+    with unprepared():
+        alone = draws(fn, params, x, num_samples=12, chunk_size=1)
     assert {round(draw.max().item(), 6) for draw in alone} == {4.0, 5.0}  # 1 / (0.5 * 0.5), and over 0.8
     for _ in range(3):
         torch.testing.assert_close(draws(fn, params, x, num_samples=12), alone)

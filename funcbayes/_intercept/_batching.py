@@ -76,14 +76,14 @@ class Batching(Interception):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Apply a rule if there is one."""
-        if self.copies and args and _works_in_place(func, kwargs) and isinstance(args[0], Tensor):
+        if self.copies and args and works_in_place(func, kwargs) and isinstance(args[0], Tensor):
             self.refuse_lost_writes(args[0])
         result = super().__torch_function__(func, types, args, kwargs)
-        if func in _RESHAPES and isinstance(args[0], Tensor) and isinstance(result, Tensor):
+        if func in RESHAPES and isinstance(args[0], Tensor) and isinstance(result, Tensor):
             self.note_copy(args[0], result)
         if self.seen is not None:
             self.seen.see(result)
-            self.seen.needs_rules |= func in self.handlers or _works_in_place(func, kwargs)
+            self.seen.needs_rules |= func in self.handlers or works_in_place(func, kwargs)
         return result
 
     def note_copy(self, base: Tensor, result: Tensor) -> None:
@@ -92,18 +92,18 @@ class Batching(Interception):
         if level is None:
             return
         (whole, axis), (part, _) = unwrap(base, level), unwrap(result, level)
-        if axis is not None and is_concrete(whole) and _storage(whole) != _storage(part):
+        if axis is not None and is_concrete(whole) and storage(whole) != storage(part):
             self.copies.append(part)
 
     def refuse_lost_writes(self, target: Tensor) -> None:
         """Raise if writing into ``target`` would write into a copy; plain ``vmap`` is right then."""
         level = vmap_level()
         physical = target if level is None else unwrap(target, level)[0]
-        if is_concrete(physical) and any(_storage(physical) == _storage(copy) for copy in self.copies):
+        if is_concrete(physical) and any(storage(physical) == storage(copy) for copy in self.copies):
             raise RuntimeError("A value in another layout cannot be written into through its view.")
 
 
-_RESHAPES = frozenset(
+RESHAPES = frozenset(
     (
         *(torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten, torch.Tensor.contiguous),
         *(torch.Tensor.unflatten, torch.Tensor.ravel, torch.Tensor.view_as, torch.Tensor.reshape_as),
@@ -119,7 +119,8 @@ _RESHAPES = frozenset(
 )
 
 
-def _works_in_place(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
+def works_in_place(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
+    """Whether a function writes into its first argument."""
     return bool(kwargs and kwargs.get("inplace")) or _is_in_place(func)
 
 
@@ -134,7 +135,8 @@ _IN_PLACE_OPERATORS = frozenset(
 )
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins."""
     return tensor.untyped_storage().data_ptr()
 
 

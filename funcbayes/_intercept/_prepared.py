@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from .._functorch import outside_transforms, unintercepted
 from .._random import Place, are_made_together, dropout_mask, dropout_masks
 
 # Larger masks take long enough to make wherever that is done.
@@ -18,7 +19,7 @@ class Prepared:
 
     Args:
         masks: Those that there are.
-        places: Where they were wanted the last time; replaced by those of this evaluation.
+        places: Where they were wanted the last time, but for large ones; replaced by those of this time.
     """
 
     def __init__(self, masks: dict[Place, Tensor], places: list[Place]) -> None:
@@ -26,7 +27,7 @@ class Prepared:
         self._wanted: list[Place] = []
 
     def mask(self, keys: Tensor, place: Place) -> Tensor | None:
-        """The mask of a place, unless it was not expected."""
+        """The mask of a place, if it was expected to be wanted."""
         if math.prod(place.shape) <= _LARGEST:
             self._wanted.append(place)
         return self._masks.pop(place, None)
@@ -44,15 +45,21 @@ def prepared(keys: Tensor, places: list[Place]) -> list[Prepared]:
         keys: int64 ``(k,)``, of each draw, which can be read.
         places: Where masks were wanted the last time.
     """
-    made: list[dict[Place, Tensor]] = [{} for _ in keys]
-    together = tuple(
-        place for place in places if are_made_together(keys, place) and place.dtype == places[0].dtype
-    )
+    made: list[dict[Place, Tensor]] = [{} for _ in range(len(keys))]
+    known = tuple(dict.fromkeys(places))  # another thread may replace them
+    if known:
+        with unintercepted(), outside_transforms():
+            _make(made, keys, known)
+    return [Prepared(own, places) for own in made]
+
+
+def _make(made: list[dict[Place, Tensor]], keys: Tensor, places: tuple[Place, ...]) -> None:
+    dtype = places[0].dtype
+    together = tuple(place for place in places if are_made_together(keys, place) and place.dtype == dtype)
     if together:
         for place, masks in zip(together, dropout_masks(keys, together), strict=True):
             for own, mask in zip(made, masks.unbind(0), strict=True):
                 own[place] = mask
-    alone = set(places).difference(together)
+    alone = [place for place in places if place not in together]
     for own, key in zip(made, keys.tolist(), strict=True):
         own.update((place, dropout_mask(key, place)) for place in alone)
-    return [Prepared(own, places) for own in made]
