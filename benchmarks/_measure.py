@@ -94,9 +94,9 @@ def compare(
     """Time both in turns, so that what disturbs the machine disturbs both.
 
     A timing of ours is compared with the geometric mean of theirs before and after it, so that a machine that
-    becomes slower or faster is in favour of neither. The engine learns from its first calls which mechanism is
-    fastest, so these belong to the warm-up, which ends early where calls are long. There are as many timings
-    as ``repeats``, of quick calls more, and three of very long ones.
+    becomes slower or faster is in favour of neither. The engine learns from its first calls which mechanism
+    is fastest, so these belong to the warm-up, which ends early where calls are long. There are as many
+    timings as ``repeats``, of quick calls more, and three of very long ones.
     """
     return _in_turns(case, [_timed(theirs), _timed(ours)], repeats, at_least, warm_up, seconds, of_interval)
 
