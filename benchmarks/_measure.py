@@ -1,9 +1,9 @@
 """Timing two ways of doing one thing against each other, in one run."""
 
 import datetime
-import itertools
 import math
 import multiprocessing
+import operator
 import os
 import platform
 import statistics
@@ -25,8 +25,8 @@ _T = TypeVar("_T")
 # A warm-up of long calls ends after so many seconds, but not before so many calls.
 _WARM_UP_SECONDS, _FEWEST = 8.0, 7
 _SECONDS = 2.0  # of timing at least, so that quick calls are timed more often than they have to be
-# After so many seconds there is no more warming up, and three timings are enough.
-_PATIENCE, _ENOUGH = 30.0, 3
+# After so many seconds there is no more warming up, and four pairs of timings are enough.
+_PATIENCE, _ENOUGH = 30.0, 4
 _REST = 0.05  # seconds in which the threads of another process go to sleep
 
 
@@ -93,10 +93,10 @@ def compare(
 ) -> Result:
     """Time both in turns, so that what disturbs the machine disturbs both.
 
-    A timing of ours is compared with the geometric mean of theirs before and after it, so that a machine that
-    becomes slower or faster is in favour of neither. The engine learns from its first calls which mechanism
-    is fastest, so these belong to the warm-up, which ends early where calls are long. There are as many
-    timings as ``repeats``, of quick calls more, and three of very long ones.
+    Of every other pair of timings ours is the first, and their number is even, so that a machine that becomes
+    slower or faster is in favour of neither. The engine learns from its first calls which mechanism is
+    fastest, so these belong to the warm-up, which ends early where calls are long. There are at least as many
+    pairs as ``repeats``, of quick calls more, and four of very long ones.
     """
     return _in_turns(case, [_timed(theirs), _timed(ours)], repeats, at_least, warm_up, seconds, of_interval)
 
@@ -175,16 +175,15 @@ def _in_turns(
     theirs, ours = sides
     once = [_warmed_up(theirs, most=3, fewest=1), _warmed_up(ours, most=warm_up, fewest=_FEWEST)]
     of_theirs, of_ours = (max(1, int(seconds / each)) for each in once)
-    their_times, our_times = [theirs(of_theirs)], []
+    their_times, our_times = [], []
     began = time.perf_counter()
     while (elapsed := time.perf_counter() - began) < _SECONDS or len(our_times) < repeats:
         if elapsed > _PATIENCE and len(our_times) >= _ENOUGH:
             break
-        our_times.append(ours(of_ours))
         their_times.append(theirs(of_theirs))
-    around = itertools.pairwise(their_times)
-    ratios = [math.sqrt(before * after) / own for (before, after), own in zip(around, our_times, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+        our_times += [ours(of_ours), ours(of_ours)]
+        their_times.append(theirs(of_theirs))
+    low, middle, high = statistics.quantiles(map(operator.truediv, their_times, our_times), n=4)
     theirs_ms, ours_ms = (1e3 * statistics.median(times) for times in (their_times, our_times))
     return Result(case, middle, low, high, theirs_ms, ours_ms, at_least, of_interval=of_interval)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
-from ._functorch import is_autocast_on, is_inside_transform, is_readable, map_first_axis
+from ._functorch import is_autocast_on, is_concrete, is_inside_transform, is_readable, map_first_axis
 from ._intercept import (
     Batching,
     DropoutMasks,
@@ -61,6 +61,7 @@ _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than t
 _HOPELESS, _TRIALS = 2.0, 4
 # Where the loop and the best of the others are within this factor, both are timed on, so often in all.
 _CLOSE, _FINAL = 1.25, 10
+_LAST_DIGITS = 64  # so many units in the last place of the largest output are taken for rounding
 
 _T = TypeVar("_T")
 _LOOPS = "loop", "loop_channels_last", "threads"
@@ -232,11 +233,13 @@ class _Run:
         self.num_draws = num_draws = len(numbers)
         self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
         around = torch.get_num_threads(), may_divide(), is_autocast_on(), torch.is_grad_enabled()
-        self.cell = (key, num_draws, signature(x), *around, is_inside_transform())
+        self.has_other_layout = any(map(_has_other_layout, tensors(x)))
+        self.cell = (key, num_draws, signature(x), self.has_other_layout, *around, is_inside_transform())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
         # Autocast does not reach all that `vmap` makes of a model, but what the rules make of it.
         self.bare: Kind = self.default if is_autocast_on() else "vmap"
         self.tuner = self._tuner()
+        self.was_watched = False
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of a given size, whose results do not depend on what was learned before."""
@@ -369,7 +372,7 @@ class _Run:
         return [
             Mechanism(first, top),
             loop,
-            *([Mechanism("loop_channels_last", loop.chunk)] if self._may_change_layout(device) else []),
+            *([Mechanism("loop_channels_last", loop.chunk)] if self._may_change_layout() else []),
             *(self._in_threads(draw, largest, held) if device == "cpu" else []),
             *(Mechanism(first, chunk) for chunk in chunks),
             *(Mechanism(kind, top) for kind in dict.fromkeys((self.default, self.bare)) if kind != first),
@@ -388,10 +391,10 @@ class _Run:
             and not tensors(draw.leaves)
         )
 
-    def _may_change_layout(self, device: str) -> bool:
+    def _may_change_layout(self) -> bool:
         """Whether there are images that a loop could have in the layout in which kernels are fastest."""
-        is_plain = device == "cpu" and not (is_inside_transform() or is_autocast_on())
-        return is_plain and self.default == "channels_last" and self._in_channels_last is not None
+        is_plain = not (is_inside_transform() or is_autocast_on())
+        return is_plain and self.has_other_layout and self.default == "channels_last"
 
     def _in_threads(self, draw: Draw, largest: int, held: int) -> list[Mechanism]:
         """The loop in threads, where each has a module of its own; other functions may share one."""
@@ -463,26 +466,31 @@ class _Run:
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
 
     def _loop_in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:
-        run = self._in_channels_last or self
-        if run is not self and not self.tuner.is_layout_free:
-            first = index(draws, slice(0, 1))
-            with LayoutWatch():
-                (outputs,) = run._one_by_one(first, mechanism, start)
+        run = self._in_channels_last
+        if run.was_watched:
+            return _stacked(run._one_by_one(draws, mechanism, start)).contiguous()
+        # The first draw of a call shows what a model does with its inputs: draws take no ways of their own.
+        first, others = (index(draws, part) for part in (slice(0, 1), slice(1, None)))
+        with LayoutWatch() as watch:
+            outputs = run._one_by_one(first, mechanism, start)
+        if watch.reason is not None:
+            raise RuntimeError(watch.reason)
+        if not self.tuner.is_layout_free:
             (expected,) = self._one_by_one(first, mechanism, start)
-            if not _agree(outputs, expected):
+            if not _agree(outputs[0], expected, self.x):
                 raise RuntimeError("Outputs depend on the layout of the inputs.")
             self.tuner.is_layout_free = True
-        return _stacked(run._one_by_one(draws, mechanism, start)).contiguous()
+        run.was_watched = True
+        if len(tensors(others)[0]):
+            outputs = [*outputs, *run._one_by_one(others, mechanism, start + 1)]
+        return _stacked(outputs).contiguous()
 
     @functools.cached_property
-    def _in_channels_last(self) -> "_Run | None":
-        """The same with images in that layout, if there are any that are not."""
-        leaves, structure = optree.tree_flatten(self.x)
-        changed = [*map(_channels_last, leaves)]
-        if all(one is other for one, other in zip(changed, leaves, strict=True)):
-            return None
+    def _in_channels_last(self) -> "_Run":
+        """The same with images in that layout."""
         run = copy.copy(self)
-        run.x = structure.unflatten(changed)
+        run.x = optree.tree_map(_channels_last, self.x)
+        run.was_watched = False
         return run
 
     def _folded(self, masks: list[DropoutMasks]) -> Tensor:
@@ -584,22 +592,34 @@ def _stacked(outputs: list[Tensor]) -> Tensor:
     return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
 
 
-def _agree(outputs: Tensor, expected: Tensor) -> bool:
-    """Whether outputs are the same but for rounding: to half of the digits of the largest of a column."""
+def _agree(outputs: Tensor, expected: Tensor, x: Any) -> bool:
+    """Whether outputs are the same but for rounding: to half of the digits of the largest of a column.
+
+    The digits are those of the outputs or of the inputs, whichever have fewer. Of the largest of all outputs
+    a few of the last ones may differ, too: a column may be what is left of a difference.
+    """
     if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
         return False
     if not outputs.is_floating_point() or not outputs.numel():
         return torch.equal(outputs, expected)
     rows = expected.nan_to_num(0, 0, 0).abs().reshape(-1, expected.shape[-1] if expected.ndim > 1 else 1)
-    tolerance = torch.finfo(outputs.dtype).eps ** 0.5 * rows.amax(0)
+    dtypes = {t.dtype for t in (outputs, *tensors(x)) if t.is_floating_point()}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    tolerance = (eps**0.5 * rows.amax(0)).clamp_min(_LAST_DIGITS * eps * rows.max())
     is_near = (outputs - expected).abs() <= tolerance
     is_same = (outputs == expected) | (outputs.isnan() & expected.isnan())
     return bool((is_near | is_same).all())
 
 
+def _has_other_layout(x: Tensor) -> bool:
+    """Whether these are images on the CPU that are not in the layout in which kernels are fastest."""
+    is_image = x.ndim == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    return is_image and is_concrete(x) and not x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _channels_last(leaf: Any) -> Any:
-    is_image = isinstance(leaf, Tensor) and leaf.ndim == 4 and leaf.dtype in (torch.float32, torch.float64)
-    return leaf.contiguous(memory_format=torch.channels_last) if is_image else leaf
+    is_other = isinstance(leaf, Tensor) and _has_other_layout(leaf)
+    return leaf.contiguous(memory_format=torch.channels_last) if is_other else leaf
 
 
 def _has_images(x: Any) -> bool:

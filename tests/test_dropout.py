@@ -1059,9 +1059,12 @@ def test_masks_made_beforehand_are_the_same_inside_of_transforms():
 
 
 def test_masks_made_beforehand_are_those_of_each_dtype():
-    """The places of a call are those of the last one with its shapes, which may have been under autocast."""
+    """Places are those of the last call with its shapes, and norms have more digits under autocast."""
     fn, params = fb.make_functional(
-        nn.Sequential(nn.Linear(3, WIDE), nn.Dropout(P), nn.Linear(WIDE, 7), nn.Dropout(0.5))
+        nn.Sequential(
+            *(nn.Linear(3, WIDE), nn.LayerNorm(WIDE), nn.Dropout(P), nn.Linear(WIDE, 7), nn.Dropout(0.5)),
+            *(nn.LayerNorm(7), nn.Dropout(0.4), nn.Linear(7, 4), nn.Dropout(0.2)),
+        )
     )
     x = randn(4, 3).float()
     for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):

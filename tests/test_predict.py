@@ -265,15 +265,68 @@ def by_layout_unnoticed(h):
         return by_layout(h)
 
 
+# Of these the first inputs do not show that something is written into.
+
+
+def clamped(h):
+    h.flatten(1).clamp_(max=30.0)
+    return h.reshape(len(h), -1)
+
+
+def clamped_by_keywords(h):
+    F.hardtanh(input=torch.flatten(input=h, start_dim=1), min_val=-1e9, max_val=30.0, inplace=True)
+    return h.reshape(len(h), -1)
+
+
+def clamped_into(h):
+    flat = h.flatten(1)
+    torch.clamp(flat, max=30.0, out=flat)
+    return h.reshape(len(h), -1)
+
+
+def clamped_several(h):
+    torch._foreach_clamp_max_([h.flatten(1)], 30.0)
+    return h.reshape(len(h), -1)
+
+
+def clamped_items(h):
+    flat = h.flatten(1)
+    flat[flat > 30.0] = 30.0
+    return h.reshape(len(h), -1)
+
+
+def clamped_with_channels_last(h):  # where that is a view, and a copy otherwise
+    t = h.permute(0, 2, 3, 1).contiguous().clamp_(max=30.0)
+    return h.flatten(1) + t.mean((1, 2, 3)).unsqueeze(1)
+
+
+def clamped_as_contiguous(h):
+    h.to(memory_format=torch.contiguous_format).clamp_(max=30.0)
+    return h.flatten(1)
+
+
+def clamped_and_caught(h):
+    try:
+        h.flatten(1).clamp_(max=30.0)
+    except RuntimeError:
+        pass
+    return h.reshape(len(h), -1)
+
+
 FLAT = {
     **{"flatten": (lambda h: h.flatten(1), True), "reshape": (lambda h: h.reshape(len(h), -1), True)},
     "written into before": (lambda h: h.add_(1.0).flatten(1), True),
+    "written into what came of it": (lambda h: F.relu(h.flatten(1) + 1.0, inplace=True), True),
     "view": (lambda h: h.view(len(h), -1), False),
     **{f.__name__: (f, False) for f in (written_into, written_into_later, by_strides, by_layout)},
     "by_layout_unnoticed": (by_layout_unnoticed, False),
+    **{f.__name__: (f, False) for f in (clamped, clamped_by_keywords, clamped_into, clamped_several)},
+    **{f.__name__: (f, False) for f in (clamped_items, clamped_with_channels_last, clamped_as_contiguous)},
+    "clamped_and_caught": (clamped_and_caught, False),
 }
 
 
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("name", FLAT)
 def test_a_loop_in_another_layout_is_left_where_the_model_depends_on_it(monkeypatch, name, drops):
@@ -281,7 +334,7 @@ def test_a_loop_in_another_layout_is_left_where_the_model_depends_on_it(monkeypa
     flat, is_taken = FLAT[name]
     fn, params = fb.make_functional(NoticesLayout(flat).double())
     q = fb.Dropout() if drops else zoo.gaussian(params)
-    x, options = randn(6, 2, 6, 6), {"num_samples": 8, "seed": 3}
+    x, options = 40 * randn(6, 2, 6, 6), {"num_samples": 8, "seed": 3}
     expected = fb.predict(fn, params, q, x, chunk_size=1, **options).samples
     _always(monkeypatch, "loop_channels_last", 5)
     if name != "by_layout_unnoticed":  # inputs that tell little
@@ -307,8 +360,54 @@ def test_a_loop_in_another_layout_is_left_where_the_model_depends_on_it(monkeypa
 )
 def test_outputs_agree_if_each_column_does(change, is_rounding):
     outputs = torch.tensor([[1e4, 1.0], [-3e4, 2.0], [float("inf"), float("nan")]])
-    assert _engine._agree(change(outputs), outputs) == is_rounding
-    assert _engine._agree(outputs.long()[:2], outputs.long()[:2])
+    assert _engine._agree(change(outputs), outputs, outputs) == is_rounding
+    assert _engine._agree(outputs.long()[:2], outputs.long()[:2], outputs)
+
+
+def test_a_column_that_is_left_of_a_difference_agrees_to_the_last_digits():
+    outputs = torch.tensor([[10.0, 1e-7], [-20.0, 0.0]])
+    assert _engine._agree(outputs + torch.tensor([0.0, 1e-6]), outputs, outputs)
+    assert not _engine._agree(outputs + torch.tensor([0.0, 1e-3]), outputs, outputs)
+
+
+def test_outputs_agree_to_the_digits_of_the_inputs():
+    outputs = torch.tensor([[1.0], [2.0]], dtype=F64)
+    for x, is_rounding in ((outputs.float(), True), (outputs, False)):
+        assert _engine._agree(outputs * (1 + 1e-6), outputs, x) == is_rounding
+
+
+def test_a_model_that_depends_on_the_layout_for_some_inputs_only_is_watched_at_every_call(monkeypatch):
+    class FillsGaps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(64, 2)
+
+        def forward(self, x):
+            h = self.conv(x.nan_to_num())
+            if x.isnan().any():
+                h.flatten(1).mul_(0.5)
+            return self.head(h.flatten(1))
+
+    fn, params = fb.make_functional(FillsGaps().double())
+    q, x, options = zoo.gaussian(params), randn(6, 2, 6, 6), {"num_samples": 8, "seed": 3}
+    _always(monkeypatch, "loop_channels_last", 5)
+    for inputs in (x, x.masked_fill(x > 2, float("nan")), x):
+        expected = fb.predict(fn, params, q, inputs, chunk_size=1, **options).samples
+        assert_close(fb.predict(fn, params, q, inputs, **options).samples, expected)
+
+
+def test_inputs_of_a_plain_function_are_not_written_into_in_another_layout(monkeypatch):
+    def fn(params, x):
+        rows = x.permute(0, 2, 3, 1).contiguous()  # a copy of images as they are mostly
+        rows /= 2.0
+        return rows.mean((1, 2)) @ params["w"]
+
+    q = zoo.gaussian({"w": randn(2, 3)})
+    x, options = randn(6, 2, 6, 6), {"num_samples": 8, "seed": 3}
+    expected = fb.predict(fn, None, q, x, chunk_size=1, **options).samples
+    _always(monkeypatch, "loop_channels_last", 5)
+    for _ in range(2):
+        assert_close(fb.predict(fn, None, q, x, **options).samples, expected)
 
 
 def test_a_call_that_is_mapped_does_not_spoil_what_was_learned_of_others(monkeypatch):

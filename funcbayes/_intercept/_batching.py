@@ -79,8 +79,8 @@ class Batching(Interception):
         if self.copies and args and works_in_place(func, kwargs) and isinstance(args[0], Tensor):
             self.refuse_lost_writes(args[0])
         result = super().__torch_function__(func, types, args, kwargs)
-        if func in RESHAPES and isinstance(args[0], Tensor) and isinstance(result, Tensor):
-            self.note_copy(args[0], result)
+        if func in RESHAPES and isinstance(result, Tensor):
+            self.note_copy(args[0] if args else (kwargs or {})["input"], result)
         if self.seen is not None:
             self.seen.see(result)
             self.seen.needs_rules |= func in self.handlers or works_in_place(func, kwargs)

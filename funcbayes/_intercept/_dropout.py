@@ -79,9 +79,8 @@ def with_dropout(
     Args:
         fn: Pure model.
         masks: Effects, unbatched (or batched by a surrounding ``vmap``).
-        source: Where masks come from that are not made for each place when it is met; these are not shared.
-            For ``Folded`` ones the effects have the keys of several draws, and ``fn`` should treat rows one
-            by one.
+        source: Gives masks that were made beforehand, or those of several draws (``Folded``), whose keys the
+            effects then have: ``fn`` should treat rows one by one. Masks are not shared.
 
     Returns:
         A function of ``(params, x)``; with ``Folded`` masks, outputs have the rows of all draws. It raises

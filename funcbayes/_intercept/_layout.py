@@ -6,43 +6,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tree import tensors
 from ._batching import RESHAPES, storage, works_in_place
 from ._call import Interception
 
 
 class LayoutWatch(Interception):
-    """Raises ``RuntimeError`` where what a model computes depends on how its values lie in memory.
+    """Raises ``RuntimeError`` where results may depend on how values lie in memory.
 
-    A value in another layout is copied where it would be viewed. Then a model that writes into one of the two
-    writes into one where it would into both.
+    Of `flatten`, `contiguous` and others it is a matter of the layout whether they give a view or a copy. So
+    nothing that has gone through them, and nothing that came of it, should be written into afterwards; and a
+    model should not ask for a layout.
+
+    Attributes:
+        reason: Why it has raised, for models that go on nevertheless.
     """
 
     def __init__(self) -> None:
         super().__init__({})
-        self.copied: list[Tensor] = []
+        self.reason: str | None = None
+        self._passed: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Watch a function."""
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        if self.copied and first is not None and works_in_place(func, kwargs):
-            self._refuse_writing(first)
+        kwargs = kwargs or {}
+        given = tensors(args[:1]) if args else tensors([kwargs.get("input"), kwargs.get("self")])
+        if func in _OF_THE_LAYOUT or kwargs.get("memory_format") not in (None, torch.preserve_format):
+            self._refuse("A layout is asked for.")
+        if self._passed and (works_in_place(func, kwargs) or kwargs.get("out") is not None):
+            passed = {storage(value) for value in self._passed}
+            if any(storage(value) in passed for value in (*given, *tensors(kwargs.get("out")))):
+                self._refuse("A value is written into that may be a view of another one.")
         result = super().__torch_function__(func, types, args, kwargs)
-        if first is None or first.is_contiguous():
-            return result
-        if func in _OF_THE_LAYOUT:
-            raise RuntimeError("The layout of a value is asked for.")
-        if func in RESHAPES and isinstance(result, Tensor) and storage(first) != storage(result):
-            self.copied += [first, result]
+        if func in RESHAPES:
+            self._passed += (*given, *tensors(result))
         return result
 
-    def _refuse_writing(self, target: Tensor) -> None:
-        if any(storage(target) == storage(value) for value in self.copied):
-            raise RuntimeError("A value in another layout cannot be written into through its view.")
+    def _refuse(self, reason: str) -> None:
+        self.reason = reason
+        raise RuntimeError(reason)
 
 
 _OF_THE_LAYOUT: frozenset[Callable[..., Any]] = frozenset(
     (
-        *(torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.as_strided, torch.as_strided),
-        *(torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor.numpy),
+        *(torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.dim_order),
+        *(torch.Tensor.as_strided, torch.as_strided, torch.Tensor.as_strided_),
+        *(torch.Tensor.resize_, torch.Tensor.resize_as_, torch.Tensor.set_),
+        *(torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage),
+        *(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__),
     )
 )
