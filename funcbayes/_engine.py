@@ -59,6 +59,8 @@ _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than t
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
 # It is timed twice more where it is within this factor of the best, for something may have disturbed it.
 _HOPELESS, _TRIALS = 2.0, 4
+# Caches and threads matter little to a chunk of so many seconds: one timing is enough if it is so far off.
+_LONG, _FAR = 0.5, 1.5
 # Where the loop and the best of the others are within this factor, both are timed on, so often in all.
 _CLOSE, _FINAL = 1.25, 10
 _LAST_DIGITS = 64  # so many units in the last place of the largest output are taken for rounding
@@ -150,9 +152,12 @@ class _Tuner:
         if not self._is_possible(candidate):
             return False
         taken = self.seconds.get(candidate, ())
-        if not taken or len(taken) % 2:
+        if not taken:
             return True
         best = min(min(times) for times in list(self.seconds.values()))  # another thread may add to them
+        if len(taken) % 2:
+            is_long = taken[0] * candidate.chunk > _LONG
+            return not (is_long and min(taken) > _FAR * best)
         return len(taken) < _TRIALS and min(taken) < _HOPELESS * best
 
 
@@ -373,7 +378,7 @@ class _Run:
             Mechanism(first, top),
             loop,
             *([Mechanism("loop_channels_last", loop.chunk)] if self._may_change_layout() else []),
-            *(self._in_threads(draw, largest, held) if device == "cpu" else []),
+            *(self._in_threads(draw, largest, several, held) if device == "cpu" else []),
             *(Mechanism(first, chunk) for chunk in chunks),
             *(Mechanism(kind, top) for kind in dict.fromkeys((self.default, self.bare)) if kind != first),
             *([Mechanism(other, top)] if _has_images(self.x) else []),
@@ -396,12 +401,12 @@ class _Run:
         is_plain = not (is_inside_transform() or is_autocast_on())
         return is_plain and self.has_other_layout and self.default == "channels_last"
 
-    def _in_threads(self, draw: Draw, largest: int, held: int) -> list[Mechanism]:
+    def _in_threads(self, draw: Draw, largest: int, several: int, held: int) -> list[Mechanism]:
         """The loop in threads, where each has a module of its own; other functions may share one."""
         if not isinstance(self.fn, FunctionalModule) or draw.effects or not may_divide():
             return []
         count = torch.get_num_threads()
-        chunk = min(self.num_draws, held, count * max(1, _LOOPED // count))
+        chunk = min(self.num_draws, held, count * max(1, several // count))
         each = largest + sum(t.nbytes for t in tensors(self.x))  # of which a module may have its own
         is_small = min(count, chunk) * each <= _IN_THREADS
         return [Mechanism("threads", chunk)] if chunk > 1 and is_small else []

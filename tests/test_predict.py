@@ -107,10 +107,20 @@ def test_one_disturbed_timing_of_a_mechanism_does_not_decide(disturbed, is_found
     while mechanism := tuner.next_to_time():
         number = len(tuner.seconds.get(mechanism, ()))
         factor = 3.0 if mechanism != last else 1.8 if mechanism == best and number in disturbed else 1.0
-        tuner.record(mechanism, true[mechanism] * factor / 8)
+        tuner.record(mechanism, 0.01 * true[mechanism] * factor / 8)
         last = mechanism
     assert (tuner.fastest() == best) == is_found
     assert [len(tuner.seconds[m]) for m in (best, hopeless)] == [4, 2]  # what is slow is not tried for ever
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.01, 4), (1.0, 1)])
+def test_a_mechanism_that_is_far_off_is_timed_once_where_that_takes_long(seconds, times):
+    loop, other = _engine.Mechanism("loop", 2), _engine.Mechanism("vmap", 2)
+    tuner = _engine._Tuner([loop, other])
+    while mechanism := tuner.next_to_time():
+        tuner.record(mechanism, seconds if mechanism == loop else 1.7 * seconds)
+    assert tuner.fastest() == loop
+    assert len(tuner.seconds[other]) == times
 
 
 @pytest.mark.parametrize(("others", "is_found"), [(1.1, True), (0.9, False)])
@@ -477,6 +487,21 @@ def test_draws_of_a_loop_are_timed_together_unless_they_are_large(monkeypatch):
     for rows in (8, 2048, 4096):  # outputs of 2 KB a row; 16 MB are meant to be in work
         fb.predict(fn, None, q, torch.ones(rows, 3), num_samples=16, seed=0)
     assert chunks == {8: 8, 2048: 4, 4096: 2}
+
+
+def test_threads_have_as_many_draws_at_a_time_as_the_loop(monkeypatch, three_threads):
+    fn, params = fb.make_functional(nn.Linear(3, 512))
+    chunks, find = {}, _engine._Run._candidates
+
+    def noting(run):
+        found = find(run)
+        chunks.update({len(run.x): m.chunk for m in found if m.kind == "threads"})
+        return found
+
+    monkeypatch.setattr(_engine._Run, "_candidates", noting)
+    for rows in (8, 4096):
+        fb.predict(fn, None, zoo.gaussian(params), torch.ones(rows, 3), num_samples=16, seed=0)
+    assert chunks == {8: 6, 4096: 3}  # of each thread as many
 
 
 class NoticesThreads(torch.nn.Linear):
