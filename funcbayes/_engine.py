@@ -24,7 +24,7 @@ from torch import Tensor
 from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
-from ._functorch import is_autocast_on, is_concrete, is_inside_transform, is_readable, map_first_axis
+from ._functorch import is_autocast_on, is_inside_transform, is_readable, map_first_axis
 from ._intercept import (
     Batching,
     DropoutMasks,
@@ -36,6 +36,7 @@ from ._intercept import (
     prepared,
     with_dropout,
 )
+from ._layout import agree, channels_last, has_other_layout
 from ._linearize import Linearization, with_linearization
 from ._random import Place, Seed, fold, forked
 from ._remember import Remembered
@@ -63,7 +64,6 @@ _HOPELESS, _TRIALS = 2.0, 4
 _LONG, _FAR = 0.5, 1.5
 # Where the loop and the best of the others are within this factor, both are timed on, so often in all.
 _CLOSE, _FINAL = 1.25, 10
-_LAST_DIGITS = 64  # so many units in the last place of the largest output are taken for rounding
 
 _T = TypeVar("_T")
 _LOOPS = "loop", "loop_channels_last", "threads"
@@ -238,7 +238,7 @@ class _Run:
         self.num_draws = num_draws = len(numbers)
         self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
         around = torch.get_num_threads(), may_divide(), is_autocast_on(), torch.is_grad_enabled()
-        self.has_other_layout = any(map(_has_other_layout, tensors(x)))
+        self.has_other_layout = any(map(has_other_layout, tensors(x)))
         self.cell = (key, num_draws, signature(x), self.has_other_layout, *around, is_inside_transform())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
         # Autocast does not reach all that `vmap` makes of a model, but what the rules make of it.
@@ -482,7 +482,7 @@ class _Run:
             raise RuntimeError(watch.reason)
         if not self.tuner.is_layout_free:
             (expected,) = self._one_by_one(first, mechanism, start)
-            if not _agree(outputs[0], expected, self.x):
+            if not agree(outputs[0], expected, self.x):
                 raise RuntimeError("Outputs depend on the layout of the inputs.")
             self.tuner.is_layout_free = True
         run.was_watched = True
@@ -494,7 +494,7 @@ class _Run:
     def _in_channels_last(self) -> "_Run":
         """The same with images in that layout."""
         run = copy.copy(self)
-        run.x = optree.tree_map(_channels_last, self.x)
+        run.x = optree.tree_map(channels_last, self.x)
         run.was_watched = False
         return run
 
@@ -595,36 +595,6 @@ def _of_kind(kind: type[_T], draw: Draw) -> list[_T]:
 
 def _stacked(outputs: list[Tensor]) -> Tensor:
     return outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
-
-
-def _agree(outputs: Tensor, expected: Tensor, x: Any) -> bool:
-    """Whether outputs are the same but for rounding: to half of the digits of the largest of a column.
-
-    The digits are those of the outputs or of the inputs, whichever have fewer. Of the largest of all outputs
-    a few of the last ones may differ, too: a column may be what is left of a difference.
-    """
-    if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
-        return False
-    if not outputs.is_floating_point() or not outputs.numel():
-        return torch.equal(outputs, expected)
-    rows = expected.nan_to_num(0, 0, 0).abs().reshape(-1, expected.shape[-1] if expected.ndim > 1 else 1)
-    dtypes = {t.dtype for t in (outputs, *tensors(x)) if t.is_floating_point()}
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    tolerance = (eps**0.5 * rows.amax(0)).clamp_min(_LAST_DIGITS * eps * rows.max())
-    is_near = (outputs - expected).abs() <= tolerance
-    is_same = (outputs == expected) | (outputs.isnan() & expected.isnan())
-    return bool((is_near | is_same).all())
-
-
-def _has_other_layout(x: Tensor) -> bool:
-    """Whether these are images on the CPU that are not in the layout in which kernels are fastest."""
-    is_image = x.ndim == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-    return is_image and is_concrete(x) and not x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _channels_last(leaf: Any) -> Any:
-    is_other = isinstance(leaf, Tensor) and _has_other_layout(leaf)
-    return leaf.contiguous(memory_format=torch.channels_last) if is_other else leaf
 
 
 def _has_images(x: Any) -> bool:

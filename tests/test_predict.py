@@ -37,7 +37,7 @@ from zoo import (
 )
 
 import funcbayes as fb
-from funcbayes import _engine, _threads
+from funcbayes import _engine, _layout, _threads
 from funcbayes._functorch import physical
 from funcbayes.covariances import Diagonal
 from funcbayes.likelihoods import Categorical, Normal
@@ -370,20 +370,20 @@ def test_a_loop_in_another_layout_is_left_where_the_model_depends_on_it(monkeypa
 )
 def test_outputs_agree_if_each_column_does(change, is_rounding):
     outputs = torch.tensor([[1e4, 1.0], [-3e4, 2.0], [float("inf"), float("nan")]])
-    assert _engine._agree(change(outputs), outputs, outputs) == is_rounding
-    assert _engine._agree(outputs.long()[:2], outputs.long()[:2], outputs)
+    assert _layout.agree(change(outputs), outputs, outputs) == is_rounding
+    assert _layout.agree(outputs.long()[:2], outputs.long()[:2], outputs)
 
 
 def test_a_column_that_is_left_of_a_difference_agrees_to_the_last_digits():
     outputs = torch.tensor([[10.0, 1e-7], [-20.0, 0.0]])
-    assert _engine._agree(outputs + torch.tensor([0.0, 1e-6]), outputs, outputs)
-    assert not _engine._agree(outputs + torch.tensor([0.0, 1e-3]), outputs, outputs)
+    assert _layout.agree(outputs + torch.tensor([0.0, 1e-6]), outputs, outputs)
+    assert not _layout.agree(outputs + torch.tensor([0.0, 1e-3]), outputs, outputs)
 
 
 def test_outputs_agree_to_the_digits_of_the_inputs():
     outputs = torch.tensor([[1.0], [2.0]], dtype=F64)
     for x, is_rounding in ((outputs.float(), True), (outputs, False)):
-        assert _engine._agree(outputs * (1 + 1e-6), outputs, x) == is_rounding
+        assert _layout.agree(outputs * (1 + 1e-6), outputs, x) == is_rounding
 
 
 def test_a_model_that_depends_on_the_layout_for_some_inputs_only_is_watched_at_every_call(monkeypatch):
@@ -436,11 +436,13 @@ def test_a_call_that_is_mapped_does_not_spoil_what_was_learned_of_others(monkeyp
     assert NoticesLayout.seen == [True] * 8
 
 
-def _kinds_tried(monkeypatch, fn, q, x):
+def _tried(monkeypatch, fn, q, x):
+    """Chunks of draws by kind of the mechanisms that are tried."""
     tried, find = [], _engine._Run._candidates
-    monkeypatch.setattr(_engine._Run, "_candidates", lambda run: tried.extend(find(run)) or tried)
-    fb.predict(fn, None, q, x, num_samples=8, seed=0)
-    return {m.kind for m in tried}
+    with monkeypatch.context() as patch:
+        patch.setattr(_engine._Run, "_candidates", lambda run: tried.extend(find(run)) or tried)
+        fb.predict(fn, None, q, x, num_samples=16, seed=0)
+    return {m.kind: m.chunk for m in tried}
 
 
 @pytest.mark.parametrize(
@@ -457,7 +459,7 @@ def test_a_loop_in_another_layout_is_tried_for_images_of_several_rows(
 ):
     fn, params = fb.make_functional(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()))
     q, x = (fb.to(part, device=device) for part in (zoo.gaussian(params), randn(rows, 2, 6, 6).float()))
-    assert ("loop_channels_last" in _kinds_tried(monkeypatch, fn, q, changed(x))) == is_tried
+    assert ("loop_channels_last" in _tried(monkeypatch, fn, q, changed(x))) == is_tried
 
 
 def test_images_can_be_mapped_over_while_layouts_are_chosen():
@@ -471,37 +473,17 @@ def test_images_can_be_mapped_over_while_layouts_are_chosen():
 
 def test_a_loop_in_another_layout_is_not_tried_for_what_are_no_images(monkeypatch):
     fn, params = fb.make_functional(nn.Linear(3, 2))
-    assert "loop_channels_last" not in _kinds_tried(monkeypatch, fn, zoo.gaussian(params), torch.ones(6, 3))
+    assert "loop_channels_last" not in _tried(monkeypatch, fn, zoo.gaussian(params), torch.ones(6, 3))
 
 
-def test_draws_of_a_loop_are_timed_together_unless_they_are_large(monkeypatch):
+@pytest.mark.parametrize(("rows", "of_loop", "of_threads"), [(8, 8, 6), (2048, 4, 3), (4096, 2, 3)])
+def test_draws_of_a_loop_are_timed_together_unless_they_are_large(
+    monkeypatch, three_threads, rows, of_loop, of_threads
+):
+    """Outputs have 2 KB a row, and 16 MB are meant to be in work; of each thread there are as many draws."""
     fn, params = fb.make_functional(nn.Linear(3, 512))
-    q, chunks, find = zoo.gaussian(params), {}, _engine._Run._candidates
-
-    def noting(run):
-        found = find(run)
-        chunks.update({len(run.x): m.chunk for m in found if m.kind == "loop"})
-        return found
-
-    monkeypatch.setattr(_engine._Run, "_candidates", noting)
-    for rows in (8, 2048, 4096):  # outputs of 2 KB a row; 16 MB are meant to be in work
-        fb.predict(fn, None, q, torch.ones(rows, 3), num_samples=16, seed=0)
-    assert chunks == {8: 8, 2048: 4, 4096: 2}
-
-
-def test_threads_have_as_many_draws_at_a_time_as_the_loop(monkeypatch, three_threads):
-    fn, params = fb.make_functional(nn.Linear(3, 512))
-    chunks, find = {}, _engine._Run._candidates
-
-    def noting(run):
-        found = find(run)
-        chunks.update({len(run.x): m.chunk for m in found if m.kind == "threads"})
-        return found
-
-    monkeypatch.setattr(_engine._Run, "_candidates", noting)
-    for rows in (8, 4096):
-        fb.predict(fn, None, zoo.gaussian(params), torch.ones(rows, 3), num_samples=16, seed=0)
-    assert chunks == {8: 6, 4096: 3}  # of each thread as many
+    tried = _tried(monkeypatch, fn, zoo.gaussian(params), torch.ones(rows, 3))
+    assert (tried["loop"], tried["threads"]) == (of_loop, of_threads)
 
 
 class NoticesThreads(torch.nn.Linear):

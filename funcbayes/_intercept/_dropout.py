@@ -184,9 +184,11 @@ class _DropoutMode(Interception):
         return None
 
     def _draw(self, masks: DropoutMasks, place: Place) -> Tensor:
-        made = None if self.source is None else self.source.mask(masks.key, place)
-        if made is not None:
-            return made
+        if self.source is not None:
+            with unintercepted():
+                made = self.source.mask(masks.key, place)
+            if made is not None:
+                return made
         axis = masks.row_axes[place.site] if masks.row_axes is not None else None
         if axis is None:
             return _kept(masks.key, place)

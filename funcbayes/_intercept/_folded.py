@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .._functorch import is_readable, unintercepted
+from .._functorch import is_readable
 from .._random import Place, are_made_together, dropout_mask, dropout_masks
 
 
@@ -26,10 +26,6 @@ class Folded:
 
     def mask(self, keys: Tensor, place: Place) -> Tensor:
         """The mask of a value, of which ``place`` has the shape: before the first mask that of one draw."""
-        with unintercepted():
-            return self._mask(keys, place)
-
-    def _mask(self, keys: Tensor, place: Place) -> Tensor:
         is_first, self.is_begun = not self.is_begun, True
         if is_first:
             known = tuple(self.places)
