@@ -13,7 +13,7 @@ class Remembered(Generic[_T]):
     """Values by model and by what else they depend on; safe among threads.
 
     Args:
-        most: Values remembered for one model; the oldest are forgotten.
+        most: Values remembered for one model; those that were not asked for longest are forgotten.
     """
 
     def __init__(self, most: int = 32) -> None:
@@ -29,7 +29,8 @@ class Remembered(Generic[_T]):
             with self._lock:
                 values = self._values.setdefault(owner, {})
                 if key in values:
-                    return values[key]
+                    value = values[key] = values.pop(key)  # now the last to be forgotten
+                    return value
         except TypeError:  # a callable that has no hash or takes no weak references
             return make()
         value = make()  # without the lock: it may take long, and may ask for others
