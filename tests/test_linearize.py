@@ -1,5 +1,6 @@
 """First-order Taylor models."""
 
+import dataclasses
 import pickle
 
 import optree
@@ -9,7 +10,17 @@ import zoo
 from torch import nn
 from torch.func import grad, vmap
 from torch.testing import assert_close
-from zoo import LOOPED_MODELS, MODELS, gaussian, linear, linear_params, randn, randn_like, shifted
+from zoo import (
+    LOOPED_MODELS,
+    MODELS,
+    SLOW_MODELS,
+    gaussian,
+    linear,
+    linear_params,
+    randn,
+    randn_like,
+    shifted,
+)
 
 import funcbayes as fb
 
@@ -41,6 +52,19 @@ def test_draws_are_evaluated_at_once_by_a_linearized_model(name, of_model):
     for i in range(5):
         params = zoo.overlaid(model.params, zoo.entry(draws, i))
         assert_close(got[i], expansion(model, params, x))
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm"])
+def test_a_linearized_model_is_its_own_linearization(name):
+    model = (MODELS | SLOW_MODELS)[name]()
+    x, params = model.inputs(4), shifted(model.params, randn_like(model.params, 1, 0.3))
+    once = fb.linearize(model.fn, model.params)
+    assert_close(fb.linearize(once, model.params)(params, x), once(params, x))
+    posterior = dataclasses.replace(gaussian(model.params), linearized=True)
+    got, expected = (
+        fb.predict(fn, model.params, posterior, x, num_samples=3, seed=0) for fn in (once, model.fn)
+    )
+    assert_close(got.samples, expected.samples)
 
 
 def test_a_model_that_is_linear_in_its_parameters_is_its_own_linearization():

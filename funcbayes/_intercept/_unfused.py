@@ -16,7 +16,8 @@ from ._call import Interception
 
 Args = tuple[Any, ...]
 
-_switches = threading.Lock()  # those of torch are the whole process's
+# Those of torch are the whole process's; a mode around another one comes here again in the same thread.
+_switches = threading.RLock()
 
 
 class Unfused(Interception):
