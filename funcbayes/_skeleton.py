@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._functorch import storage_version
+from ._functorch import is_readable, storage_version
 from ._guard import Attributes, is_of_torch
 from ._intercept import Call
 
@@ -34,6 +34,7 @@ class Skeleton:
             if isinstance(part, nn.RNNBase)
         ]
         self.writable = _names_of_writable_buffers(self.module, kind)
+        self.written: list[str] | None = None  # parameters, once a call has shown which
         self.placeholders = {name: store[key] for store, key, name in self.slots}
         # What a module keeps of a call, it would give to the next: buffers set, attributes, caches.
         own = [part for part in self.module.modules() if not is_of_torch(part)]
@@ -53,18 +54,24 @@ class Skeleton:
         x: Any,
         call: Call,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Evaluate with ``values`` in place, where they stay; also, in training, the buffers that changed."""
-        used = (
-            {**values, **{name: values[name].clone() for name in self.writable}} if self.writable else values
-        )
-        versions = {name: storage_version(used[name]) for name in self.writable}
+        """Evaluate with ``values`` in place, where they stay; also, in training, the buffers that changed.
+
+        A module may write into its parameters, as `nn.Embedding` does with `max_norm`. It shows at the first
+        call, which has copies of them all; later ones have copies of those.
+        """
+        copied = [*self.writable, *(values if self.written is None else self.written)]
+        used = {**values, **{name: values[name].clone() for name in copied}} if copied else values
+        versions = {name: storage_version(used[name]) for name in copied}
         outer_path, call.path = call.path, self.path if self.locate else None
         try:
             self._fill(used)
             outputs = self._called(call_module, x)
+            if self.written is None:
+                others = values.keys() - set(self.writable)
+                self.written = [n for n in others if _is_written(used[n], values[n], versions[n])]
             if self.kind != "training":
                 return outputs, {}
-            after = {name: store[key] for store, key, name in self.slots if name in versions}
+            after = {name: store[key] for store, key, name in self.slots if name in self.writable}
             return outputs, {
                 name: value
                 for name, value in after.items()
@@ -84,7 +91,7 @@ class Skeleton:
         call: Call,
     ) -> list[Any]:
         """The outputs of :meth:`run` for several values, not in training, with fewer steps between two."""
-        if self.writable or self.locate:
+        if self.writable or self.locate or self.written is None or self.written:
             return [self.run(call_module, own, inputs(), call)[0] for own in values]
         outputs, outer_path, call.path = [], call.path, None
         try:
@@ -124,6 +131,17 @@ class Skeleton:
         for part, weights in self.recurrent:  # set past `__setattr__`, which takes longer than all the rest
             own = [values[name] if name else getattr(part, key) for key, name in weights]
             vars(part)["_flat_weights"] = own
+
+
+def _is_written(copy: Tensor, original: Tensor, version: int) -> bool:
+    original = original.detach()  # of a parameter a plain tensor
+    if storage_version(copy) > version:
+        return True
+    if not (is_readable(copy) and is_readable(original)):
+        return False
+    # What is written through `.data` leaves no other trace.
+    is_comparable = copy.dtype == original.dtype and copy.layout == original.layout == torch.strided
+    return not (is_comparable and torch.equal(copy, original))
 
 
 def _enter(path: list[str], name: str, *_: Any) -> None:
