@@ -11,9 +11,9 @@ from torch.func import vmap
 
 from ._checks import check_model, positive_int
 from ._functional import Model, batch_statistics
+from ._global_random import forked
 from ._intercept import Batching, Observed
 from ._mapping import equal_parts
-from ._random import forked
 from ._tree import (
     Fixed,
     Params,

@@ -25,6 +25,7 @@ from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
 from ._functorch import is_autocast_on, is_inside_transform, is_readable, map_first_axis
+from ._global_random import forked, watched
 from ._intercept import (
     Batching,
     DropoutMasks,
@@ -38,7 +39,7 @@ from ._intercept import (
 )
 from ._layout import agree, channels_last, has_other_layout
 from ._linearize import Linearization, with_linearization
-from ._random import Place, Seed, fold, forked
+from ._random import Place, Seed, fold, resolve_seed
 from ._remember import Remembered
 from ._row_wise import has_global_hooks
 from ._threads import may_divide, side_by_side
@@ -53,6 +54,9 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # not grow with the number of draws.
 _MANY_DRAWS = 32
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
+# On a CPU two draws at a time are tried only if both take so many bytes at most: a loop needs half of that,
+# and loses nothing by then, and nobody says when memory ends.
+_TWO_DRAWS = 1 << 30
 # Draws of a loop that are timed together; fewer where their intermediates are large, for these take longer.
 _LOOPED = 8
 _IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
@@ -94,6 +98,7 @@ class _Tuner:
     seconds: dict[Mechanism, tuple[float, ...]] = field(default_factory=dict)
     settled: Mechanism | None = None
     failed: set[Kind] = field(default_factory=set)
+    is_mappable: bool = False  # whether ``vmap`` can take the model
     most: int | None = None  # draws at a time that memory was enough for, after it was not
     row_axes: list[Any] | None = None  # of the effects, where masks are shared
     # Of masks: where draws are folded into the rows, and where they are alone.
@@ -123,6 +128,12 @@ class _Tuner:
         """Add a timing."""
         self.seconds[mechanism] = (*self.seconds.get(mechanism, ()), seconds_per_draw)
 
+    def limit(self, most: int) -> None:
+        """Let no mechanism take more draws at a time: memory was not enough for them."""
+        self.most = most
+        self.candidates = list(dict.fromkeys(_at_most(most, c) for c in self.candidates))
+        self.settled = None if self.settled is None else _at_most(most, self.settled)
+
     def wait(self) -> None:
         """Let an accelerator finish what is queued there: only then a clock tells how long it takes."""
         if self.queue is not None:
@@ -146,7 +157,7 @@ class _Tuner:
         return pair if most < _CLOSE * least else []
 
     def _is_possible(self, candidate: Mechanism) -> bool:
-        return candidate.kind not in self.failed and (self.most is None or candidate.chunk <= self.most)
+        return candidate.kind not in self.failed
 
     def _wants_timing(self, candidate: Mechanism) -> bool:
         if not self._is_possible(candidate):
@@ -166,6 +177,10 @@ def _favoured(candidate: Mechanism, seconds: float) -> float:
     return seconds * (_LOOP_UNLESS if candidate.kind == "loop" else 1)
 
 
+def _at_most(most: int, mechanism: Mechanism) -> Mechanism:
+    return Mechanism(mechanism.kind, min(most, mechanism.chunk))
+
+
 _tuners: Remembered[_Tuner] = Remembered()
 _warned: Remembered[list[bool]] = Remembered()
 
@@ -179,7 +194,7 @@ def evaluate(
     chunk_size: int | None,
     *,
     key: Hashable,
-    noise: Seed = 0,
+    noise: Seed | None = 0,
     first_row: int = 0,
     dtype: torch.dtype | None = None,
     compile: bool = False,
@@ -195,7 +210,8 @@ def evaluate(
         numbers: Numbers of the draws, int64 ``(S,)``, at these positions.
         chunk_size: Draws at a time; ``None`` to choose.
         key: What the structure of the draws depends on; equal keys share what was learned.
-        noise: Seed of what the model draws from torch's random state, if it does so.
+        noise: Seed of what the model draws from torch's random state, if it does so; ``None`` takes one
+            number from there, then.
         first_row: Number of the first row of ``x`` in a larger data set.
         dtype: In which linearised draws are evaluated; everything else has it already.
         compile: Whether chunks, all of one size, are evaluated by one compiled program.
@@ -226,7 +242,7 @@ class _Run:
         make_draws: Callable[[slice], Draw],
         numbers: Tensor,
         key: Hashable,
-        noise: Seed,
+        noise: Seed | None,
         first_row: int,
         dtype: torch.dtype | None,
         model: Model | None = None,
@@ -236,10 +252,11 @@ class _Run:
         self.make_draws, self.numbers, self.first_row = make_draws, numbers, first_row
         self.dtype = dtype
         self.num_draws = num_draws = len(numbers)
-        self.noise = noise if isinstance(noise, int) else 0  # inside a transform it is no number
+        self.seed = noise
         around = torch.get_num_threads(), may_divide(), is_autocast_on(), torch.is_grad_enabled()
         self.has_other_layout = any(map(has_other_layout, tensors(x)))
-        self.cell = (key, num_draws, signature(x), self.has_other_layout, *around, is_inside_transform())
+        shapes = signature(x), None if isinstance(fn, FunctionalModule) else signature(params)
+        self.cell = (key, num_draws, shapes, self.has_other_layout, *around, is_inside_transform())
         self.default: Kind = "channels_last" if (num_rows(x) or 1) >= 4 else "rows_first"
         # Autocast does not reach all that `vmap` makes of a model, but what the rules make of it.
         self.bare: Kind = self.default if is_autocast_on() else "vmap"
@@ -261,22 +278,37 @@ class _Run:
             yield from self.fixed(1)
             return
         size = min(self.tuner.candidates[0].chunk if chunk_size is None else chunk_size, self.num_draws)
+        start = 0
+        while start < self.num_draws:
+            size = min(size, self.tuner.most or size)
+            part = slice(start, min(start + size, self.num_draws))
+            try:
+                outputs = self._by_program(part, size)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.tuner.limit(size // 2)
+            else:
+                yield part, outputs
+                start = part.stop
+                continue
+            _give_back_memory()
+
+    def _by_program(self, part: slice, size: int) -> Tensor:
         mechanism = Mechanism(self.default, size)
 
         def evaluate(tree: Any) -> Tensor:
             draws, params, x = tree
-            fixed = self.cell[0], self.noise, 0, self.dtype
+            fixed = self.cell[0], 0, 0, self.dtype
             own = _Run(self.fn, params, x, self.make_draws, self.numbers, *fixed)
             return own._outputs(draws, mechanism, 0)
 
-        for part in _parts(0, self.num_draws, size):
-            draws, count = self.make_draws(part), part.stop - part.start
-            if count < size:
-                draws = index(draws, torch.arange(size).clamp_max(count - 1))
-            # Numbers of rows are hashed into the keys here: they are no part of the program.
-            draws = Draw(draws.leaves, tuple(map(self._at_rows, draws.effects)))
-            outputs = compiled(self.fn, ("predict", self.cell), evaluate, (draws, self.params, self.x))
-            yield part, outputs[:count]
+        draws, count = self.make_draws(part), part.stop - part.start
+        if count < size:
+            draws = index(draws, torch.arange(size).clamp_max(count - 1))
+        # Numbers of rows are hashed into the keys here: they are no part of the program.
+        draws = Draw(draws.leaves, tuple(map(self._at_rows, draws.effects)))
+        return compiled(self.fn, ("predict", self.cell), evaluate, (draws, self.params, self.x))[:count]
 
     def _at_rows(self, effect: Any) -> Any:
         is_masks = isinstance(effect, DropoutMasks) and not effect.shared_mask
@@ -314,38 +346,41 @@ class _Run:
             except torch.OutOfMemoryError:  # of an accelerator
                 if size == 1:
                     raise
-                self.tuner.most = most = size // 2
+                most = size // 2
+                self.tuner.limit(most)
             _give_back_memory()
         return torch.cat([self._attempt(half, mechanism) for half in _parts(part.start, part.stop, most)])
 
     def _by_this_or_another(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or by another where that stands in the model's way."""
-        *others, last = self._ways(mechanism.kind)
-        failed: set[Kind] = set()
+        *others, last = self._ways(mechanism.kind)  # a loop
+        failed: dict[Kind, Exception] = {}
         for kind in others:
             try:
                 outputs = self._outputs(self.make_draws(part), Mechanism(kind, mechanism.chunk), part.start)
                 break
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # whatever the model raises; if it is its own error, the last raises it, too
+            except Exception as error:  # whatever the model raises; if it is its own, the last raises it, too
                 self.tuner.needs_rules |= kind not in (*_LOOPS, "folded")
-                failed.add(kind)
+                failed[kind] = error
         else:
             kind = last
             outputs = self._outputs(self.make_draws(part), Mechanism(kind, mechanism.chunk), part.start)
-        self.tuner.failed |= failed - {kind}
+            if not failed.keys() <= set(_LOOPS):  # now that the model has got beyond where it ended before
+                self._warn_of_loop(list(failed.values())[-1])
+        self.tuner.failed |= failed.keys() - {kind}
         return outputs
 
     def _ways(self, kind: Kind) -> list[Kind]:
-        """Kinds to try in turn."""
+        """Kinds to try in turn; the loop is the last."""
         if kind in _LOOPS:
             return [kind, "loop"] if kind != "loop" and kind not in self.tuner.failed else ["loop"]
         known: tuple[Kind, ...] = (kind, "vmap", self.default)
         ways: list[Kind] = [k for k in dict.fromkeys(known) if k not in self.tuner.failed]
         if kind == "vmap" and not self.tuner.needs_rules:
-            return [kind, *(ways or [kind])]  # again with rules, that another branch of the model may want
-        return ways or [kind]
+            return [kind, *(ways or [kind]), "loop"]  # again with rules, for another branch of the model
+        return [*ways, "loop"]
 
     def _tuner(self) -> _Tuner:
         return _tuners.get(self.fn, self.cell, _Tuner)
@@ -364,8 +399,12 @@ class _Run:
         largest = self._largest_intermediate(draw)
         several = _LOOPED if largest is None else min(_LOOPED, max(2, _BUDGET[device] // max(1, largest)))
         loop = Mechanism("loop", max(1, min(self.num_draws, held, several)))
+        self.tuner.is_mappable = largest is not None
         if largest is None:
             return [loop]
+        layouts = [Mechanism("loop_channels_last", loop.chunk)] if self._may_change_layout() else []
+        if device == "cpu" and 2 * max(nbytes, largest) > _TWO_DRAWS:
+            return [dataclasses.replace(loop, chunk=1), *layouts]
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
         first: Kind = "folded" if self._may_fold(draw) else self.default
         # Memory is fast on an accelerator, and kernels are many at a time: fewer draws gain nothing there.
@@ -377,7 +416,7 @@ class _Run:
         return [
             Mechanism(first, top),
             loop,
-            *([Mechanism("loop_channels_last", loop.chunk)] if self._may_change_layout() else []),
+            *layouts,
             *(self._in_threads(draw, largest, several, held) if device == "cpu" else []),
             *(Mechanism(first, chunk) for chunk in chunks),
             *(Mechanism(kind, top) for kind in dict.fromkeys((self.default, self.bare)) if kind != first),
@@ -417,8 +456,10 @@ class _Run:
         try:
             with torch.no_grad():
                 self._outputs(draw, Mechanism(self.bare, 1), 0, seen)
-        except Exception as error:  # whatever the model raises: see `_explain`
-            self._explain(error, draw)
+        except Exception as error:  # whatever the model raises
+            with torch.no_grad():
+                self._outputs(draw, Mechanism("loop", 1), 0)  # raises what the model raises without it, too
+            self._warn_of_loop(error)
             return None
         self.tuner.needs_rules = seen.needs_rules
         return seen.nbytes
@@ -427,12 +468,10 @@ class _Run:
         tuner = self.tuner
         if not tuner.candidates:
             tuner.candidates = self._candidates()
-        return tuner.candidates[0].kind != "loop"
+        return tuner.is_mappable
 
-    def _explain(self, error: Exception, draw: Draw) -> None:
-        """Raise what the model raises without ``vmap`` too; otherwise warn that a loop is used."""
-        with torch.no_grad():
-            self._outputs(draw, Mechanism("loop", 1), 0)
+    def _warn_of_loop(self, error: Exception) -> None:
+        """Say once why a loop is used."""
         if self._was_warned():
             return
         reason = first_line(error)
@@ -533,17 +572,21 @@ class _Run:
 
     def _alone(self, draw: Draw, number: int, source: Prepared | None) -> Tensor:
         """One draw outside ``vmap``; what the model draws for itself is a function of the draw, too."""
-        tuner = self.tuner
-        if tuner.draws_globally is False:
+        if self.tuner.draws_globally is None:
+            with forked(0):
+                outputs, self.tuner.draws_globally = watched(lambda: self._one(draw, source))
+            if not self.tuner.draws_globally:
+                return outputs
+        if not self.tuner.draws_globally:
             return self._one(draw, source)
-        with forked(fold(fold(self.noise, "global"), number)):
-            before = torch.get_rng_state()
-            outputs = self._one(draw, source)
-            if not torch.equal(before, torch.get_rng_state()):
-                tuner.draws_globally = True
-            elif tuner.draws_globally is None:
-                tuner.draws_globally = False
-        return outputs
+        with forked(fold(fold(self._noise, "global"), number)):
+            return self._one(draw, source)
+
+    @functools.cached_property
+    def _noise(self) -> int:
+        """Seed of what the model draws from torch's random state."""
+        seed = resolve_seed(self.seed)
+        return int(seed) if isinstance(seed, int) or is_readable(seed) else 0
 
     def _one(self, draw: Draw, source: Prepared | None = None) -> Tensor:
         fn = self.fn

@@ -269,8 +269,9 @@ def _predict(
             raise ValueError(f"`predict(dtype=...)` should be a floating-point dtype, got {dtype}.")
         params, x = to(params, dtype=dtype), to(x, dtype=dtype)
     atoms = posterior.atoms() if num_samples is None else None
-    seed = resolve_seed(seed) if atoms is None else 0
-    weights, groups = _plan(posterior, atoms, num_samples, seed)
+    is_settled = atoms is not None and seed is None  # only noise of the model's own wants a seed
+    key = 0 if is_settled else resolve_seed(seed)
+    weights, groups = _plan(posterior, atoms, num_samples, key)
     collect = _Collector(
         weights, likelihood, targets, keep_samples, is_in_order=atoms is not None or len(groups) == 1
     )
@@ -285,10 +286,10 @@ def _predict(
             if marginal:
                 draws(slice(0, 0))  # for its checks
                 model, given, by_number = marginal_model(
-                    fn, params, to(posterior, dtype=dtype), x, seed, first_row
+                    fn, params, to(posterior, dtype=dtype), x, key, first_row
                 )
                 draws = _by_number(by_number, positions)
-            key = (number, marginal, *signature(posterior), dtype)
+            structure = (number, marginal, *signature(posterior), dtype)
             for part, outputs in evaluate(
                 model,
                 given,
@@ -296,8 +297,8 @@ def _predict(
                 draws,
                 positions,
                 chunk_size,
-                key=key,
-                noise=seed,
+                key=structure,
+                noise=None if is_settled else key,
                 first_row=first_row,
                 dtype=dtype,
                 compile=compile,

@@ -11,15 +11,15 @@ import hashlib
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ._functorch import is_concrete, is_readable, is_traced, outside_transforms, unwrap, vmap_level, wrap
+from ._global_random import global_state
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
@@ -33,8 +33,6 @@ _HASHED_NUMEL = 192
 # Up to this many keys are hashed one by one: of tensors that takes some 14 calls, however few keys there are.
 _FEW = 16
 
-# torch's global state may be read and put back only by one thread at a time.
-_global_state = threading.RLock()
 _registration = threading.Lock()
 
 
@@ -150,7 +148,7 @@ def keys_by_name(key: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
 def resolve_seed(seed: Seed | None) -> Seed:
     """``seed`` itself, or one number drawn from torch's global state, so ``torch.manual_seed`` governs it."""
     if seed is None:
-        with _global_state:  # which another thread may have forked
+        with global_state:  # which another thread may have forked
             return int(torch.randint(0, 2**63 - 1, ()))
     if not isinstance(seed, Tensor) and not isinstance(seed, bool) and hasattr(seed, "__index__"):
         return operator.index(seed)
@@ -466,21 +464,3 @@ def _fill_row(row: Tensor, key: int, generator: torch.Generator, gaussian: bool)
 def permutation(key: int, n: int) -> Tensor:
     """Draw a permutation of ``range(n)``, int64 ``(n,)``, a function of ``key`` alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(key & _MASK >> 1))
-
-
-def is_forked() -> bool:
-    """Whether this thread is inside of :func:`forked`, where others that want torch's global state wait."""
-    return _global_state._is_owned()  # type: ignore[attr-defined]  # of every RLock, without a stub
-
-
-@contextmanager
-def forked(key: int) -> Iterator[None]:
-    """Run code that draws from torch's global state as if it had been seeded with ``key``.
-
-    The state is put back afterwards, on the CPU and on devices in use; other threads that fork
-    wait meanwhile. For what takes no generator: initialising modules, samplers of a data loader.
-    """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with _global_state, torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(key & _MASK >> 1)
-        yield

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from ._functorch import has_modes
-from ._random import is_forked
+from ._global_random import is_forked
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from zoo import F64
 
+from funcbayes._global_random import forked, watched
 from funcbayes._random import (
     Place,
     _hash_op,
@@ -278,6 +279,32 @@ def test_a_seed_is_taken_from_the_global_state_only_if_none_is_given():
         torch.manual_seed(0)
         assert resolve_seed(None) == first
         assert resolve_seed(None) != first
+
+
+def test_forking_the_global_state_leaves_devices_that_are_not_in_use_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    with forked(3):
+        first = torch.rand(2)
+    with forked(3):
+        assert torch.equal(torch.rand(2), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+
+
+def test_generators_of_devices_in_use_are_watched_seeded_and_put_back(monkeypatch):
+    of_device = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "default_generators", (of_device,))
+    before = of_device.get_state()
+    with forked(3):
+        first = torch.rand(2, generator=of_device)
+        assert torch.equal(torch.rand(2), first)  # one key for all
+    assert torch.equal(of_device.get_state(), before)
+    assert watched(lambda: torch.rand(2, generator=of_device))[1]
+    assert watched(lambda: torch.rand(2))[1]
+    assert not watched(lambda: torch.ones(2))[1]
 
 
 def test_a_permutation_is_one_and_a_function_of_its_key():

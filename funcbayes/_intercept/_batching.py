@@ -21,6 +21,7 @@ from .._functorch import (
     is_autocast_on,
     is_concrete,
     outside_transforms,
+    physical,
     unwrap,
     unwrap_change,
     vmap_level,
@@ -76,8 +77,9 @@ class Batching(Interception):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Apply a rule if there is one."""
-        if self.copies and args and works_in_place(func, kwargs) and isinstance(args[0], Tensor):
-            self.refuse_lost_writes(args[0])
+        if self.copies and works_in_place(func, kwargs):
+            for target in written(args, kwargs):
+                self.refuse_lost_writes(target)
         result = super().__torch_function__(func, types, args, kwargs)
         if func in RESHAPES and isinstance(result, Tensor):
             self.note_copy(args[0] if args else (kwargs or {})["input"], result)
@@ -92,14 +94,13 @@ class Batching(Interception):
         if level is None:
             return
         (whole, axis), (part, _) = unwrap(base, level), unwrap(result, level)
-        if axis is not None and is_concrete(whole) and storage(whole) != storage(part):
+        whole, part = physical(whole), physical(part)
+        if axis is not None and whole.device.type != "meta" and storage(whole) != storage(part):
             self.copies.append(part)
 
     def refuse_lost_writes(self, target: Tensor) -> None:
         """Raise if writing into ``target`` would write into a copy; plain ``vmap`` is right then."""
-        level = vmap_level()
-        physical = target if level is None else unwrap(target, level)[0]
-        if is_concrete(physical) and any(storage(physical) == storage(copy) for copy in self.copies):
+        if any(storage(physical(target)) == storage(copy) for copy in self.copies):
             raise RuntimeError("A value in another layout cannot be written into through its view.")
 
 
@@ -119,9 +120,15 @@ RESHAPES = frozenset(
 )
 
 
+def written(args: Args, kwargs: dict[str, Any] | None) -> list[Tensor]:
+    """The tensors that a function writes into if it works in place."""
+    kwargs = kwargs or {}
+    return tensors([args[:1] or [kwargs.get("input"), kwargs.get("self")], kwargs.get("out")])
+
+
 def works_in_place(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
-    """Whether a function writes into its first argument."""
-    return bool(kwargs and kwargs.get("inplace")) or _is_in_place(func)
+    """Whether a function writes into its first argument, or into what it is told to."""
+    return bool(kwargs and (kwargs.get("inplace") or kwargs.get("out") is not None)) or _is_in_place(func)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -131,7 +138,10 @@ def _is_in_place(func: Callable[..., Any]) -> bool:
 
 
 _IN_PLACE_OPERATORS = frozenset(
-    ("__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")))
+    (
+        *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__"),
+        *("__imod__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
+    )
 )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._tree import tensors
-from ._batching import RESHAPES, storage, works_in_place
+from ._batching import RESHAPES, storage, works_in_place, written
 from ._call import Interception
 
 
@@ -33,9 +33,9 @@ class LayoutWatch(Interception):
         given = tensors(args[:1]) if args else tensors([kwargs.get("input"), kwargs.get("self")])
         if func in _OF_THE_LAYOUT or kwargs.get("memory_format") not in (None, torch.preserve_format):
             self._refuse("A layout is asked for.")
-        if self._passed and (works_in_place(func, kwargs) or kwargs.get("out") is not None):
+        if self._passed and works_in_place(func, kwargs):
             passed = {storage(value) for value in self._passed}
-            if any(storage(value) in passed for value in (*given, *tensors(kwargs.get("out")))):
+            if any(storage(value) in passed for value in written(args, kwargs)):
                 self._refuse("A value is written into that may be a view of another one.")
         result = super().__torch_function__(func, types, args, kwargs)
         if func in RESHAPES:

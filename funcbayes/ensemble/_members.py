@@ -7,7 +7,8 @@ from torch import nn
 
 from .._checks import positive_int
 from .._functional import FunctionalModule, make_functional
-from .._random import forked, resolve_seed
+from .._global_random import forked
+from .._random import resolve_seed
 from .._tree import Fixed, Params, difference, stack
 from ..posteriors import Ensemble
 from ..training._several import member_seeds

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from .._engine import signature
 from .._functional import Model, training_call
+from .._global_random import forked, watched
 from .._mapping import map_draws
-from .._random import forked
 from .._remember import Remembered
 from .._tree import Fixed, Params, index, map_leaves, merge, named_leaves, select
 from ..likelihoods import Likelihood
 from ..training._batch import Batch
-from ..training._loader import watched
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from .._checks import check_covers, check_model, check_num_data, positive_int
 from .._compiled import compiled, refuse_random_numbers
 from .._functional import Model
 from .._functorch import map_first_axis
-from .._random import Seed, fold, forked, resolve_seed
+from .._global_random import forked
+from .._random import Seed, fold, resolve_seed
 from .._tree import Params, as_tree, device_of, index, map_leaves, merge, named_leaves, stack
 from ..covariances._flat import at_least_single
 from ..likelihoods import Likelihood

@@ -12,12 +12,11 @@ from .._checks import check_num_data
 from .._compiled import compiled, refuse_random_numbers
 from .._engine import signature
 from .._functorch import unintercepted
+from .._global_random import forked, watched
 from .._mapping import map_draws
-from .._random import forked
 from .._tree import Params, concatenate, index, merge
 from ..priors import Normal
 from ..training._batch import Batch, RaggedBatch
-from ..training._loader import watched
 from ._normal_terms import NormalTerms
 from ._potential import Potential
 from ._start import Start

@@ -9,15 +9,14 @@ from torch import Tensor
 from torch.func import vmap
 
 from .._functional import Model
+from .._global_random import forked, watched
 from .._intercept import Batching, Observed
 from .._mapping import equal_parts
-from .._random import forked
 from .._tree import Params, device_of, index, map_leaves, tensors
 from ..likelihoods import Likelihood
 from ..likelihoods._layout import wide
 from ._batch import Batch, Pair
 from ._data import Data, Source, are_tensors, open_data
-from ._loader import watched
 
 _ROWS = 1024  # evaluated at a time, of data in tensors
 

@@ -1,20 +1,18 @@
 """Batches made by a loader of the user's, as functions of a seed."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from .. import _random
+from .._global_random import global_generators, global_state
 from .._random import fold
 from .._tree import as_tree, num_rows
 from ._batch import Batch, Pair, RaggedBatch, flat, stacked
-
-_T = TypeVar("_T")
 
 
 class Loader:
@@ -103,7 +101,7 @@ class RandomState:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Run code that draws from the stream's states, then put back those found."""
-        with _random._global_state:
+        with global_state:
             found = [g.get_state() for g in self.generators]
             self._install(self.states)
             try:
@@ -115,20 +113,6 @@ class RandomState:
     def _install(self, states: Sequence[Tensor]) -> None:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
-
-
-def global_generators() -> tuple[torch.Generator, ...]:
-    """The generators of torch's global state, on the CPU and on devices in use."""
-    on_devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-    return (torch.default_generator, *on_devices)
-
-
-def watched(call: Callable[[], _T]) -> tuple[_T, bool]:
-    """What a call gives, and whether it draws from torch's global state."""
-    before = [g.get_state() for g in global_generators()]
-    found = call()
-    after = [g.get_state() for g in global_generators()]
-    return found, any(not torch.equal(a, b) for a, b in zip(after, before, strict=False))
 
 
 def _generators_of(loader: Any) -> list[torch.Generator]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._allocator import keep_large_blocks
 from .._compiled import compiled, refuse_random_numbers
-from .._random import Seed, fold, forked
+from .._global_random import forked, watched
+from .._random import Seed, fold
 from .._tree import (
     Fixed,
     Params,
@@ -25,7 +26,6 @@ from .._tree import (
 )
 from ._batch import Batch, RaggedBatch, ready
 from ._fixed import FixedValues
-from ._loader import watched
 from ._objective import Objective
 
 
