@@ -27,7 +27,7 @@ test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 # One file in benchmarks/ makes one claim; files whose names begin with _ are what they share.
-bench: $(VENV)/test.stamp
+bench: $(VENV)/bench.stamp
 	$(VENV)/bin/python -m benchmarks
 
 docs: $(VENV)/docs.stamp
@@ -46,6 +46,12 @@ clean:
 	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here: funcbayes needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("funcbayes needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear $*
+	@touch $@
+
+# What one of the peers brings along is made for another build of torch, fails as it is imported, and is not used.
+$(VENV)/bench.stamp: pyproject.toml constraints.txt | $(VENV)/venv.made
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[bench]'
+	$(VENV)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/venv.made
