@@ -32,14 +32,16 @@ def _against_loop(figure: Any, results: Sequence[Result]) -> None:
             rows, draws = (int(part.split()[0]) for part in parts[2:])
             cells.setdefault(parts[1], {})[rows, draws] = result.ratio
     over_rows, over_draws = figure.subplots(1, 2, sharey=True)
+    of_draws = sorted({draws for of_model in cells.values() for _, draws in of_model})
+    some = of_draws[len(of_draws) // 2]
     for name, of_model in cells.items():
         for axes, fixed, varied in ((over_rows, 1, 0), (over_draws, 0, 1)):
-            at = {0: 1, 1: 32}[fixed]
+            at = {0: 1, 1: some}[fixed]
             points = sorted((cell[varied], ratio) for cell, ratio in of_model.items() if cell[fixed] == at)
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
     for axes, xlabel, title in (
-        (over_rows, "rows", "32 draws of the weights"),
+        (over_rows, "rows", f"{some} draws of the weights"),
         (over_draws, "draws", "1 row"),
     ):
         axes.axhline(1.0, color="0.6", linewidth=0.8)
