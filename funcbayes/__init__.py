@@ -1,7 +1,7 @@
 """Bayesian deep learning for PyTorch as pure functions.
 
-A model is ``fn(params, x)``, a posterior is a pytree that can be sampled, and ``predict`` evaluates all
-draws in one vectorised pass.
+A model is ``fn(params, x)``, a posterior is a pytree that can be sampled, and ``predict`` evaluates its
+draws together.
 """
 
 from . import (

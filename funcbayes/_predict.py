@@ -55,10 +55,13 @@ def predict(
     compile: bool = False,
     marginal: bool = False,
 ) -> Prediction:
-    """Evaluate a model at draws of a posterior, all in one vectorised pass.
+    """Evaluate a model at draws of a posterior, together.
 
-    Parameters that the posterior does not cover are taken from ``params`` and get no draw axis, so the
-    part of the model before the first covered layer is evaluated once, not once a draw.
+    That is in one vectorised pass, in several of as many draws as are fastest, or in a loop where nothing is
+    faster; so it is learned from the time that the first calls with a model and shape of ``x`` take.
+
+    Parameters that the posterior does not cover are taken from ``params`` and get no draw axis, so in a pass
+    the part of the model before the first covered layer is evaluated once, not once a draw.
 
     Args:
         fn: Pure model ``fn(params, x) -> outputs (N, ...)``, from ``make_functional`` or any function.
@@ -78,7 +81,7 @@ def predict(
             one they come as they are.
         dtype: Evaluate in this floating-point dtype: parameters, draws and inputs are converted to it.
         keep_samples: Keep the outputs of every draw. Otherwise moments, class log-probabilities and
-            entropies are accumulated, in memory that does not grow with ``S``.
+            entropies are accumulated, in memory that does not grow with ``S`` beyond some 8 MB of draws.
         targets: Targets ``y``, for ``prediction.log_prob()``; needed beforehand only where samples are
             not kept.
         compile: Evaluate by a program that ``torch.compile`` makes of one chunk of draws, once for each shape

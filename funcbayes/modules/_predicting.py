@@ -49,7 +49,7 @@ class Predicting(nn.Module):
     def predict(
         self, x: Any, return_samples: bool = False, *, return_all: bool = False, seed: Seed | None = None
     ) -> Summary:
-        """Predict with all draws in one vectorised pass, without a graph.
+        """Predict with all draws, evaluated together, without a graph.
 
         Args:
             x: Inputs, ``N`` rows.
