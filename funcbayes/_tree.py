@@ -284,9 +284,15 @@ def index(tree: Any, i: int | slice | Tensor) -> Any:
     def entries(leaf: Tensor) -> Tensor:
         if not isinstance(i, Tensor) or not i.ndim:
             return leaf[i]
-        return repeated(leaf[0], len(i)) if is_repeated(leaf) else leaf[i.to(leaf.device)]
+        return repeated(leaf[0], len(i)) if is_repeated(leaf) else taken(leaf, i)
 
     return optree.tree_map(entries, tree)
+
+
+def taken(leaf: Tensor, i: Tensor) -> Tensor:
+    """``leaf[i]`` for numbers ``(...)`` from 0 on, faster on a CPU: whole entries are copied."""
+    found = leaf.index_select(0, i.to(leaf.device).reshape(-1))
+    return found if i.ndim == 1 else found.unflatten(0, i.shape)
 
 
 def repeated(leaf: Tensor, count: int) -> Tensor:

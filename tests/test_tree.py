@@ -293,6 +293,24 @@ def test_entries_of_a_tree_keep_what_is_repeated(i):
     assert not is_repeated(entries["own"])
 
 
+CHOSEN = [[2, 0, 2], [], [[0, 1], [4, 4], [3, 0]], [[[1]]]]
+
+
+@pytest.mark.parametrize("i", CHOSEN, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 4, 3), (5, 0)])
+def test_entries_that_are_taken_are_those_of_indexing(shape, i):
+    leaf, i = torch.randn(shape, dtype=F64), torch.tensor(i, dtype=torch.int64)
+    whole = leaf.movedim(-1, 0).contiguous().movedim(0, -1) if leaf.ndim > 1 else leaf  # another layout
+    for given in (leaf, whole, leaf.int(), leaf > 0):
+        assert torch.equal(_tree.taken(given, i), given[i])
+    leaf.requires_grad_()
+    (got,), (expected,) = (
+        torch.autograd.grad(take(leaf, i).square().sum(), leaf)
+        for take in (_tree.taken, lambda leaf, i: leaf[i])
+    )
+    assert_close(got, expected)
+
+
 def test_one_entry_of_a_tree_is_no_view_of_an_axis():
     tree = {"own": randn(4, 2), "same": repeated(randn(2), 4)}
     for i in (2, torch.tensor(2)):

@@ -16,7 +16,7 @@ from .._linearized_prediction import LinearizedPrediction, Link, check_link, see
 from .._output_covariance import Form, Jacobian, Terms, by_outputs, contracted, independent_terms
 from .._predict_linearized import Pushforward, wants_covariance
 from .._random import Seed, fold, permutation, resolve_seed
-from .._tree import Params, Where, as_tree, num_rows
+from .._tree import Params, Where, as_tree, num_rows, taken
 from ..covariances._flat import as_double, at_least_single
 from ..curvature._columns import ggn_columns
 from ..curvature._data_term import DataTerm, data_term, noise_of
@@ -282,11 +282,11 @@ def _subset(data: Data, num_points: int, seed: Seed | None) -> Data:
     if isinstance(num_points, bool) or not isinstance(num_points, int) or not 1 <= num_points <= count:
         raise ValueError(f"`{_CALL}(num_points=...)` should be an int from 1 to {count}, got {num_points!r}.")
     chosen = permutation(fold(int(resolve_seed(seed)), "points"), count)[:num_points].sort().values
-    return _rows(data[0], chosen), data[1][chosen.to(data[1].device)]
+    return _rows(data[0], chosen), taken(data[1], chosen)
 
 
 def _rows(x: Any, chosen: Tensor) -> Any:
     return optree.tree_map(
-        lambda leaf: leaf[chosen.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.ndim else leaf,
+        lambda leaf: taken(leaf, chosen) if isinstance(leaf, Tensor) and leaf.ndim else leaf,
         as_tree(x),
     )

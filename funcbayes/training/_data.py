@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .._checks import positive_int
 from .._random import fold, permutation
-from .._tree import as_tree, num_rows
+from .._tree import as_tree, num_rows, taken
 from ._batch import Batch, RaggedBatch, ready
 from ._loader import Loader
 
@@ -220,4 +220,4 @@ def _has_rows(leaf: Any) -> bool:
 
 
 def _rows(leaf: Any, chosen: Tensor) -> Any:
-    return leaf[chosen.to(leaf.device)] if _has_rows(leaf) else leaf
+    return taken(leaf, chosen) if _has_rows(leaf) else leaf
