@@ -404,7 +404,7 @@ class _Run:
             return [loop]
         layouts = [Mechanism("loop_channels_last", loop.chunk)] if self._may_change_layout() else []
         if device == "cpu" and 2 * max(nbytes, largest) > _TWO_DRAWS:
-            return [dataclasses.replace(loop, chunk=1), *layouts]
+            return [loop, *layouts]
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
         first: Kind = "folded" if self._may_fold(draw) else self.default
         # Memory is fast on an accelerator, and kernels are many at a time: fewer draws gain nothing there.
