@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         except AssertionError as difference:
             broken += 1
             print(f"\nNot measured to the end: results differ. {difference}", flush=True)
-            continue
+            if not results:
+                continue
         print("\n" + _measure.table(results), flush=True)
         if args.pictures is not None and (path := _pictures.draw(name, results, args.pictures)):
             print(f"\n{path}", flush=True)

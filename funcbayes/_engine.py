@@ -24,7 +24,13 @@ from torch import Tensor
 from ._allocator import keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
-from ._functorch import is_autocast_on, is_inside_transform, is_readable, map_first_axis
+from ._functorch import (
+    is_autocast_on,
+    is_inside_transform,
+    is_readable,
+    map_first_axis,
+    outside_transforms,
+)
 from ._global_random import forked, watched
 from ._intercept import (
     Batching,
@@ -54,9 +60,9 @@ _DRAWS_BUDGET = {"cpu": 256 << 20, "other": 2 << 30}  # bytes of the parameters 
 # not grow with the number of draws.
 _MANY_DRAWS = 32
 _SMALL_DRAWS = {"cpu": 8 << 20, "other": 256 << 20}
-# On a CPU two draws at a time are tried only if both take so many bytes at most: a loop needs half of that,
-# and loses nothing by then, and nobody says when memory ends.
-_TWO_DRAWS = 1 << 30
+# On a CPU two draws at a time are tried only if both take so many bytes at most. A loop needs half of that,
+# is as fast by then, and a CPU raises no error, where memory ends, after which there could be fewer.
+_MOST_OF_TWO_DRAWS = 1 << 30
 # Draws of a loop that are timed together; fewer where their intermediates are large, for these take longer.
 _LOOPED = 8
 _IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
@@ -128,9 +134,15 @@ class _Tuner:
         """Add a timing."""
         self.seconds[mechanism] = (*self.seconds.get(mechanism, ()), seconds_per_draw)
 
+    def begin(self, candidates: list[Mechanism]) -> None:
+        """Choose among these from now on."""
+        self.candidates = candidates
+        if self.most is not None:  # found by another thread meanwhile
+            self.limit(self.most)
+
     def limit(self, most: int) -> None:
         """Let no mechanism take more draws at a time: memory was not enough for them."""
-        self.most = most
+        self.most = most = min(most, self.most or most)  # in another thread it may have been less
         self.candidates = list(dict.fromkeys(_at_most(most, c) for c in self.candidates))
         self.settled = None if self.settled is None else _at_most(most, self.settled)
 
@@ -165,7 +177,8 @@ class _Tuner:
         taken = self.seconds.get(candidate, ())
         if not taken:
             return True
-        best = min(min(times) for times in list(self.seconds.values()))  # another thread may add to them
+        known = (min(self.seconds[c]) for c in self.candidates if c in self.seconds)
+        best = min(known, default=min(taken))  # unknown, since another thread had less memory
         if len(taken) % 2:
             is_long = taken[0] * candidate.chunk > _LONG
             return not (is_long and min(taken) > _FAR * best)
@@ -318,7 +331,7 @@ class _Run:
         """Chunks by the best mechanism known; while that is being learned, by those to be timed."""
         tuner = self.tuner
         if not tuner.candidates:
-            tuner.candidates = self._candidates()
+            tuner.begin(self._candidates())
         start = 0
         while start < self.num_draws and not _is_recorded() and (mechanism := tuner.next_to_time()):
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
@@ -354,7 +367,7 @@ class _Run:
     def _by_this_or_another(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or by another where that stands in the model's way."""
         *others, last = self._ways(mechanism.kind)  # a loop
-        failed: dict[Kind, Exception] = {}
+        failed: dict[Kind, str] = {}  # and why; errors themselves would keep what was computed in memory
         for kind in others:
             try:
                 outputs = self._outputs(self.make_draws(part), Mechanism(kind, mechanism.chunk), part.start)
@@ -363,12 +376,12 @@ class _Run:
                 raise
             except Exception as error:  # whatever the model raises; if it is its own, the last raises it, too
                 self.tuner.needs_rules |= kind not in (*_LOOPS, "folded")
-                failed[kind] = error
+                failed[kind] = first_line(error)
         else:
             kind = last
             outputs = self._outputs(self.make_draws(part), Mechanism(kind, mechanism.chunk), part.start)
             if not failed.keys() <= set(_LOOPS):  # now that the model has got beyond where it ended before
-                self._warn_of_loop(list(failed.values())[-1])
+                self._warn_of_loop(next(reversed(failed.values())))
         self.tuner.failed |= failed.keys() - {kind}
         return outputs
 
@@ -403,7 +416,7 @@ class _Run:
         if largest is None:
             return [loop]
         layouts = [Mechanism("loop_channels_last", loop.chunk)] if self._may_change_layout() else []
-        if device == "cpu" and 2 * max(nbytes, largest) > _TWO_DRAWS:
+        if device == "cpu" and 2 * max(nbytes, largest) > _MOST_OF_TWO_DRAWS:
             return [loop, *layouts]
         top = max(2, min(self.num_draws, held, _BUDGET[device] // max(1, largest)))
         first: Kind = "folded" if self._may_fold(draw) else self.default
@@ -459,7 +472,7 @@ class _Run:
         except Exception as error:  # whatever the model raises
             with torch.no_grad():
                 self._outputs(draw, Mechanism("loop", 1), 0)  # raises what the model raises without it, too
-            self._warn_of_loop(error)
+            self._warn_of_loop(first_line(error))
             return None
         self.tuner.needs_rules = seen.needs_rules
         return seen.nbytes
@@ -467,14 +480,13 @@ class _Run:
     def _vmap_can_take_it(self) -> bool:
         tuner = self.tuner
         if not tuner.candidates:
-            tuner.candidates = self._candidates()
+            tuner.begin(self._candidates())
         return tuner.is_mappable
 
-    def _warn_of_loop(self, error: Exception) -> None:
+    def _warn_of_loop(self, reason: str) -> None:
         """Say once why a loop is used."""
         if self._was_warned():
             return
-        reason = first_line(error)
         if self.tuner.draws_globally:
             reason = "it draws random numbers of its own, which are now a function of the draw"
         warnings.warn(
@@ -585,7 +597,8 @@ class _Run:
     @functools.cached_property
     def _noise(self) -> int:
         """Seed of what the model draws from torch's random state."""
-        seed = resolve_seed(self.seed)
+        with outside_transforms():
+            seed = resolve_seed(self.seed)
         return int(seed) if isinstance(seed, int) or is_readable(seed) else 0
 
     def _one(self, draw: Draw, source: Prepared | None = None) -> Tensor:

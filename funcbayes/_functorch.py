@@ -25,12 +25,8 @@ _R = TypeVar("_R")
 
 
 def storage_version(tensor: Tensor) -> int:
-    """How often the storage of ``tensor`` was written in place, seen through any transform.
-
-    0 for a tensor made in inference mode, of which nobody counts.
-    """
-    whole = physical(tensor)
-    return 0 if whole.is_inference() else whole._version
+    """How often the storage of ``tensor`` was written in place, seen through any transform."""
+    return physical(tensor)._version
 
 
 def physical(tensor: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def predict(
             one they come as they are.
         dtype: Evaluate in this floating-point dtype: parameters, draws and inputs are converted to it.
         keep_samples: Keep the outputs of every draw. Otherwise moments, class log-probabilities and
-            entropies are accumulated, in memory that does not grow with ``S`` beyond some 8 MB of draws.
+            entropies are accumulated, in memory that does not grow with ``S``
+            beyond that of one chunk of draws.
         targets: Targets ``y``, for ``prediction.log_prob()``; needed beforehand only where samples are
             not kept.
         compile: Evaluate by a program that ``torch.compile`` makes of one chunk of draws, once for each shape

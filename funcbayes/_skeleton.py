@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._functorch import is_readable, storage_version
+from ._functorch import storage_version
 from ._guard import Attributes, is_of_torch
 from ._intercept import Call
 
@@ -34,7 +34,7 @@ class Skeleton:
             if isinstance(part, nn.RNNBase)
         ]
         self.writable = _names_of_writable_buffers(self.module, kind)
-        self.written: list[str] | None = None  # parameters, once a call has shown which
+        self.copied = [*self.writable, *_names_of_renormalised(self.module)]
         self.placeholders = {name: store[key] for store, key, name in self.slots}
         # What a module keeps of a call, it would give to the next: buffers set, attributes, caches.
         own = [part for part in self.module.modules() if not is_of_torch(part)]
@@ -54,24 +54,16 @@ class Skeleton:
         x: Any,
         call: Call,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Evaluate with ``values`` in place, where they stay; also, in training, the buffers that changed.
-
-        A module may write into its parameters, as `nn.Embedding` does with `max_norm`. It shows at the first
-        call, which has copies of them all; later ones have copies of those.
-        """
-        copied = [*self.writable, *(values if self.written is None else self.written)]
-        used = {**values, **{name: values[name].clone() for name in copied}} if copied else values
-        versions = {name: storage_version(used[name]) for name in copied}
+        """Evaluate with ``values`` in place, where they stay; also, in training, the buffers that changed."""
+        used = {**values, **{name: values[name].clone() for name in self.copied}} if self.copied else values
+        versions = {name: storage_version(used[name]) for name in self.writable}
         outer_path, call.path = call.path, self.path if self.locate else None
         try:
             self._fill(used)
             outputs = self._called(call_module, x)
-            if self.written is None:
-                others = values.keys() - set(self.writable)
-                self.written = [n for n in others if _is_written(used[n], values[n], versions[n])]
             if self.kind != "training":
                 return outputs, {}
-            after = {name: store[key] for store, key, name in self.slots if name in self.writable}
+            after = {name: store[key] for store, key, name in self.slots if name in versions}
             return outputs, {
                 name: value
                 for name, value in after.items()
@@ -91,7 +83,7 @@ class Skeleton:
         call: Call,
     ) -> list[Any]:
         """The outputs of :meth:`run` for several values, not in training, with fewer steps between two."""
-        if self.writable or self.locate or self.written is None or self.written:
+        if self.copied or self.locate:
             return [self.run(call_module, own, inputs(), call)[0] for own in values]
         outputs, outer_path, call.path = [], call.path, None
         try:
@@ -131,17 +123,6 @@ class Skeleton:
         for part, weights in self.recurrent:  # set past `__setattr__`, which takes longer than all the rest
             own = [values[name] if name else getattr(part, key) for key, name in weights]
             vars(part)["_flat_weights"] = own
-
-
-def _is_written(copy: Tensor, original: Tensor, version: int) -> bool:
-    original = original.detach()  # of a parameter a plain tensor
-    if storage_version(copy) > version:
-        return True
-    if not (is_readable(copy) and is_readable(original)):
-        return False
-    # What is written through `.data` leaves no other trace.
-    is_comparable = copy.dtype == original.dtype and copy.layout == original.layout == torch.strided
-    return not (is_comparable and torch.equal(copy, original))
 
 
 def _enter(path: list[str], name: str, *_: Any) -> None:
@@ -203,6 +184,13 @@ def _names_of_writable_buffers(module: nn.Module, kind: str) -> list[str]:
         for key in part._buffers
     }
     return [name for name, _ in module.named_buffers() if name in own]
+
+
+def _names_of_renormalised(module: nn.Module) -> list[str]:
+    """Parameters that torch's own modules write into: embeddings whose norm has a limit, where looked up."""
+    kinds = nn.Embedding, nn.EmbeddingBag
+    limited = {id(m.weight) for m in module.modules() if isinstance(m, kinds) and m.max_norm is not None}
+    return [name for name, parameter in module.named_parameters() if id(parameter) in limited]
 
 
 # Those that give any input back in evaluation.

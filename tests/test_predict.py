@@ -1048,7 +1048,7 @@ def test_a_compiled_chunk_that_memory_is_not_enough_for_is_halved(monkeypatch):
 def test_no_two_draws_are_in_memory_at_once_on_a_cpu_where_they_are_very_large(
     monkeypatch, width, rows, is_large
 ):
-    monkeypatch.setattr(_engine, "_TWO_DRAWS", 100_000)  # bytes
+    monkeypatch.setattr(_engine, "_MOST_OF_TWO_DRAWS", 100_000)  # bytes
     params, x = {"w": randn(3, width)}, randn(rows, 3)
     sizes = []
 

@@ -302,7 +302,9 @@ def test_entries_that_are_taken_are_those_of_indexing(shape, i):
     leaf, i = torch.randn(shape, dtype=F64), torch.tensor(i, dtype=torch.int64)
     whole = leaf.movedim(-1, 0).contiguous().movedim(0, -1) if leaf.ndim > 1 else leaf  # another layout
     for given in (leaf, whole, leaf.int(), leaf > 0):
-        assert torch.equal(_tree.taken(given, i), given[i])
+        got = _tree.taken(given, i)
+        assert torch.equal(got, given[i])
+        assert got.stride() == given[i].stride()
     leaf.requires_grad_()
     (got,), (expected,) = (
         torch.autograd.grad(take(leaf, i).square().sum(), leaf)
