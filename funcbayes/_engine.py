@@ -295,17 +295,10 @@ class _Run:
         while start < self.num_draws:
             size = min(size, self.tuner.most or size)
             part = slice(start, min(start + size, self.num_draws))
-            try:
-                outputs = self._by_program(part, size)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                self.tuner.limit(size // 2)
-            else:
+            outputs = self._if_memory_is_enough(size, functools.partial(self._by_program, part, size))
+            if outputs is not None:
                 yield part, outputs
                 start = part.stop
-                continue
-            _give_back_memory()
 
     def _by_program(self, part: slice, size: int) -> Tensor:
         mechanism = Mechanism(self.default, size)
@@ -354,15 +347,23 @@ class _Run:
         """Evaluate by the mechanism, or in halves where memory is not enough for as many draws."""
         size, most = part.stop - part.start, self.tuner.most
         if most is None or size <= most:
-            try:
-                return self._by_this_or_another(part, mechanism)
-            except torch.OutOfMemoryError:  # of an accelerator
-                if size == 1:
-                    raise
-                most = size // 2
-                self.tuner.limit(most)
-            _give_back_memory()
-        return torch.cat([self._attempt(half, mechanism) for half in _parts(part.start, part.stop, most)])
+            by_mechanism = functools.partial(self._by_this_or_another, part, mechanism)
+            outputs = self._if_memory_is_enough(size, by_mechanism)
+            if outputs is not None:
+                return outputs
+        halves = _parts(part.start, part.stop, self.tuner.most or 1)
+        return torch.cat([self._attempt(half, mechanism) for half in halves])
+
+    def _if_memory_is_enough(self, size: int, evaluate: Callable[[], Tensor]) -> Tensor | None:
+        """Outputs, or ``None`` where an accelerator had no memory for so many draws: then fewer come next."""
+        try:
+            return evaluate()
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            self.tuner.limit(size // 2)
+        _give_back_memory()  # now that the error keeps nothing of it
+        return None
 
     def _by_this_or_another(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or by another where that stands in the model's way."""
@@ -546,7 +547,6 @@ class _Run:
         """The same with images in that layout."""
         run = copy.copy(self)
         run.x = optree.tree_map(channels_last, self.x)
-        run.was_watched = False
         return run
 
     def _folded(self, masks: list[DropoutMasks]) -> Tensor:
