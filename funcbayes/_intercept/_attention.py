@@ -1,8 +1,9 @@
 """Attention, opened: its parts called one by one, where a fused kernel would hide them."""
 
+import inspect
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +18,44 @@ from ._call import Interception
 # made to say that nobody wants the call.
 _attention_body = types.FunctionType(
     F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda args: False},
+    {
+        **vars(F),
+        "has_torch_function": lambda args: False,
+        "_in_projection_packed": lambda *args: _in_projection_packed(*args),
+    },
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
+
+
+def _in_projection_packed(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Queries, keys and values from one packed weight.
+
+    Those of self-attention are unbound from one product. Torch selects them one by one; in a backward pass each
+    selection makes a buffer of zeros as large as all three, and a sum.
+    """
+    if not (query is key is value):
+        return F._in_projection_packed(query, key, value, weight, bias)
+    packed = F.linear(query, weight, bias)
+    return packed.unflatten(-1, (3, query.shape[-1])).movedim(-2, 0).contiguous().unbind()
 
 
 def open_attention(
     mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    """Call attention by its parts."""
     with mode:
         return _attention_body(*args, **kwargs)
+
+
+def drops_weights(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of multi-head attention drops some of its weights."""
+    given = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
+    return bool(given["dropout_p"] and given.get("training", True))
+
+
+_ATTENTION_ARGUMENTS = (*inspect.signature(F.multi_head_attention_forward).parameters,)
 
 
 def attention_weights(

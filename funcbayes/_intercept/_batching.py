@@ -400,6 +400,10 @@ def _is_viewable(value: Tensor, level: int) -> bool:
     return front is not None and front.is_contiguous()
 
 
+# Entries of a value, of one draw, from which on a call a draw costs less than to go over the values more often.
+_LARGE_NORM = 1 << 17
+
+
 def _layer_norm(
     level: int,
     channels_last: bool,
@@ -415,6 +419,11 @@ def _layer_norm(
     weights, biases = draws_first(weight, level), draws_first(bias, level)
     if weights is None or biases is None:
         return None
+    needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in (values, weights, biases))
+    if needs_grad and values.device.type == "cpu" and input.numel() >= _LARGE_NORM:
+        # A kernel a draw: that of the backward pass has the gradients of weights and biases with the others.
+        each = (F.layer_norm(*own, eps) for own in zip(values, [normalized_shape] * len(values), weights, biases))
+        return wrap(torch.stack([*each]), 0, level)
     normal = F.layer_norm(values, normalized_shape, None, None, eps)
     between = (1,) * (input.ndim - weight.ndim)
     affine = (p.reshape(p.shape[0], *between, *p.shape[1:]) for p in (biases, weights))

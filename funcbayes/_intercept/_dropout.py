@@ -13,7 +13,7 @@ from torch import Tensor
 from .._functorch import is_concrete, is_readable, outside_transforms, unintercepted, unwrap, vmap_level, wrap
 from .._random import Place, Seed, dropout_mask, fold
 from .._tree import Params, Where, matcher, pytree_dataclass, static
-from ._attention import attention_weights, open_attention
+from ._attention import attention_weights, drops_weights, open_attention
 from ._call import Call, Handler, Interception, calling
 from ._folded import Folded
 from ._prepared import Prepared
@@ -290,6 +290,11 @@ def _alpha(by_channel: bool) -> Handler:
     return handler
 
 
+def _multi_head(mode, func, args, kwargs):  # noqa: ANN001, ANN202
+    """Whole where it drops nothing: there is a batching rule for that, which costs less than its parts."""
+    return open_attention(mode, func, args, kwargs) if drops_weights(args, kwargs) else func(*args, **kwargs)
+
+
 def _attention(mode, func, args, kwargs):  # noqa: ANN001, ANN202
     """Scaled dot-product attention with dropout of its weights, as torch documents it."""
     rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
@@ -343,7 +348,7 @@ def _note_statistics(mode, func, args, kwargs):  # noqa: ANN001, ANN202
 
 
 _HANDLERS: dict[Any, Handler] = {
-    F.multi_head_attention_forward: open_attention,
+    F.multi_head_attention_forward: _multi_head,
     **dict.fromkeys((F.dropout, torch.dropout, torch.dropout_), _elementwise),
     **dict.fromkeys((F.alpha_dropout, torch.alpha_dropout, torch.alpha_dropout_), _alpha(False)),
     **dict.fromkeys(
