@@ -207,6 +207,8 @@ def _linear(
 def _in_channels_last(images: Tensor) -> Tensor:
     if not is_concrete(images):  # inside another transform there are no layouts to choose from
         return images
+    if images.shape[1] == 1:  # is in both layouts, and is taken for the usual one, unless strides say more
+        images = images.squeeze(1).contiguous().unsqueeze(-1).movedim(-1, 1)
     found = images.contiguous(memory_format=torch.channels_last)
     if len(found) == 1 and found.stride(0) != found.numel():
         # The stride of an axis of one entry means nothing, but the gradient of a convolution in float64 goes
@@ -344,6 +346,13 @@ def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
         return _apart(out, draws, level) if rows is None else _rows_apart(out, draws, level)
 
     return rule
+
+
+def _adaptive_mean(flat: Tensor, output_size: int | Sequence[int]) -> Tensor:
+    """Adaptive pooling; that to a single entry gives a layout to its result whose gradient costs a copy."""
+    if output_size in (1, (1, 1), [1, 1]):
+        return flat.mean((2, 3), keepdim=True)
+    return F.adaptive_avg_pool2d(flat, output_size)  # type: ignore[arg-type]
 
 
 def _batch_norm(
@@ -513,7 +522,7 @@ for _pool, _ndim in (
     (F.adaptive_max_pool1d, 1),
     (F.max_pool2d, 2),
     (F.avg_pool2d, 2),
-    (F.adaptive_avg_pool2d, 2),
     (F.adaptive_max_pool2d, 2),
 ):
     _RULES[_pool] = _pooling(_pool, _ndim)
+_RULES[F.adaptive_avg_pool2d] = _pooling(_adaptive_mean, 2)
