@@ -24,7 +24,7 @@ from ._models import MODELS, inputs
 NUM_MEMBERS = 10
 ROWS = {"resnet": (8, 32), "transformer": (8, 32, 128)}  # a batch; of others 32 and 128
 AT_LEAST = {("mlp-small", 32): 3.0, ("mlp-small", 128): 3.0, ("lenet", 32): 2.0, ("lenet", 128): 1.3}
-STEPS = {"mlp-small": 30, "mlp": 20}  # an epoch
+STEPS = {"mlp-small": 30, "mlp": 20, "lenet": 30}  # an epoch; of others 10
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 

@@ -193,13 +193,13 @@ def _names_of_renormalised(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if id(parameter) in limited]
 
 
-# Those that give any input back in evaluation.
+# Those that give any input back in evaluation, and where their rate is 0.
 _DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _dropped_in_training(part: nn.Module, input: Tensor) -> Tensor:
-    """What dropout gives; in evaluation without the call of a function that all modes would look at."""
-    return type(part).forward(part, input) if part.training else input
+    """What dropout gives; where that is the input, without a call that all modes would look at."""
+    return type(part).forward(part, input) if part.training and part.p else input
 
 
 _OWNS_A_RATE = re.compile(r"(^|_)(p|p_drop|drop\w*|\w*dropout\w*|\w*_drop|\w*_pdrop)$")
@@ -208,7 +208,7 @@ _OWNS_A_RATE = re.compile(r"(^|_)(p|p_drop|drop\w*|\w*dropout\w*|\w*_drop|\w*_pd
 def _set_modes(module: nn.Module, kind: str) -> None:
     module.train(kind == "training")
     for part in module.modules():
-        if kind in ("plain", "eval") and type(part) in _DROPOUTS and "forward" not in vars(part):
+        if kind != "stochastic" and type(part) in _DROPOUTS and "forward" not in vars(part):
             part.forward = functools.partial(_dropped_in_training, part)
         if isinstance(part, nn.TransformerEncoder):
             # Nested tensors leave zeros at padding, where the mathematics leave numbers.

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 
 import funcbayes as fb
-from funcbayes._intercept import Batching, Observed, _recurrent
+from funcbayes._intercept import Batching, Observed, _batching, _recurrent
 
 F64 = torch.float64
 S = 3  # draws
@@ -285,6 +285,39 @@ def test_a_convolution_of_no_rows_equals_a_loop(kind, mapped):
     check(case._replace(shapes=((0, *case.shapes[0][1:]), *case.shapes[1:])), kind)
 
 
+@kinds_with_all_rules
+@pytest.mark.parametrize("mapped", ["bbb", "sbb"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_convolution_of_images_of_one_channel_equals_a_loop(kind, mapped, rows):
+    case = convolution(2, {"padding": 1}, mapped)
+    case = case._replace(shapes=((rows, 1, *SIZES[2]), (4, 1, *KERNELS[2]), (4,)))
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_in_channels_last_after_the_first_convolution_and_their_gradients_before_a_pool(channels):
+    # Images of one channel are in both layouts, and torch takes them for the usual one. Pools, and the
+    # gradients of what comes between, take several times as long in two layouts.
+    x, kernels = randn(5, channels, 8, 8), randn(2, 4, channels, 3, 3).requires_grad_()
+    layouts = []
+
+    def note(value):
+        layouts.append(value.flatten(1, 2).is_contiguous(memory_format=torch.channels_last))
+
+    def network(weight):
+        with Batching("channels_last"):
+            return F.adaptive_avg_pool2d(F.conv2d(x, weight).relu(), 1)
+
+    out = vmap(network, out_dims=1)(kernels)
+    node = out.grad_fn
+    while node.name() != "ReluBackward0":
+        node = node.next_functions[0][0]
+    note(node._saved_result)
+    node.register_hook(lambda after, before: note(after[0]))
+    out.sum().backward()
+    assert layouts == [True, True]
+
+
 # Pooling ------------------------------------------------------------------------------------------
 
 POOLINGS = {
@@ -318,6 +351,8 @@ POOLINGS = {
     ),
     "adaptive_avg2d": (F.adaptive_avg_pool2d, lambda x: F.adaptive_avg_pool2d(x, (3, None)), 2),
     "adaptive_avg2d_one": (F.adaptive_avg_pool2d, lambda x: F.adaptive_avg_pool2d(x, 1), 2),
+    "adaptive_avg2d_ones": (F.adaptive_avg_pool2d, lambda x: F.adaptive_avg_pool2d(x, [1, 1]), 2),
+    "adaptive_avg2d_a_row": (F.adaptive_avg_pool2d, lambda x: F.adaptive_avg_pool2d(x, (1, None)), 2),
     "adaptive_max2d": (F.adaptive_max_pool2d, lambda x: F.adaptive_max_pool2d(x, (3, 2)), 2),
 }
 OTHER_POOLINGS = {  # no rule has to serve these
@@ -413,6 +448,18 @@ def test_layer_norm_equals_a_loop_whichever_arguments_are_mapped(kind, shape, ma
     watch = check(case, kind)
     if should_fire(case, kind):
         assert watch.fired
+
+
+@kinds_with_all_rules
+@pytest.mark.parametrize("shape", LAYER_NORM_SHAPES.values(), ids=LAYER_NORM_SHAPES.keys())
+def test_layer_norm_of_many_entries_which_is_called_for_each_draw_equals_a_loop(kind, shape, monkeypatch):
+    monkeypatch.setattr(_batching, "_LARGE_NORM", 1)
+
+    def function(x, weight, bias):
+        return F.layer_norm(x, shape, weight, bias, 1e-3)
+
+    case = Case(F.layer_norm, function, ((2, 4, 3, 6), shape, shape), "bbb")
+    assert bool(check(case, kind).fired) == should_fire(case, kind)
 
 
 @kinds_with_all_rules
@@ -651,6 +698,29 @@ def test_other_multi_head_attention_is_opened_and_equals_a_loop(kind, settings):
     got = vmap(watch(case.function), randomness="different")(*arguments_of(case))
     torch.testing.assert_close(got, loop(case.function, arguments_of(case), in_dims_of(case)))
     assert watch.fired == 0 or kind == "vmap"
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_attention_in_training_is_whole_where_it_drops_nothing_and_never_selected_from_zeros(rate):
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 8, dropout=rate, batch_first=True)
+    fn, params = fb.make_functional(layer)
+    members = {name: torch.stack([leaf] * S).requires_grad_() for name, leaf in params.items()}
+    watch = Watch("channels_last", F.multi_head_attention_forward)
+
+    x = randn(3, LENGTH, WIDTH, dtype=torch.float32)
+
+    def trained(own, key):
+        return fb.training_call(fn, own, x, key)[0]
+
+    out = vmap(watch(trained))(members, torch.arange(S))
+    assert watch.fired == (rate == 0)
+    names, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert "UnbindBackward0" in names
+    assert "SelectBackward0" not in names
 
 
 OTHER_ATTENTION = {  # shapes of query, key, value; settings

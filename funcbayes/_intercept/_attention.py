@@ -1,5 +1,6 @@
 """Attention, opened: its parts called one by one, where a fused kernel would hide them."""
 
+import functools
 import inspect
 import math
 import types
@@ -12,6 +13,28 @@ from torch import Tensor
 
 from ._call import Interception
 
+
+def _projected(
+    by_torch: Callable[..., Sequence[Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> Sequence[Tensor]:
+    """Queries, keys and values by one packed weight.
+
+    Those of self-attention are unbound from one product. Torch selects them one by one; in a backward pass
+    each selection makes a buffer of zeros as large as all three, and a sum.
+    """
+    if not (query is key is value):
+        return by_torch(query, key, value, weight, bias)
+    packed = F.linear(query, weight, bias)
+    return packed.unflatten(-1, (3, query.shape[-1])).movedim(-2, 0).contiguous().unbind()
+
+
+_PROJECTION = ("_in_projection_packed",)
+
 # Attention is one Python function built of others. A mode is off while it serves a call, so the
 # linear maps and the dropout inside would not be seen; with the mode on, the function's first
 # line would hand the call back to the mode for ever. This is the same code with that line
@@ -21,24 +44,10 @@ _attention_body = types.FunctionType(
     {
         **vars(F),
         "has_torch_function": lambda args: False,
-        "_in_projection_packed": lambda *args: _in_projection_packed(*args),
+        **{name: functools.partial(_projected, vars(F)[name]) for name in _PROJECTION if name in vars(F)},
     },
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-
-
-def _in_projection_packed(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Sequence[Tensor]:
-    """Queries, keys and values from one packed weight.
-
-    Those of self-attention are unbound from one product. Torch selects them one by one; in a backward pass each
-    selection makes a buffer of zeros as large as all three, and a sum.
-    """
-    if not (query is key is value):
-        return F._in_projection_packed(query, key, value, weight, bias)
-    packed = F.linear(query, weight, bias)
-    return packed.unflatten(-1, (3, query.shape[-1])).movedim(-2, 0).contiguous().unbind()
 
 
 def open_attention(

@@ -104,7 +104,7 @@ def multi_head(
     shape = (draws, count * length, width)
     rows = product(biases(in_proj_bias), values.reshape(shape), weights.mT, 1)
     heads = rows.view(draws * count, length, 3, num_heads, width // num_heads)
-    parts = (part.transpose(1, 2) for part in heads.unbind(2))
-    out = F.scaled_dot_product_attention(*parts, is_causal=is_causal).transpose(1, 2)
+    query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal).transpose(1, 2)
     out = product(biases(out_proj_bias), out.reshape(shape), out_weights.mT, 1)
     return wrap(out.view(draws, count, length, out.shape[-1]).transpose(1, 2), 0, level), None

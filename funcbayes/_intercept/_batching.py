@@ -190,11 +190,10 @@ def _linear(
         return None
     draws, width = weights.shape[0], weights.shape[-1]
     values = draws_first(input, level)
-    rows = (
-        values.reshape(draws, -1, width)
-        if values is not None
-        else input.reshape(1, -1, width).expand(draws, -1, -1)
-    )
+    if values is None:
+        rows = input.reshape(-1, width).expand(draws, -1, -1)
+    else:
+        rows = values if input.ndim == 2 else values.reshape(draws, -1, width)
     biases = None if bias is None else of_each_draw(bias, draws, level)
     # Gradients of the weights lie in memory as the weights do only if rows come last in the product. In the
     # usual order they come transposed, and everything that is done with them takes several times as long.
@@ -409,7 +408,7 @@ def _is_viewable(value: Tensor, level: int) -> bool:
     return front is not None and front.is_contiguous()
 
 
-# Entries of a value, of one draw, from which on a call a draw costs less than to go over the values more often.
+# Entries of a value of one draw from which on a call a draw costs less than going over the values more often.
 _LARGE_NORM = 1 << 17
 
 
@@ -431,8 +430,9 @@ def _layer_norm(
     needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in (values, weights, biases))
     if needs_grad and values.device.type == "cpu" and input.numel() >= _LARGE_NORM:
         # A kernel a draw: that of the backward pass has the gradients of weights and biases with the others.
-        each = (F.layer_norm(*own, eps) for own in zip(values, [normalized_shape] * len(values), weights, biases))
-        return wrap(torch.stack([*each]), 0, level)
+        of_draws = zip(values, weights, biases, strict=True)
+        out = [F.layer_norm(value, normalized_shape, w, b, eps) for value, w, b in of_draws]
+        return wrap(torch.stack(out), 0, level)
     normal = F.layer_norm(values, normalized_shape, None, None, eps)
     between = (1,) * (input.ndim - weight.ndim)
     affine = (p.reshape(p.shape[0], *between, *p.shape[1:]) for p in (biases, weights))

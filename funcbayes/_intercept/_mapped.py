@@ -9,7 +9,9 @@ from .._functorch import unwrap
 def draws_first(tensor: Tensor, level: int) -> Tensor | None:
     """``(S, ...)``, the physical tensor with its mapped axis first; ``None`` if it has none."""
     physical, axis = unwrap(tensor, level)
-    return None if axis is None else physical.movedim(axis, 0)
+    if axis is None:
+        return None
+    return physical.movedim(axis, 0) if axis else physical
 
 
 def of_each_draw(tensor: Tensor, draws: int, level: int) -> Tensor:
