@@ -318,6 +318,26 @@ def test_images_are_in_channels_last_after_the_first_convolution_and_their_gradi
     assert layouts == [True, True]
 
 
+def test_the_gradient_of_a_pool_is_in_channels_last_although_a_linear_map_leaves_it_in_another_layout():
+    x, kernels = randn(5, 3, 8, 8), randn(2, 4, 3, 3, 3).requires_grad_()
+    weights = randn(2, 6, 36).requires_grad_()
+    layouts = []
+
+    def network(kernel, weight):
+        with Batching("channels_last"):
+            return F.linear(F.max_pool2d(F.conv2d(x, kernel), 2).flatten(1), weight)
+
+    out = vmap(network)(kernels, weights)
+    nodes = [out.grad_fn]
+    while (node := nodes.pop()).name() != "MaxPool2DWithIndicesBackward0":
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    node.register_prehook(
+        lambda grads: layouts.append(grads[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    out.sum().backward()
+    assert layouts == [True]
+
+
 # Pooling ------------------------------------------------------------------------------------------
 
 POOLINGS = {

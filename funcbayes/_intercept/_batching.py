@@ -20,6 +20,7 @@ from torch import Tensor
 from .._functorch import (
     is_autocast_on,
     is_concrete,
+    is_readable,
     outside_transforms,
     physical,
     unwrap,
@@ -342,6 +343,9 @@ def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
         out = pool(flat, *args, **kwargs)
         if not isinstance(out, Tensor):
             return None
+        if channels_last and rows is None and ndim == 2 and out.requires_grad and is_readable(out):
+            # The kernel of the gradient goes by the layout that it comes in, and would copy all that it needs.
+            out.register_hook(_in_channels_last)
         return _apart(out, draws, level) if rows is None else _rows_apart(out, draws, level)
 
     return rule
