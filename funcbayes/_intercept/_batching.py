@@ -344,7 +344,7 @@ def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
         if not isinstance(out, Tensor):
             return None
         if channels_last and rows is None and ndim == 2 and out.requires_grad and is_readable(out):
-            # The kernel of the gradient goes by the layout that it comes in, and would copy all that it needs.
+            # The kernel of the gradient goes by the layout that this comes in, and would copy what it needs.
             out.register_hook(_in_channels_last)
         return _apart(out, draws, level) if rows is None else _rows_apart(out, draws, level)
 
