@@ -38,7 +38,9 @@ def physical(tensor: Tensor) -> Tensor:
 
 def is_concrete(tensor: Tensor) -> bool:
     """Whether the numbers of ``tensor`` can be looked at: it is not inside a transform."""
-    return not _functorch.is_functorch_wrapped_tensor(tensor) and tensor.device.type != "meta"
+    # Autograd maps over several gradients by a `vmap` of its own, of an older kind.
+    is_wrapped = _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+    return not is_wrapped and tensor.device.type != "meta"
 
 
 _writing = threading.local()

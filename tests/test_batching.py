@@ -191,6 +191,16 @@ def test_a_linear_map_by_a_vector_of_weights_equals_a_loop(kind, mapped):
 
 
 @kinds_with_all_rules
+@pytest.mark.parametrize("mapped", ["bb", "sb"])
+def test_a_linear_map_of_another_width_is_refused_as_by_torch_though_it_would_fit_in_other_rows(kind, mapped):
+    case = Case(F.linear, F.linear, ((4, 6), (5, 3)), mapped)
+    mapped_linear = vmap(Watch(kind, F.linear)(F.linear), in_dims_of(case))
+    x, weight = arguments_of(case)
+    with pytest.raises(RuntimeError, match=r"shape|size|dimension"):
+        mapped_linear(x, weight.requires_grad_())
+
+
+@kinds_with_all_rules
 @pytest.mark.parametrize("value", [(0, 4), (2, 0, 4), (5, 0)], ids=["no_rows", "no_tokens", "no_inputs"])
 @pytest.mark.parametrize("mapped", ["bbb", "sbb"])
 def test_a_linear_map_of_nothing_equals_a_loop(kind, mapped, value):
@@ -336,6 +346,39 @@ def test_the_gradient_of_a_pool_is_in_channels_last_although_a_linear_map_leaves
     )
     out.sum().backward()
     assert layouts == [True]
+
+
+def pooled(x):
+    """A function of two kernels of each draw, with pooling between them, and nothing nonlinear after it."""
+
+    def network(first, second):
+        with Batching("channels_last"):
+            return F.conv2d(F.max_pool2d(F.conv2d(x, first), 2), second)
+
+    return vmap(network)
+
+
+def test_several_gradients_through_a_pool_are_those_of_each():
+    kernels = randn(2, 4, 3, 3, 3).requires_grad_(), randn(2, 2, 4, 1, 1, seed=1)
+    out = pooled(randn(5, 3, 8, 8))(*kernels)
+    cotangents = randn(3, *out.shape, seed=2)
+    settings = {"retain_graph": True}
+    (got,) = torch.autograd.grad(out, kernels[0], cotangents, is_grads_batched=True, **settings)
+    expected = [torch.autograd.grad(out, kernels[0], one, **settings)[0] for one in cotangents]
+    torch.testing.assert_close(got, torch.stack(expected))
+
+
+def test_a_gradient_of_a_gradient_through_a_pool_that_has_none_equals_a_loops():
+    x, found = randn(5, 3, 8, 8), []
+    for run in (
+        pooled(x),
+        lambda *a: loop(lambda v, w: F.conv2d(F.max_pool2d(F.conv2d(x, v), 2), w), a, (0, 0)),
+    ):
+        kernels = randn(2, 4, 3, 3, 3).requires_grad_(), randn(2, 2, 4, 1, 1, seed=1).requires_grad_()
+        (grad,) = torch.autograd.grad(run(*kernels).sum(), kernels[0], create_graph=True)
+        grad.square().sum().backward()
+        found.append(kernels[1].grad)
+    torch.testing.assert_close(*found)
 
 
 # Pooling ------------------------------------------------------------------------------------------

@@ -190,6 +190,8 @@ def _linear(
     if not one_dtype(input, weight, bias) or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     draws, width = weights.shape[0], weights.shape[-1]
+    if input.shape[-1] != width:
+        return None  # torch says what is wrong
     values = draws_first(input, level)
     if values is None:
         rows = input.reshape(-1, width).expand(draws, -1, -1)
@@ -215,6 +217,12 @@ def _in_channels_last(images: Tensor) -> Tensor:
         # by it (torch 2.13), and is wrong.
         found = found.clone(memory_format=torch.channels_last)
     return found
+
+
+def _gradient_in_channels_last(grad: Tensor | None) -> Tensor | None:
+    return (
+        None if grad is None else _in_channels_last(grad)
+    )  # there may be none of a derivative of derivatives
 
 
 def _beside_channels(value: Tensor, level: int, channels_last: bool) -> tuple[Tensor, int] | None:
@@ -345,7 +353,7 @@ def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
             return None
         if channels_last and rows is None and ndim == 2 and out.requires_grad and is_readable(out):
             # The kernel of the gradient goes by the layout that this comes in, and would copy what it needs.
-            out.register_hook(_in_channels_last)
+            out.register_hook(_gradient_in_channels_last)
         return _apart(out, draws, level) if rows is None else _rows_apart(out, draws, level)
 
     return rule
