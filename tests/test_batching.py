@@ -362,9 +362,8 @@ def test_several_gradients_through_a_pool_are_those_of_each():
     kernels = randn(2, 4, 3, 3, 3).requires_grad_(), randn(2, 2, 4, 1, 1, seed=1)
     out = pooled(randn(5, 3, 8, 8))(*kernels)
     cotangents = randn(3, *out.shape, seed=2)
-    settings = {"retain_graph": True}
-    (got,) = torch.autograd.grad(out, kernels[0], cotangents, is_grads_batched=True, **settings)
-    expected = [torch.autograd.grad(out, kernels[0], one, **settings)[0] for one in cotangents]
+    (got,) = torch.autograd.grad(out, kernels[0], cotangents, retain_graph=True, is_grads_batched=True)
+    expected = [torch.autograd.grad(out, kernels[0], one, retain_graph=True)[0] for one in cotangents]
     torch.testing.assert_close(got, torch.stack(expected))
 
 

@@ -33,7 +33,7 @@ def _projected(
     return packed.unflatten(-1, (3, query.shape[-1])).movedim(-2, 0).contiguous().unbind()
 
 
-_PROJECTION = ("_in_projection_packed",)
+_PROJECTION = ("_in_projection_packed",)  # torch's own name for it, which another version may not have
 
 # Attention is one Python function built of others. A mode is off while it serves a call, so the
 # linear maps and the dropout inside would not be seen; with the mode on, the function's first

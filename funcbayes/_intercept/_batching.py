@@ -220,9 +220,9 @@ def _in_channels_last(images: Tensor) -> Tensor:
 
 
 def _gradient_in_channels_last(grad: Tensor | None) -> Tensor | None:
-    return (
-        None if grad is None else _in_channels_last(grad)
-    )  # there may be none of a derivative of derivatives
+    if grad is None:  # as of a second derivative that there is none of
+        return None
+    return _in_channels_last(grad)
 
 
 def _beside_channels(value: Tensor, level: int, channels_last: bool) -> tuple[Tensor, int] | None:
