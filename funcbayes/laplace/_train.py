@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -31,7 +32,7 @@ from ..posteriors import Gaussian
 from ..training._data import Data, open_data
 from ..training._fit import for_one, with_member_axis
 from ..training._loop import minimize
-from ..training._objective import Objective
+from ..training._objective import NO_RULES, Objective
 from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
 from ._posterior import posterior
 from ._prior import Numbers, Prior, by_leaf, chosen_leaves
@@ -243,10 +244,17 @@ class _NegativeLogJoint(Objective):
         return given
 
     def __call__(
-        self, params: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
+        self,
+        params: Params,
+        x: Any,
+        y: Tensor,
+        seed: Seed,
+        check: bool = False,
+        rules: AbstractContextManager[Any] = NO_RULES,
     ) -> tuple[Tensor, Params]:
         """The loss and the buffers that changed."""
-        outputs, changed = training_call(self.fn, params, x, seed)
+        with rules:
+            outputs, changed = training_call(self.fn, params, x, seed)
         if check:
             self.likelihood.check(outputs, y, call=f"{_CALL}(data=...)")
         loss = -self.likelihood.log_prob(outputs, y).mean()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._tree import pytree_dataclass, static
 from ._checks import NO_ORDER, check_num_samples, check_outputs, check_targets, unavailable
-from ._layout import entropy_along, sample_shape, sum_rows, wide
+from ._layout import entropy_along, of_dtype, sample_shape, sum_rows, wide
 from ._likelihood import Likelihood
 
 
@@ -60,7 +60,7 @@ class Categorical(Likelihood):
         ignored = labels == self.ignore_index
         index = labels.masked_fill(ignored, 0).unsqueeze(axis)
         picked = wide(outputs).log_softmax(axis).gather(axis, index).squeeze(axis)
-        return sum_rows(picked.masked_fill(ignored, 0)).to(outputs.dtype)
+        return of_dtype(sum_rows(picked.masked_fill(ignored, 0)), outputs.dtype)
 
     def num_terms(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Count the labels that are not ignored."""
@@ -190,4 +190,4 @@ class Categorical(Likelihood):
             )
         expected = torch.Size((*outputs.shape[:axis], *outputs.shape[axis + 1 :]))
         check_targets(y, expected, outputs, call)
-        return y.long()
+        return of_dtype(y, torch.int64)

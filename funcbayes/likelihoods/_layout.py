@@ -11,6 +11,11 @@ def wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
+def of_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values.to(dtype)``, which inside transforms takes time even where it is that already."""
+    return values if values.dtype == dtype else values.to(dtype)
+
+
 def sum_rows(values: Tensor) -> Tensor:
     """Sum over all axes but the first."""
     return values.sum(dim=tuple(range(1, values.ndim))) if values.ndim > 1 else values

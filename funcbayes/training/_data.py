@@ -176,6 +176,7 @@ class _Tensors:
         if len(seeds) == 1:
             orders = orders[0]
         for chosen in orders.split(self.batch_size, -1):
+            chosen = chosen.contiguous()  # once, and not for every leaf
             leaves = [ready(_rows(leaf, chosen), device) for leaf in self.leaves]
             dims = [0 if len(seeds) > 1 and _has_rows(leaf) else None for leaf in self.leaves]
             yield Batch(leaves, self.spec, dims)

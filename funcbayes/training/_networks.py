@@ -26,7 +26,7 @@ from .._tree import (
 )
 from ._batch import Batch, RaggedBatch, ready
 from ._fixed import FixedValues
-from ._objective import Objective
+from ._objective import NO_RULES, Objective
 
 
 class Networks:
@@ -87,10 +87,11 @@ class Networks:
         fixed: Params,
         pair: tuple[Any, Tensor],
         key: Seed,
+        rules: AbstractContextManager[Any] = NO_RULES,
     ) -> tuple[Tensor, Params]:
         """Loss of one network and its fixed values afterwards: a pure function."""
         params = merge(merge(held, self._spec.unflatten(leaves)), fixed)
-        loss, changed = objective(params, *pair, key, False)
+        loss, changed = objective(params, *pair, key, rules=rules)
         return loss, merge(fixed, changed) if changed else fixed
 
     def run(self, key: Hashable, function: Callable[[Objective, Any], Any], given: Any) -> Any:

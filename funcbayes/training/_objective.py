@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,32 @@ from ..likelihoods._checks import check_is_likelihood
 from ._adversarial import Steps, steps_of, summed_losses
 from ._data import Source
 
+NO_RULES: AbstractContextManager[Any] = nullcontext()
+
 
 class Objective(ABC):
     """The loss of one network."""
 
     @abstractmethod
     def __call__(
-        self, params: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
+        self,
+        params: Params,
+        x: Any,
+        y: Tensor,
+        seed: Seed,
+        check: bool = False,
+        rules: AbstractContextManager[Any] = NO_RULES,
     ) -> tuple[Tensor, Params]:
-        """Return the loss and the buffers that changed; ``check`` asks to look at values."""
+        """Return the loss and the buffers that changed.
+
+        Args:
+            params: Of the network.
+            x: Inputs of a batch.
+            y: Targets.
+            seed: Of the noise.
+            check: Whether to look at values.
+            rules: What is on while the model is called. All that is done elsewhere is faster without.
+        """
 
     def numbers(self) -> Params:
         """What changes from step to step, tensors: a compiled step is given them."""
@@ -78,12 +96,19 @@ class MapObjective(Objective):
         return cls(fn, likelihood, float(prior_precision) / max(num_rows, 1), call, steps)
 
     def __call__(
-        self, params: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
+        self,
+        params: Params,
+        x: Any,
+        y: Tensor,
+        seed: Seed,
+        check: bool = False,
+        rules: AbstractContextManager[Any] = NO_RULES,
     ) -> tuple[Tensor, Params]:
         """Return the loss and the buffers that changed."""
 
         def mean_nll(x: Any) -> tuple[Tensor, Params]:
-            outputs, changed = training_call(self.fn, params, x, seed)
+            with rules:
+                outputs, changed = training_call(self.fn, params, x, seed)
             if check:
                 self.likelihood.check(outputs, y, call=f"{self.call}(data=...)")
             return -self.likelihood.log_prob(outputs, y).mean(), changed

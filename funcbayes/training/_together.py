@@ -103,7 +103,7 @@ def _vmapped(
     # One by one, as plain numbers, few keys are hashed faster.
     held, keys = networks.held, torch.tensor([fold(key, networks.num_steps) for key in networks.keys])
     if part != slice(0, networks.num_members):
-        batch, keys = batch.part(part), keys[part]
+        batch, keys, leaves = batch.part(part), keys[part], [leaf[part] for leaf in leaves]
         held, varying = index(held, part), index(varying, part)
     kind = "vmap" if plain else "channels_last" if batch.rows >= 4 else "rows_first"
 
@@ -128,7 +128,7 @@ def _vmapped(
             grads = torch.autograd.grad(losses.sum(), own, allow_unused=True)
         return losses.detach(), grads, varying, changed[0]
 
-    own = [leaf[part].detach() for leaf in leaves]
+    own = [leaf.detach() for leaf in leaves]
     given = own, held, varying, common, batch.leaves, keys
     if seen is not None:
         return evaluate(networks.objective, given)
@@ -149,10 +149,8 @@ def _loss_of_one(
     key: Tensor,
 ) -> tuple[Tensor, Params, Params]:
     """Loss of one member, and its fixed values with and without an axis of members (those in ``names``)."""
-    with rules:
-        loss, fixed = networks.loss(
-            objective, leaves, held, merge(varying, common), spec.unflatten(batch), key
-        )
+    pair, given = spec.unflatten(batch), merge(varying, common)
+    loss, fixed = networks.loss(objective, leaves, held, given, pair, key, rules)
     if not names:
         return loss, fixed, common
     return (

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..priors._given import HasLogProb
 from ..training._batch import Batch, RaggedBatch
 from ..training._data import Source
 from ..training._networks import Networks
-from ..training._objective import Objective
+from ..training._objective import NO_RULES, Objective
 from ._elbo import Estimator, Terms, terms
 from ._schedules import Schedule, checked_weight
 from ._state import VariationalState
@@ -74,12 +75,19 @@ class NegativeElbo(Objective):
         self._weight: Tensor | None = None  # of the KL, where it is given
 
     def __call__(
-        self, network: Params, x: Any, y: Tensor, seed: Seed, check: bool = False
+        self,
+        network: Params,
+        x: Any,
+        y: Tensor,
+        seed: Seed,
+        check: bool = False,
+        rules: AbstractContextManager[Any] = NO_RULES,
     ) -> tuple[Tensor, Params]:
         """The loss and the buffers that changed."""
         if check:
             return self._checked(network, x, y, seed)
-        found = self.terms(network, x, y, seed)
+        with rules:
+            found = self.terms(network, x, y, seed)
         weight = self.weight() if self._weight is None else self._weight.to(found.kl.dtype)
         loss = found.nll + weight / self.num_data * found.kl
         return loss, {"params": found.changed} if found.changed else {}
