@@ -359,13 +359,6 @@ def _pooling(pool: Callable[..., Any], ndim: int) -> Rule:
     return rule
 
 
-def _adaptive_mean(flat: Tensor, output_size: int | Sequence[int]) -> Tensor:
-    """Adaptive pooling; that to a single entry gives a layout to its result whose gradient costs a copy."""
-    if output_size in (1, (1, 1), [1, 1]):
-        return flat.mean((2, 3), keepdim=True)
-    return F.adaptive_avg_pool2d(flat, output_size)  # type: ignore[arg-type]
-
-
 def _batch_norm(
     level: int,
     channels_last: bool,
@@ -534,7 +527,7 @@ for _pool, _ndim in (
     (F.adaptive_max_pool1d, 1),
     (F.max_pool2d, 2),
     (F.avg_pool2d, 2),
+    (F.adaptive_avg_pool2d, 2),
     (F.adaptive_max_pool2d, 2),
 ):
     _RULES[_pool] = _pooling(_pool, _ndim)
-_RULES[F.adaptive_avg_pool2d] = _pooling(_adaptive_mean, 2)
