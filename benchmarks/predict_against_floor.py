@@ -65,7 +65,7 @@ def _cell(kind: str, name: str, rows: int, how: How) -> Result:
 
     wide = x.repeat(NUM_SAMPLES, *(1 for _ in x.shape[1:]))
     layouts = LAYOUTS if wide.ndim == 4 else LAYOUTS[:1]
-    laid_out = [(_in_layout(module, layout), wide.contiguous(memory_format=layout)) for layout in layouts]
+    laid_out = [(_in_layout(module, layout), _images_in(wide, layout)) for layout in layouts]
     numbers = _numbers(kind, module, x, sum(v.numel() for v in params.values()))
     ways = [functools.partial(_floor, *pair, n, kind, numbers) for pair in laid_out for n in PIECES]
     same = fb.predict(fn, None, fb.Point(params), x).samples[0]
@@ -99,6 +99,13 @@ def _numbers(kind: str, module: nn.Module, x: Tensor, num_params: int) -> int:
 
 def _in_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:
     return copy.deepcopy(module).to(memory_format=layout)
+
+
+def _images_in(images: Tensor, layout: torch.memory_format) -> Tensor:
+    if layout == torch.channels_last and images.shape[1] == 1:
+        # They are in both layouts, and a convolution takes them for the usual one unless their strides say more.
+        return images.squeeze(1).unsqueeze(-1).movedim(-1, 1)
+    return images.contiguous(memory_format=layout)
 
 
 def _floor(module: nn.Module, x: Tensor, pieces: int, kind: str, numbers: int) -> Tensor:
