@@ -103,7 +103,7 @@ def _in_layout(module: nn.Module, layout: torch.memory_format) -> nn.Module:
 
 def _images_in(images: Tensor, layout: torch.memory_format) -> Tensor:
     if layout == torch.channels_last and images.shape[1] == 1:
-        # They are in both layouts, and a convolution takes them for the usual one unless their strides say more.
+        # They are in both layouts; a convolution takes them for the usual one unless strides say more.
         return images.squeeze(1).unsqueeze(-1).movedim(-1, 1)
     return images.contiguous(memory_format=layout)
 
