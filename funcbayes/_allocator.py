@@ -1,8 +1,10 @@
-"""What the allocator of memory on the CPU is told."""
+"""What the allocators of memory are told."""
 
 import ctypes
 import functools
 import os
+
+import torch
 
 _KEPT_BLOCK, _KEPT = 256 << 20, 512 << 20  # bytes: of one block, and of all that is free at the heap's end
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of `mallopt` in <malloc.h>
@@ -26,3 +28,9 @@ def keep_large_blocks() -> None:
         return
     if mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK) or mallopt(_MMAP_THRESHOLD, 32 << 20):  # the most for older ones
         mallopt(_TRIM_THRESHOLD, _KEPT)
+
+
+def give_back_memory() -> None:
+    """Blocks that an accelerator keeps for tensors of other sizes may be in the way of smaller ones."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

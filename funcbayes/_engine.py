@@ -21,7 +21,7 @@ import optree
 import torch
 from torch import Tensor
 
-from ._allocator import keep_large_blocks
+from ._allocator import give_back_memory, keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
 from ._functorch import (
@@ -274,10 +274,12 @@ class _Run:
         # Autocast does not reach all that `vmap` makes of a model, but what the rules make of it.
         self.bare: Kind = self.default if is_autocast_on() else "vmap"
         self.tuner = self._tuner()
+        self.skips_failed = True  # kinds that failed before, perhaps in another branch of the model
         self.was_watched = False
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of a given size, whose results do not depend on what was learned before."""
+        self.skips_failed = False
         chunk_size = min(chunk_size, self.num_draws)
         if chunk_size > 1 and not self._vmap_can_take_it():
             chunk_size = 1
@@ -301,13 +303,16 @@ class _Run:
                 start = part.stop
 
     def _by_program(self, part: slice, size: int) -> Tensor:
-        mechanism = Mechanism(self.default, size)
-
         def evaluate(tree: Any) -> Tensor:
             draws, params, x = tree
             fixed = self.cell[0], 0, 0, self.dtype
             own = _Run(self.fn, params, x, self.make_draws, self.numbers, *fixed)
-            return own._outputs(draws, mechanism, 0)
+            try:
+                return own._outputs(draws, Mechanism(self.default, size), 0)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # of a batching rule, perhaps; the model's own comes again
+                return own._outputs(draws, Mechanism("vmap", size), 0)
 
         draws, count = self.make_draws(part), part.stop - part.start
         if count < size:
@@ -362,7 +367,7 @@ class _Run:
             if size == 1:
                 raise
             self.tuner.limit(size // 2)
-        _give_back_memory()  # now that the error keeps nothing of it
+        give_back_memory()  # now that the error keeps nothing of it
         return None
 
     def _by_this_or_another(self, part: slice, mechanism: Mechanism) -> Tensor:
@@ -388,10 +393,11 @@ class _Run:
 
     def _ways(self, kind: Kind) -> list[Kind]:
         """Kinds to try in turn; the loop is the last."""
+        failed = self.tuner.failed if self.skips_failed else set()
         if kind in _LOOPS:
-            return [kind, "loop"] if kind != "loop" and kind not in self.tuner.failed else ["loop"]
+            return [kind, "loop"] if kind != "loop" and kind not in failed else ["loop"]
         known: tuple[Kind, ...] = (kind, "vmap", self.default)
-        ways: list[Kind] = [k for k in dict.fromkeys(known) if k not in self.tuner.failed]
+        ways: list[Kind] = [k for k in dict.fromkeys(known) if k not in failed]
         if kind == "vmap" and not self.tuner.needs_rules:
             return [kind, *(ways or [kind]), "loop"]  # again with rules, for another branch of the model
         return [*ways, "loop"]
@@ -625,12 +631,6 @@ def _check_outputs(outputs: Any) -> None:
 def _is_recorded() -> bool:
     """Whether kernels are being recorded for later, as a graph, when nobody may wait for them."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _give_back_memory() -> None:
-    """Blocks that were kept for tensors of other sizes may be in the way of smaller ones."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _parts(start: int, stop: int, size: int) -> Iterator[slice]:

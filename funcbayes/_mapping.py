@@ -15,7 +15,7 @@ from typing import Any
 import optree
 import torch
 
-from ._allocator import keep_large_blocks
+from ._allocator import give_back_memory, keep_large_blocks
 from ._functorch import is_autocast_on, is_inside_transform, map_first_axis
 from ._intercept import Batching, Observed
 from ._remember import Remembered
@@ -36,12 +36,14 @@ class _Plan:
         largest: Bytes of the largest intermediate of one draw; ``None`` if ``vmap`` cannot take the model.
         needs_rules: See :class:`funcbayes._intercept.Observed`.
         is_plain: Whether batching rules stand in the model's way.
+        most: Draws at a time that memory was enough for, after it was not.
     """
 
     device: torch.device
     largest: int | None
     needs_rules: bool = True
     is_plain: bool = False
+    most: int | None = None
 
 
 _plans: Remembered[_Plan] = Remembered()
@@ -93,20 +95,45 @@ def map_draws(
     if chunk_size is None:
         parts = equal_parts(count, plan.largest, plan.device)
     else:
-        parts = [slice(a, min(a + chunk_size, count)) for a in range(0, count, chunk_size)]
+        parts = in_parts(slice(0, count), chunk_size)
     if plan.device.type == "cpu":
         keep_large_blocks()
-    found = []
-    for part in parts:
-        size, own = part.stop - part.start, draws(part)
+    return concatenate([found for part in parts for found in _of_part(one, draws, part, kind, plan)])
+
+
+def _of_part(
+    one: Callable[[Any], Any], draws: Callable[[slice], Any], part: slice, kind: str, plan: _Plan
+) -> list[Any]:
+    """Results of some draws: at once, or one after another in as many parts as memory is enough for."""
+    size = part.stop - part.start
+    if plan.most is None or size <= plan.most:
         try:
-            found.append(_mapped(one, own, size, "vmap" if plan.is_plain else kind))
-        except Exception:  # of a batching rule, where plain `vmap` is right; the model's own comes again
-            if plan.is_plain:
+            return [_mapped_by_plan(one, draws(part), size, kind, plan)]
+        except torch.OutOfMemoryError:
+            if size == 1:
                 raise
-            plan.is_plain = True
-            found.append(_mapped(one, own, size, "vmap"))
-    return concatenate(found)
+            plan.most = size // 2
+        give_back_memory()  # now that the error keeps nothing of it
+    fewer = in_parts(part, plan.most or 1)
+    return [found for some in fewer for found in _of_part(one, draws, some, kind, plan)]
+
+
+def _mapped_by_plan(one: Callable[[Any], Any], draws: Any, count: int, kind: str, plan: _Plan) -> Any:
+    if not plan.is_plain:
+        try:
+            return _mapped(one, draws, count, kind)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # noqa: S110  # of a batching rule, perhaps; the model's own comes again
+            pass
+    result = _mapped(one, draws, count, "vmap")
+    plan.is_plain = True
+    return result
+
+
+def in_parts(whole: slice, size: int) -> list[slice]:
+    """Parts of a size; the last may be smaller."""
+    return [slice(a, min(a + size, whole.stop)) for a in range(whole.start, whole.stop, size)]
 
 
 def equal_parts(count: int, largest: int, device: torch.device, share: float = 1.0) -> list[slice]:
@@ -144,6 +171,8 @@ def _made_plan(one: Callable[[Any], Any], first: Any, owner: Any, call: str, kin
     with torch.no_grad():
         try:
             _mapped(one, first, 1, kind, seen)
+        except torch.OutOfMemoryError:
+            raise  # as a loop would
         except Exception as error:  # whatever it is, a loop that works is an answer
             one(index(first, 0))  # which raises what is the model's own
             reason = first_line(error)

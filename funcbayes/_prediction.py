@@ -110,7 +110,8 @@ class Prediction:
     def epistemic_variance(self) -> Tensor:
         """Variance over draws of each draw's predictive mean, ``(N, ...)``.
 
-        ``sum_s w_s (m_s - m)^2 / (1 - sum_s w_s^2)``, unbiased for equal weights; 0 for a single atom.
+        ``sum_s w_s (m_s - m)^2 / (1 - sum_s w_s^2)``, unbiased for independent draws of equal weights; 0 for
+        a single atom.
         """
         return self._get("moments")[1].to(self._dtype, copy=True)
 

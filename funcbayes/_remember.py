@@ -1,5 +1,6 @@
 """Remembering what was found out about a model, for as long as the model lives."""
 
+import contextlib
 import threading
 import types
 import weakref
@@ -23,15 +24,15 @@ class Remembered(Generic[_T]):
 
     def get(self, fn: Any, key: Hashable, make: Callable[[], _T]) -> _T:
         """What was remembered, or else what ``make`` gives, from now on."""
-        owner = _owner(fn)
         key = (getattr(fn, "__func__", None), key)
         try:
+            owner = _owner(fn)
             with self._lock:
                 values = self._values.setdefault(owner, {})
                 if key in values:
                     value = values[key] = values.pop(key)  # now the last to be forgotten
                     return value
-        except TypeError:  # a callable that has no hash or takes no weak references
+        except TypeError:  # a callable that takes no weak references
             return make()
         value = make()  # without the lock: it may take long, and may ask for others
         with self._lock:
@@ -44,6 +45,20 @@ class Remembered(Generic[_T]):
         return len(self._values.get(_owner(fn), ()))
 
 
+class _Identity:
+    """Stands for an object that has no hash, as a dataclass that can be compared."""
+
+
+_identities: dict[int, _Identity] = {}  # by `id`, for as long as the objects live
+
+
 def _owner(fn: Any) -> Any:
     # A bound method is made anew at every access; its object lives as long as it matters.
-    return fn.__self__ if isinstance(fn, types.MethodType) else fn
+    owner = fn.__self__ if isinstance(fn, types.MethodType) else fn
+    with contextlib.suppress(TypeError):
+        hash(owner)
+        return owner
+    if id(owner) not in _identities:
+        weakref.finalize(owner, _identities.pop, id(owner), None).atexit = False
+        _identities.setdefault(id(owner), _Identity())
+    return _identities[id(owner)]

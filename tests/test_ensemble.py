@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 import funcbayes as fb
 from funcbayes import _mapping, training
+from funcbayes._functorch import physical
 from funcbayes._intercept import Batching
 from funcbayes._mapping import equal_parts
 from funcbayes.ensemble import member_seeds
@@ -101,6 +102,16 @@ class Written(nn.Module):
         return self.head(h.relu().flatten(1))
 
 
+class WrittenLater(Written):
+    """Writes into what a convolution gave after a view of it was made."""
+
+    def forward(self, x):
+        h = self.conv(x)
+        flat = h.flatten(1)
+        F.relu(h, inplace=True)
+        return self.head(flat)
+
+
 def mlp():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
 
@@ -115,6 +126,7 @@ MODELS = {
     "conv": (ConvNet, (1, 5, 5)),
     "lenet": (lenet, (1, 5, 5)),
     "written_through_view": (Written, (1, 5, 5)),
+    "written_after_view": (WrittenLater, (1, 5, 5)),
     "transformer": (Attentive, (6,)),
     "conv_average": (functools.partial(ConvNet, momentum=None), (1, 5, 5)),
     "lstm": (Recurrent, (4, 2)),
@@ -337,6 +349,38 @@ def test_members_are_parted_equally_by_what_fits(num_members, largest, share, si
     parts = equal_parts(num_members, largest, torch.device("cpu"), share)
     assert [part.stop - part.start for part in parts] == sizes
     assert [k for part in parts for k in range(num_members)[part]] == list(range(num_members))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_members_that_memory_is_not_enough_for_are_trained_in_halves(room, chunk_size):
+    sizes = []
+
+    def fn(params, x):
+        whole = physical(params["w"])
+        sizes.append(len(whole) if whole.ndim == 3 else 1)
+        if sizes[-1] > room:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 8.00 GiB")
+        return F.linear(x, params["w"])
+
+    members, data = {"w": torch.randn(5, 2, 3, generator=seeded(0), dtype=F64)}, classification((3,))
+    options = {"batch_size": 5, "num_epochs": 2}
+    got = fit(fn, members, data, chunk_size=chunk_size, **options)
+    tried = [size for size in sizes if size > room]
+    assert tried[0] == 5
+    assert len(tried) == (5 // 2 > room) + 1  # halves are remembered
+    torch.testing.assert_close(got["w"], fit(fn, members, data, chunk_size=1, **options)["w"])
+
+
+def test_one_member_that_memory_is_not_enough_for_is_an_error():
+    def fn(params, x):
+        if torch.is_grad_enabled():  # not when it is looked at first
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 8.00 GiB")
+        return F.linear(x, params["w"])
+
+    members = {"w": torch.randn(5, 2, 3, generator=seeded(0), dtype=F64)}
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        fit(fn, members, classification((3,)), batch_size=5)
 
 
 @pytest.mark.parametrize("model", MODELS)

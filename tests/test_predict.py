@@ -357,6 +357,48 @@ def test_a_loop_in_another_layout_is_left_where_the_model_depends_on_it(monkeypa
     assert NoticesLayout.seen == [is_taken] * 8
 
 
+def copied_and_written(h):  # a copy here, and a view where images are in channels_last
+    copy = h.permute(0, 2, 3, 1).contiguous()
+    copy.add_(1.0)
+    return h.flatten(1).mean(1) + copy.mean((1, 2, 3))
+
+
+# Inside of `vmap` there is no telling how a value lies in memory.
+WRITING = {name: f for name, (f, _) in FLAT.items() if not name.startswith("by_layout")} | {
+    "copied_and_written": copied_and_written
+}
+
+
+def images_written(write, depth):
+    """A model that writes into the outputs of a convolution, an ensemble of it, and inputs."""
+
+    def fn(params, x):
+        for i in range(depth):
+            x = F.conv2d(x, params[i])
+        return write(x)
+
+    kernels = [randn(5, 4 if i == depth - 1 else 2, 2, 3, 3, seed=i) for i in range(depth)]
+    return fn, fb.Ensemble(kernels), 40 * randn(6, 2, 2 + 2 * depth, 2 + 2 * depth)
+
+
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
+@pytest.mark.parametrize("depth", [1, 2])  # all draws have one input, or inputs of their own
+@pytest.mark.parametrize("write", WRITING.values(), ids=WRITING.keys())
+def test_writing_into_images_that_were_reshaped_is_what_it_is_in_a_loop(write, depth):
+    fn, ensemble, x = images_written(write, depth)
+    expected = torch.stack([fn(ensemble.member(k), x) for k in range(5)])
+    for chunk_size in (5, 2, *[None] * 30):  # by every mechanism that is tried
+        assert_close(fb.predict(fn, None, ensemble, x, chunk_size=chunk_size).samples, expected)
+
+
+@pytest.mark.parametrize("write", [written_into, written_into_later, clamped])
+def test_a_compiled_model_may_write_into_images_that_were_reshaped(monkeypatch, write):
+    monkeypatch.setattr(_engine, "compiled", lambda owner, key, evaluate, tree: evaluate(tree))
+    fn, ensemble, x = images_written(write, depth=2)
+    expected = torch.stack([fn(ensemble.member(k), x) for k in range(5)])
+    assert_close(fb.predict(fn, None, ensemble, x, compile=True).samples, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "is_rounding"),
     [
@@ -1879,6 +1921,23 @@ def test_a_branch_that_vmap_cannot_take_may_show_late(monkeypatch, kind):
     assert_close(got, expected)
     for chunk_size in (None, 5):  # it is said once
         assert_close(fb.predict(branching, None, ensemble, 100 + x, chunk_size=chunk_size).samples, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
+def test_chunks_of_a_given_size_are_evaluated_alike_whatever_failed_before():
+    sizes = []
+
+    def branching(params, x):
+        sizes.append(len(physical(params["w"])) if physical(params["w"]).ndim == 3 else 1)
+        h = x @ params["w"]
+        return h if x.max() < 10 else h + h[h > 0].sum()  # of a size that depends on numbers
+
+    ensemble, x = fb.Ensemble({"w": randn(5, 3, 4).float()}), randn(2, 3).float()
+    before = fb.predict(branching, None, ensemble, x, chunk_size=5).samples
+    fb.predict(branching, None, ensemble, 100 + x, chunk_size=5)
+    sizes.clear()
+    assert torch.equal(fb.predict(branching, None, ensemble, x, chunk_size=5).samples, before)
+    assert sizes == [5]
 
 
 def test_a_branch_that_vmap_needs_rules_for_may_show_late(monkeypatch):

@@ -1,5 +1,11 @@
 """What is remembered of a model."""
 
+import dataclasses
+import gc
+
+import pytest
+
+from funcbayes import _remember
 from funcbayes._remember import Remembered
 
 
@@ -28,3 +34,46 @@ def test_what_is_remembered_of_one_model_is_not_of_another():
     assert memory.get(one, "key", lambda: 1) == 1
     assert memory.get(other, "key", lambda: 2) == 2
     assert memory.get(one, "key", lambda: 3) == 1
+
+
+@dataclasses.dataclass
+class Compared:
+    number: int
+
+    def method(self):
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Holding:
+    values: list
+
+
+@pytest.mark.parametrize("make", [lambda: Compared(1), lambda: Holding([1])])
+def test_a_model_without_a_hash_is_remembered_as_itself_while_it_lives(make):
+    memory, one, other = Remembered(), make(), make()
+    assert one == other
+    for _ in range(2):
+        assert memory.get(one, "key", lambda: "of one") == "of one"
+        assert memory.get(other, "key", lambda: "of the other") == "of the other"
+    assert memory.count(one) == memory.count(other) == 1
+    before = len(_remember._identities)
+    del one, other
+    gc.collect()
+    assert len(_remember._identities) == before - 2
+    assert not memory._values
+
+
+def test_methods_of_a_model_without_a_hash_are_remembered():
+    memory, model = Remembered(), Compared(1)
+    assert memory.get(model.method, "key", lambda: 1) == 1
+    assert memory.get(model.method, "key", lambda: 2) == 1
+
+
+class Slotted:
+    __slots__ = ("number",)
+
+
+def test_of_a_model_that_takes_no_weak_references_nothing_is_remembered():
+    memory, model = Remembered(), Slotted()
+    assert [memory.get(model, "key", lambda n=n: n) for n in range(2)] == [0, 1]

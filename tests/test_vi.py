@@ -14,7 +14,8 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from torch.func import vmap
 
 import funcbayes as fb
-from funcbayes import vi
+from funcbayes import _mapping, vi
+from funcbayes._functorch import physical
 from funcbayes._layer_noise import leaves_of_layers
 from funcbayes.covariances import Dense, Diagonal, Kronecker, LowRankPlusDiagonal, LowRankPrecision
 from funcbayes.ensemble import member_seeds
@@ -246,6 +247,38 @@ def made(model, num_rows=5):
     make, shape = MODELS[model]
     fn, params = fb.make_functional(make())
     return fn, params, (randn(num_rows, *shape, seed=1), randn(num_rows, 2, seed=2))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 8, 6])
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_draws_that_memory_is_not_enough_for_are_taken_in_halves(room, chunk_size):
+    sizes, memory = [], [room]
+
+    def fn(params, x):
+        whole = physical(params["w"])
+        sizes.append(len(whole) if whole.ndim == 3 else 1)
+        if sizes[-1] > memory[0]:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 8.00 GiB")
+        return F.linear(x, params["w"])
+
+    state = requiring_grad(vi.init({"w": randn(2, 3)}, "diag", 0.1))
+    batch, options = (randn(5, 3), randn(5, 2)), {"num_data": 40, "num_samples": 8, "seed": 3}
+
+    def found(chunk_size):
+        loss = vi.negative_elbo(fn, None, state, batch, NORMAL, chunk_size=chunk_size, **options)
+        return loss, gradient(loss, state)
+
+    expected = found(1)
+    for is_known in (False, True):
+        sizes.clear()
+        optree.tree_map(torch.testing.assert_close, found(chunk_size), expected)
+        assert (max(sizes) > room) != is_known
+    # That is all that was learned: nothing stands in the way of the batching rules.
+    plans = [plan for plans in _mapping._plans._values.values() for plan in plans.values()]
+    assert not any(plan.is_plain for plan in plans if plan.most is not None)
+    memory[0] = 0
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        found(chunk_size)
 
 
 @each_model

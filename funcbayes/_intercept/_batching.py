@@ -9,13 +9,14 @@ left to ``vmap``.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._functorch import (
     is_autocast_on,
@@ -73,52 +74,70 @@ class Batching(Interception):
 
     def __init__(self, kind: str, seen: Observed | None = None) -> None:
         super().__init__(_handlers(kind, is_autocast_on()))
-        self.copies: list[Tensor] = []
+        self.reason: str | None = None  # why it has raised
+        self.reshaped = Memory()
+        # Of these it cannot be told here whether they give a view in the model.
+        self.unsure = frozenset() if kind == "vmap" else {*_VIEWS_OR_COPIES, torch.Tensor.to}
         self.seen = seen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Apply a rule if there is one."""
-        if self.copies and works_in_place(func, kwargs):
-            for target in written(args, kwargs):
-                self.refuse_lost_writes(target)
+        if self.reshaped and works_in_place(func, kwargs):
+            self.refuse_lost_writes(written(args, kwargs))
         result = super().__torch_function__(func, types, args, kwargs)
-        if func in RESHAPES and isinstance(result, Tensor):
-            self.note_copy(args[0] if args else (kwargs or {})["input"], result)
+        if (func in RESHAPES or func is torch.Tensor.to) and isinstance(result, Tensor):
+            self.note(func, args[0] if args else (kwargs or {})["input"], result, kwargs or {})
         if self.seen is not None:
             self.seen.see(result)
             self.seen.needs_rules |= func in self.handlers or works_in_place(func, kwargs)
         return result
 
-    def note_copy(self, base: Tensor, result: Tensor) -> None:
-        """Remember a result that the model knows as a view of ``base`` and that is a copy here."""
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        """Raise what was raised inside if the model went on nevertheless."""
+        super().__exit__(kind, error, traceback)
+        if error is None and self.reason is not None:
+            raise RuntimeError(self.reason)
+
+    def note(self, func: Callable[..., Any], base: Tensor, result: Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Remember values of which one may be a view of the other in the model and not here, or here only."""
         level = vmap_level()
-        if level is None:
+        if level is None or (func is torch.Tensor.to and "memory_format" not in kwargs):
             return
         (whole, axis), (part, _) = unwrap(base, level), unwrap(result, level)
-        whole, part = physical(whole), physical(part)
-        if axis is not None and whole.device.type != "meta" and storage(whole) != storage(part):
-            self.copies.append(part)
+        if axis is None or physical(whole).device.type == "meta":
+            return
+        both = Memory(whole, part)
+        if func in self.unsure or len(both) == 2:
+            self.reshaped |= both
 
-    def refuse_lost_writes(self, target: Tensor) -> None:
-        """Raise if writing into ``target`` would write into a copy; plain ``vmap`` is right then."""
-        if any(storage(physical(target)) == storage(copy) for copy in self.copies):
-            raise RuntimeError("A value in another layout cannot be written into through its view.")
+    def refuse_lost_writes(self, targets: list[Tensor]) -> None:
+        """Raise if writing would change more, or less, than it does in the model; ``vmap`` is right then."""
+        if not self.reshaped.isdisjoint(Memory(*targets)):
+            self.reason = "A value in another layout cannot be written into once it was reshaped."
+            raise RuntimeError(self.reason)
 
 
-RESHAPES = frozenset(
+class Memory(set[StorageWeakRef]):
+    """Where values lie in memory, which is not kept for that."""
+
+    def __init__(self, *values: Tensor) -> None:
+        super().__init__(StorageWeakRef(physical(value).untyped_storage()) for value in values)
+
+
+_VIEWS = frozenset(
     (
-        *(torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten, torch.Tensor.contiguous),
-        *(torch.Tensor.unflatten, torch.Tensor.ravel, torch.Tensor.view_as, torch.Tensor.reshape_as),
-        *(
-            torch.reshape,
-            torch.flatten,
-            torch.unflatten,
-            torch.ravel,
-            torch.Tensor.as_strided,
-            torch.as_strided,
-        ),
+        *(torch.Tensor.view, torch.Tensor.view_as, torch.Tensor.unflatten, torch.unflatten),
+        *(torch.Tensor.as_strided, torch.as_strided),
     )
 )
+# Of these it depends on how a value lies in memory whether they give a view or a copy.
+_VIEWS_OR_COPIES = frozenset(
+    (
+        *(torch.Tensor.reshape, torch.Tensor.reshape_as, torch.Tensor.flatten, torch.Tensor.ravel),
+        *(torch.Tensor.contiguous, torch.reshape, torch.flatten, torch.ravel),
+    )
+)
+RESHAPES = _VIEWS | _VIEWS_OR_COPIES
 
 
 def written(args: Args, kwargs: dict[str, Any] | None) -> list[Tensor]:
@@ -146,16 +165,12 @@ _IN_PLACE_OPERATORS = frozenset(
 )
 
 
-def storage(tensor: Tensor) -> int:
-    """Where the memory of a tensor begins."""
-    return tensor.untyped_storage().data_ptr()
-
-
 @functools.cache
 def _handlers(kind: str, is_autocast: bool) -> dict[Any, Handler]:
     names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
     opened: dict[Any, Handler] = {F.multi_head_attention_forward: open_attention}
     opened |= {func: _by_parts(parts) for func, parts in BY_PARTS.items()}
+    opened |= dict.fromkeys((torch.Tensor.as_strided, torch.as_strided), _as_strided)
     if is_autocast:
         opened |= dict.fromkeys(_LOWERED, _as_autocast)
     handlers = opened | {
@@ -179,6 +194,15 @@ def _handler(rule: Rule, channels_last: bool, is_inside: bool, otherwise: Handle
         return func(*args, **kwargs) if otherwise is None else otherwise(mode, func, args, kwargs)
 
     return handler
+
+
+def _as_strided(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
+    """Refuse strides that a model gives for another layout than a value has here."""
+    level = vmap_level()
+    front = None if level is None else draws_first(args[0] if args else kwargs["input"], level)
+    if front is not None and not front[0].is_contiguous():
+        raise RuntimeError("Strides are given for a value that has others here.")
+    return func(*args, **kwargs)
 
 
 def _linear(

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._tree import tensors
-from ._batching import RESHAPES, storage, works_in_place, written
+from ._batching import RESHAPES, Memory, works_in_place, written
 from ._call import Interception
 
 
@@ -25,7 +24,7 @@ class LayoutWatch(Interception):
     def __init__(self) -> None:
         super().__init__({})
         self.reason: str | None = None
-        self._passed: list[Tensor] = []
+        self._passed = Memory()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Watch a function."""
@@ -34,12 +33,11 @@ class LayoutWatch(Interception):
         if func in _OF_THE_LAYOUT or kwargs.get("memory_format") not in (None, torch.preserve_format):
             self._refuse("A layout is asked for.")
         if self._passed and works_in_place(func, kwargs):
-            passed = {storage(value) for value in self._passed}
-            if any(storage(value) in passed for value in written(args, kwargs)):
+            if not self._passed.isdisjoint(Memory(*written(args, kwargs))):
                 self._refuse("A value is written into that may be a view of another one.")
         result = super().__torch_function__(func, types, args, kwargs)
         if func in RESHAPES:
-            self._passed += (*given, *tensors(result))
+            self._passed |= Memory(*given, *tensors(result))
         return result
 
     def _refuse(self, reason: str) -> None:

@@ -81,7 +81,9 @@ def antithetic(posterior: Posterior) -> Posterior:
     Each draw is one of the posterior, and the two of a pair are correlated as much as can be: an average over
     an even number of draws has no error from the part of the model that is odd around the mean, the linear
     one above all (Hammersley & Morton 1956). What is even around it, such as the variance of predictions, is
-    only as precise as half as many independent draws make it.
+    only as precise as half as many independent draws make it. The variance of ``S`` draws, whose
+    squares are divided by ``S - 1`` as those of independent ones are, is on average ``S / (S - 1)`` times
+    that of a linear model, for the mean of such draws is exact.
 
     Args:
         posterior: A Gaussian, or a mixture or join, whose Gaussians have such draws then.

@@ -9,9 +9,10 @@ import optree
 import torch
 from torch import Tensor
 
+from .._allocator import give_back_memory
 from .._functorch import is_autocast_on, map_first_axis, unwrap, vmap_level
 from .._intercept import Batching, Observed
-from .._mapping import equal_parts
+from .._mapping import equal_parts, in_parts
 from .._random import fold
 from .._tree import Params, index, merge, named_leaves, select
 from .._warning import first_line, levels_to_the_user
@@ -55,16 +56,29 @@ class Together:
         if self._parts is None:
             self._choose(networks, leaves, batch)
             return self(networks, leaves, batch)
-        try:
-            found = [_vmapped(networks, leaves, batch, part, self._plain) for part in self._parts]
-        except Exception:  # a batching rule may stand in the model's way, where plain `vmap` is right
-            if self._plain:
-                raise
-            self._plain = True
+        found = self._found(networks, leaves, batch)
+        if found is None:  # something was learned, and the next is another way
             return self(networks, leaves, batch)
         losses, grads, varying, commons = zip(*found, strict=True)
         networks.fixed.put_stacked(optree.tree_map(_concatenated, *varying), commons[-1])
         return _concatenated(*losses), [_concatenated(*of_leaf) for of_leaf in zip(*grads, strict=True)]
+
+    def _found(self, networks: Networks, leaves: list[Tensor], batch: Batch) -> list[Any] | None:
+        """What is found of each part of the members; ``None`` if it does not go like this."""
+        parts = self._parts or []
+        try:
+            return [_vmapped(networks, leaves, batch, part, self._plain) for part in parts]
+        except torch.OutOfMemoryError:
+            most = max(part.stop - part.start for part in parts)
+            if most == 1:
+                raise
+            self._parts = in_parts(slice(0, networks.num_members), most // 2)
+        except Exception:  # a batching rule may stand in the model's way, where plain `vmap` is right
+            if self._plain:
+                raise
+            self._plain = True
+        give_back_memory()  # now that the error keeps nothing of it
+        return None
 
     def _choose(self, networks: Networks, leaves: list[Tensor], batch: Batch) -> None:
         """Map over a single member, to see whether that goes and how large it gets."""
@@ -74,6 +88,8 @@ class Together:
                 raise RuntimeError("it draws from torch's global random state")
             # Autocast does not reach all that plain `vmap` makes of a model.
             _vmapped(networks, leaves, batch, slice(0, 1), not is_autocast_on(), seen)
+        except torch.OutOfMemoryError:
+            raise  # as a loop would
         except Exception as error:  # whatever it is, a loop that works is an answer
             reason = first_line(error)
             warnings.warn(
@@ -86,7 +102,7 @@ class Together:
         self._parts = (
             equal_parts(num, seen.nbytes, networks.device, _SHARE)
             if size is None
-            else [slice(a, min(a + size, num)) for a in range(0, num, size)]
+            else in_parts(slice(0, num), size)
         )
 
 
