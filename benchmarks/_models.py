@@ -101,6 +101,11 @@ def inputs(model: str, rows: int, device: str = "cpu") -> Tensor:
     return _inputs(model, rows).to(device)
 
 
+def labels(rows: int, device: str = "cpu") -> Tensor:
+    """One of ten classes for each row, the same on every device."""
+    return torch.randint(0, 10, (rows,), generator=torch.Generator().manual_seed(1)).to(device)
+
+
 def _inputs(model: str, rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shapes = {

@@ -13,6 +13,7 @@ import funcbayes as fb
 from ._measure import How, Result, compare
 from ._models import around, inputs, resnet
 
+ON_ANY_DEVICE = True
 NUM_SAMPLES = 32
 AT_LEAST = 1.0
 
@@ -20,7 +21,8 @@ AT_LEAST = 1.0
 def run(how: How) -> Iterator[Result]:
     for rows in how.some((1, 32)):
         torch.manual_seed(0)
-        module, x = resnet(head_rate=0.2).eval(), inputs("resnet", rows)  # its own passes are predictions
+        module = resnet(head_rate=0.2).eval().to(how.device)  # its own passes are predictions
+        x = inputs("resnet", rows, how.device)
         fn, params = fb.make_functional(module)
         head = {k: v for k, v in params.items() if k.startswith("7.3.")}
         for name, posterior in {"last layer": around(head, 1e-2), "dropout before it": fb.Dropout()}.items():

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import funcbayes as fb
 
 from ._measure import How, Result, compare
-from ._models import MODELS, inputs
+from ._models import MODELS, inputs, labels
 
+ON_ANY_DEVICE = True
 NUM_MEMBERS = 10
 ROWS = {"resnet": (8, 32), "transformer": (8, 32, 128)}  # a batch; of others 32 and 128
 AT_LEAST = {("mlp-small", 32): 3.0, ("mlp-small", 128): 3.0, ("lenet", 32): 2.0, ("lenet", 128): 1.3}
@@ -31,13 +32,14 @@ MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 def run(how: How) -> Iterator[Result]:
     for name in how.some(MODELS, 3):
         for rows in how.some(ROWS.get(name, (32, 128))):
-            yield _training(name, rows, how.repeats)
+            yield _training(name, rows, how)
 
 
-def _training(name: str, rows: int, repeats: int) -> Result:
+def _training(name: str, rows: int, how: How) -> Result:
     n = rows * STEPS.get(name, 10)
-    x, y = inputs(name, n), torch.randint(0, 10, (n,), generator=torch.Generator().manual_seed(1))
+    x, y = inputs(name, n, how.device), labels(n, how.device)
     fn, members = fb.ensemble.init(MODELS[name], NUM_MEMBERS, seed=0)
+    members = {key: value.to(how.device) for key, value in members.items()}
     adam = functools.partial(torch.optim.Adam, lr=1e-3)
     modules = _modules(name, members)
 
@@ -50,7 +52,7 @@ def _training(name: str, rows: int, repeats: int) -> Result:
     _assert_they_agree(name, fn, members, x[:rows], y[:rows])
     times = AT_LEAST.get((name, rows))
     claim = {"at_least": 0.95, "of_interval": True} if times is None else {"at_least": times}
-    return compare(f"{name}, {rows} rows", theirs, ours, repeats=repeats, warm_up=1, **claim)
+    return compare(f"{name}, {rows} rows", theirs, ours, repeats=how.repeats, warm_up=1, **claim)
 
 
 def _one_by_one(
@@ -64,7 +66,7 @@ def _one_by_one(
     for module in modules:
         optimizer = make_optimizer(list(module.parameters()))
         for _ in range(num_epochs):
-            for chosen in torch.randperm(len(y)).split(batch_size):
+            for chosen in torch.randperm(len(y), device=y.device).split(batch_size):
                 optimizer.zero_grad()
                 F.cross_entropy(module(x[chosen]), y[chosen]).backward()
                 optimizer.step()
@@ -84,7 +86,8 @@ def _at_once(
 
 
 def _modules(name: str, members: dict[str, Tensor]) -> list[nn.Module]:
-    modules = [MODELS[name]().train() for _ in range(NUM_MEMBERS)]
+    device = next(iter(members.values())).device
+    modules = [MODELS[name]().train().to(device) for _ in range(NUM_MEMBERS)]
     for k, module in enumerate(modules):
         module.load_state_dict({key: value[k] for key, value in members.items()}, strict=False)
     return modules

@@ -17,6 +17,7 @@ from funcbayes._functorch import load_forward_rules
 from ._measure import How, Result, compare
 from ._models import MODELS, around, inputs
 
+ON_ANY_DEVICE = True
 NUM_SAMPLES = 32
 ROWS = {"mlp": (1, 128), "lenet": (1, 128), "resnet": (1, 32)}
 AT_LEAST = 0.95  # "no slower" leaves room for what a median of a few repeats is off
@@ -25,16 +26,16 @@ AT_LEAST = 0.95  # "no slower" leaves room for what a median of a few repeats is
 def run(how: How) -> Iterator[Result]:
     for name, several in how.some(ROWS.items()):
         for rows in several:
-            yield _one(name, rows, how.repeats)
+            yield _one(name, rows, how)
 
 
-def _one(name: str, rows: int, repeats: int) -> Result:
+def _one(name: str, rows: int, how: How) -> Result:
     torch.manual_seed(0)
-    fn, params = fb.make_functional(MODELS[name]())
+    fn, params = fb.make_functional(MODELS[name]().to(how.device))
     posterior = replace(around(params), linearized=True)
     draws = fb.to_ensemble(posterior, NUM_SAMPLES, seed=0)
     deviations = {k: posterior.sample(NUM_SAMPLES, seed=0)[k] - params[k] for k in params}
-    x = inputs(name, rows)
+    x = inputs(name, rows, how.device)
     load_forward_rules()
 
     def loop() -> Tensor:
@@ -49,4 +50,4 @@ def _one(name: str, rows: int, repeats: int) -> Result:
         return fb.predict(fn, None, draws, x).samples
 
     torch.testing.assert_close(ours(), loop(), rtol=1e-3, atol=1e-4)
-    return compare(f"{name}, {rows} rows", loop, ours, repeats=repeats, at_least=AT_LEAST)
+    return compare(f"{name}, {rows} rows", loop, ours, repeats=how.repeats, at_least=AT_LEAST)

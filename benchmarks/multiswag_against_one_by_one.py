@@ -23,8 +23,9 @@ import funcbayes as fb
 from funcbayes import swag
 
 from ._measure import How, Result, compare
-from ._models import MODELS, inputs
+from ._models import MODELS, inputs, labels
 
+ON_ANY_DEVICE = True
 NUM_NETWORKS, NUM_EPOCHS, RANK = 10, 3, 20
 STEPS = {"mlp-small": 10, "mlp": 7}  # an epoch
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -34,13 +35,14 @@ SGD = functools.partial(torch.optim.SGD, lr=0.01)
 def run(how: How) -> Iterator[Result]:
     for name in how.some(STEPS):
         for rows in how.some((32, 128)):
-            yield from _fitting(name, rows, how.repeats)
+            yield from _fitting(name, rows, how)
 
 
-def _fitting(name: str, rows: int, repeats: int) -> Iterator[Result]:
+def _fitting(name: str, rows: int, how: How) -> Iterator[Result]:
     n = rows * STEPS[name]
-    x, y = inputs(name, n), torch.randint(0, 10, (n,), generator=torch.Generator().manual_seed(1))
+    x, y, repeats = inputs(name, n, how.device), labels(n, how.device), how.repeats
     fn, members = fb.ensemble.init(MODELS[name], NUM_NETWORKS, seed=0)
+    members = {key: value.to(how.device) for key, value in members.items()}
     modules = _modules(name, members)
 
     def theirs() -> None:
@@ -75,7 +77,7 @@ def _one_by_one(
         optimizer = SGD(parameters)
         moments = [(torch.zeros_like(p), torch.zeros_like(p), []) for p in parameters]
         for epoch in range(NUM_EPOCHS):
-            for chosen in torch.randperm(len(y)).split(batch_size):
+            for chosen in torch.randperm(len(y), device=y.device).split(batch_size):
                 optimizer.zero_grad()
                 F.cross_entropy(module(x[chosen]), y[chosen]).backward()
                 optimizer.step()
@@ -97,7 +99,8 @@ def _at_once(
 
 
 def _modules(name: str, members: dict[str, Tensor]) -> list[nn.Module]:
-    modules = [MODELS[name]().train() for _ in range(NUM_NETWORKS)]
+    device = next(iter(members.values())).device
+    modules = [MODELS[name]().train().to(device) for _ in range(NUM_NETWORKS)]
     for k, module in enumerate(modules):
         module.load_state_dict({key: value[k] for key, value in members.items()}, strict=False)
     return modules

@@ -16,18 +16,19 @@ from torch.func import functional_call
 import funcbayes as fb
 
 from ._measure import How, Result, compare
-from ._models import inputs, mlp_small
+from ._models import inputs, labels, mlp_small
 
+ON_ANY_DEVICE = True
 CHAINS, ROWS, STEPS, NUM_DATA = 16, 32, 30, 960
 STEP_SIZE, FRICTION = 1e-6, 0.1
 Params = dict[str, Tensor]
 
 
 def run(how: How) -> Iterator[Result]:
-    x = inputs("mlp-small", NUM_DATA)
-    y = torch.randint(0, 10, (NUM_DATA,), generator=torch.Generator().manual_seed(1))
+    x, y = inputs("mlp-small", NUM_DATA, how.device), labels(NUM_DATA, how.device)
     fn, members = fb.ensemble.init(mlp_small, CHAINS, seed=0)
-    net = mlp_small()
+    members = {name: leaf.to(how.device) for name, leaf in members.items()}
+    net = mlp_small().to(how.device)
 
     def by_hand(batch_size: int = ROWS, temperature: float = 1.0, num_steps: int = STEPS) -> list[Params]:
         return _by_hand(net, members, x, y, batch_size, temperature, num_steps)
@@ -92,7 +93,7 @@ def _by_hand(
         momenta = [torch.zeros_like(leaf) for leaf in leaves]
         batches: list[Tensor] = []
         for _ in range(num_steps):
-            batches = batches or list(torch.randperm(len(y)).split(batch_size))
+            batches = batches or list(torch.randperm(len(y), device=y.device).split(batch_size))
             chosen = batches.pop()
             energy = len(y) * F.cross_entropy(functional_call(net, params, (x[chosen],)), y[chosen])
             energy = energy + 0.5 * torch.stack([leaf.square().sum() for leaf in leaves]).sum()

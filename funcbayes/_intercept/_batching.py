@@ -9,7 +9,7 @@ left to ``vmap``.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -76,8 +76,7 @@ class Batching(Interception):
         super().__init__(_handlers(kind, is_autocast_on()))
         self.reason: str | None = None  # why it has raised
         self.reshaped = Memory()
-        # Of these it cannot be told here whether they give a view in the model.
-        self.unsure = frozenset() if kind == "vmap" else {*_VIEWS_OR_COPIES, torch.Tensor.to}
+        self.moves = kind != "vmap"  # whether values have another layout here than in the model
         self.seen = seen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
@@ -85,8 +84,8 @@ class Batching(Interception):
         if self.reshaped and works_in_place(func, kwargs):
             self.refuse_lost_writes(written(args, kwargs))
         result = super().__torch_function__(func, types, args, kwargs)
-        if (func in RESHAPES or func is torch.Tensor.to) and isinstance(result, Tensor):
-            self.note(func, args[0] if args else (kwargs or {})["input"], result, kwargs or {})
+        if reshapes(func, kwargs) and isinstance(result, Tensor):
+            self.note(func, args[0] if args else (kwargs or {})["input"], result)
         if self.seen is not None:
             self.seen.see(result)
             self.seen.needs_rules |= func in self.handlers or works_in_place(func, kwargs)
@@ -98,16 +97,16 @@ class Batching(Interception):
         if error is None and self.reason is not None:
             raise RuntimeError(self.reason)
 
-    def note(self, func: Callable[..., Any], base: Tensor, result: Tensor, kwargs: Mapping[str, Any]) -> None:
+    def note(self, func: Callable[..., Any], base: Tensor, result: Tensor) -> None:
         """Remember values of which one may be a view of the other in the model and not here, or here only."""
         level = vmap_level()
-        if level is None or (func is torch.Tensor.to and "memory_format" not in kwargs):
+        if level is None:
             return
         (whole, axis), (part, _) = unwrap(base, level), unwrap(result, level)
         if axis is None or physical(whole).device.type == "meta":
             return
         both = Memory(whole, part)
-        if func in self.unsure or len(both) == 2:
+        if len(both) == 2 or (self.moves and func in _VIEWS_OR_COPIES):
             self.reshaped |= both
 
     def refuse_lost_writes(self, targets: list[Tensor]) -> None:
@@ -134,10 +133,16 @@ _VIEWS = frozenset(
 _VIEWS_OR_COPIES = frozenset(
     (
         *(torch.Tensor.reshape, torch.Tensor.reshape_as, torch.Tensor.flatten, torch.Tensor.ravel),
-        *(torch.Tensor.contiguous, torch.reshape, torch.flatten, torch.ravel),
+        *(torch.Tensor.contiguous, torch.Tensor.to, torch.reshape, torch.flatten, torch.ravel),
     )
 )
-RESHAPES = _VIEWS | _VIEWS_OR_COPIES
+
+
+def reshapes(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
+    """Whether a function gives a value that may be a view of its first argument, as that lies in memory."""
+    if func is torch.Tensor.to:  # another dtype or device takes a copy
+        return "memory_format" in (kwargs or {})
+    return func in _VIEWS or func in _VIEWS_OR_COPIES
 
 
 def written(args: Args, kwargs: dict[str, Any] | None) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .._tree import tensors
-from ._batching import RESHAPES, Memory, works_in_place, written
+from ._batching import Memory, reshapes, works_in_place, written
 from ._call import Interception
 
 
@@ -36,7 +36,7 @@ class LayoutWatch(Interception):
             if not self._passed.isdisjoint(Memory(*written(args, kwargs))):
                 self._refuse("A value is written into that may be a view of another one.")
         result = super().__torch_function__(func, types, args, kwargs)
-        if func in RESHAPES:
+        if reshapes(func, kwargs):
             self._passed |= Memory(*given, *tensors(result))
         return result
 
