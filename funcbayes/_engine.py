@@ -274,12 +274,12 @@ class _Run:
         # Autocast does not reach all that `vmap` makes of a model, but what the rules make of it.
         self.bare: Kind = self.default if is_autocast_on() else "vmap"
         self.tuner = self._tuner()
-        self.skips_failed = True  # kinds that failed before, perhaps in another branch of the model
+        self.failed = self.tuner.failed  # kinds that are left out
         self.was_watched = False
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of a given size, whose results do not depend on what was learned before."""
-        self.skips_failed = False
+        self.failed = set()  # in this call; in others it may have been another branch of the model
         chunk_size = min(chunk_size, self.num_draws)
         if chunk_size > 1 and not self._vmap_can_take_it():
             chunk_size = 1
@@ -388,12 +388,12 @@ class _Run:
             outputs = self._outputs(self.make_draws(part), Mechanism(kind, mechanism.chunk), part.start)
             if not failed.keys() <= set(_LOOPS):  # now that the model has got beyond where it ended before
                 self._warn_of_loop(next(reversed(failed.values())))
-        self.tuner.failed |= failed.keys() - {kind}
+        self.failed |= failed.keys() - {kind}
         return outputs
 
     def _ways(self, kind: Kind) -> list[Kind]:
         """Kinds to try in turn; the loop is the last."""
-        failed = self.tuner.failed if self.skips_failed else set()
+        failed = self.failed
         if kind in _LOOPS:
             return [kind, "loop"] if kind != "loop" and kind not in failed else ["loop"]
         known: tuple[Kind, ...] = (kind, "vmap", self.default)

@@ -106,16 +106,18 @@ def _of_part(
 ) -> list[Any]:
     """Results of some draws: at once, or one after another in as many parts as memory is enough for."""
     size = part.stop - part.start
-    if plan.most is None or size <= plan.most:
+    most = plan.most or size
+    if size <= most:
         try:
             return [_mapped_by_plan(one, draws(part), size, kind, plan)]
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-            plan.most = size // 2
+            most = size // 2
         give_back_memory()  # now that the error keeps nothing of it
-    fewer = in_parts(part, plan.most or 1)
-    return [found for some in fewer for found in _of_part(one, draws, some, kind, plan)]
+    found = [result for some in in_parts(part, most) for result in _of_part(one, draws, some, kind, plan)]
+    plan.most = min(most, plan.most or most)  # it was enough for so many, and may not be for graphs of more
+    return found
 
 
 def _mapped_by_plan(one: Callable[[Any], Any], draws: Any, count: int, kind: str, plan: _Plan) -> Any:
@@ -171,8 +173,6 @@ def _made_plan(one: Callable[[Any], Any], first: Any, owner: Any, call: str, kin
     with torch.no_grad():
         try:
             _mapped(one, first, 1, kind, seen)
-        except torch.OutOfMemoryError:
-            raise  # as a loop would
         except Exception as error:  # whatever it is, a loop that works is an answer
             one(index(first, 0))  # which raises what is the model's own
             reason = first_line(error)

@@ -351,6 +351,30 @@ def test_members_are_parted_equally_by_what_fits(num_members, largest, share, si
     assert [k for part in parts for k in range(num_members)[part]] == list(range(num_members))
 
 
+class OfPixels(fb.likelihoods.Normal):
+    """A user's: outputs are viewed as they lie in memory, where the model is alone."""
+
+    def check(self, outputs, y=None, *, call=""):
+        pass
+
+    def log_prob(self, outputs, y):
+        pixels = outputs.view(-1)
+        return -(pixels.view(len(y), -1) - y[:, None]).square().sum(1)
+
+
+def test_likelihoods_of_the_user_may_view_outputs_as_if_alone():
+    fn, members = start(lambda: nn.Conv2d(1, 1, 3))
+    x, y = classification((1, 5, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        together, alone = (
+            fit(fn, members, (x, y.double()), OfPixels(1.0), batch_size=5, chunk_size=size)
+            for size in (None, 1)
+        )
+    for name, leaf in alone.items():
+        torch.testing.assert_close(together[name], leaf)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize("room", [1, 2, 3])
 def test_members_that_memory_is_not_enough_for_are_trained_in_halves(room, chunk_size):
@@ -379,7 +403,10 @@ def test_one_member_that_memory_is_not_enough_for_is_an_error():
         return F.linear(x, params["w"])
 
     members = {"w": torch.randn(5, 2, 3, generator=seeded(0), dtype=F64)}
-    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"),
+    ):
         fit(fn, members, classification((3,)), batch_size=5)
 
 

@@ -391,6 +391,54 @@ def test_writing_into_images_that_were_reshaped_is_what_it_is_in_a_loop(write, d
         assert_close(fb.predict(fn, None, ensemble, x, chunk_size=chunk_size).samples, expected)
 
 
+def moved_by_positions(h):  # as transformers of images do
+    tokens = h.flatten(2).transpose(1, 2)
+    tokens += torch.arange(4.0)[:, None]
+    return tokens.mean(1)
+
+
+def scaled_in_place(h):  # as dropout may be behind global pooling
+    return F.adaptive_avg_pool2d(h, 1).flatten(1).mul_(2.0)
+
+
+@pytest.mark.parametrize("write", [moved_by_positions, scaled_in_place])
+def test_values_whose_view_is_one_in_the_model_are_written_into_without_giving_up_rules(monkeypatch, write):
+    tuners, find = [], _engine._Run._tuner
+    monkeypatch.setattr(_engine._Run, "_tuner", lambda run: tuners.append(find(run)) or tuners[-1])
+    _always(monkeypatch, "channels_last", 5)
+    fn, ensemble, x = images_written(write, depth=2)
+    expected = torch.stack([fn(ensemble.member(k), x) for k in range(5)])
+    for _ in range(2):
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected)
+    assert not any(tuner.failed for tuner in tuners)
+
+
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
+def test_strides_of_a_value_that_was_rearranged_are_those_of_the_model():
+    def fn(params, x):
+        return F.linear(x, params["w"]).t().as_strided((4,), (1,))[None]
+
+    ensemble, x = fb.Ensemble({"w": randn(5, 4, 3)}), randn(6, 3)
+    expected = torch.stack([fn(ensemble.member(k), x) for k in range(5)])
+    for chunk_size in (5, 1, *[None] * 20):
+        assert_close(fb.predict(fn, None, ensemble, x[:1], chunk_size=chunk_size).samples, expected)
+
+
+def test_rules_that_stand_in_the_way_are_tried_once_a_call_where_chunks_have_a_size():
+    sizes = []
+
+    def fn(params, x):
+        sizes.append(len(physical(params[0])) if physical(params[0]).ndim == 5 else 1)
+        return written_into_later(F.conv2d(x, params[0]))
+
+    _, ensemble, x = images_written(written_into_later, depth=1)
+    expected = torch.stack([fn(ensemble.member(k), x) for k in range(5)])
+    fb.predict(fn, None, ensemble, x, chunk_size=2)
+    sizes.clear()
+    assert_close(fb.predict(fn, None, ensemble, x, chunk_size=2).samples, expected)
+    assert sizes == [2, 2, 2, 1]  # once more in the first chunk
+
+
 @pytest.mark.parametrize("write", [written_into, written_into_later, clamped])
 def test_a_compiled_model_may_write_into_images_that_were_reshaped(monkeypatch, write):
     monkeypatch.setattr(_engine, "compiled", lambda owner, key, evaluate, tree: evaluate(tree))

@@ -75,7 +75,7 @@ class Batching(Interception):
     def __init__(self, kind: str, seen: Observed | None = None) -> None:
         super().__init__(_handlers(kind, is_autocast_on()))
         self.reason: str | None = None  # why it has raised
-        self.reshaped = Memory()
+        self.reshaped, self.rearranged = Memory(), Memory()
         self.moves = kind != "vmap"  # whether values have another layout here than in the model
         self.seen = seen
 
@@ -83,9 +83,14 @@ class Batching(Interception):
         """Apply a rule if there is one."""
         if self.reshaped and works_in_place(func, kwargs):
             self.refuse_lost_writes(written(args, kwargs))
+        base: Any = args[0] if args else (kwargs or {}).get("input")
+        if self.moves and func in _REARRANGING and isinstance(base, Tensor):
+            self.rearranged |= Memory(base)
+        if func in _STRIDED and not self.rearranged.isdisjoint(Memory(base)):
+            raise RuntimeError("Strides are given for a value that may have others here.")
         result = super().__torch_function__(func, types, args, kwargs)
         if reshapes(func, kwargs) and isinstance(result, Tensor):
-            self.note(func, args[0] if args else (kwargs or {})["input"], result)
+            self.note(func, base, result)
         if self.seen is not None:
             self.seen.see(result)
             self.seen.needs_rules |= func in self.handlers or works_in_place(func, kwargs)
@@ -106,7 +111,8 @@ class Batching(Interception):
         if axis is None or physical(whole).device.type == "meta":
             return
         both = Memory(whole, part)
-        if len(both) == 2 or (self.moves and func in _VIEWS_OR_COPIES):
+        # Of a value that the model has rearranged there may be a view here and a copy there.
+        if len(both) == 2 or (func in _VIEWS_OR_COPIES and both <= self.rearranged):
             self.reshaped |= both
 
     def refuse_lost_writes(self, targets: list[Tensor]) -> None:
@@ -123,10 +129,11 @@ class Memory(set[StorageWeakRef]):
         super().__init__(StorageWeakRef(physical(value).untyped_storage()) for value in values)
 
 
+_STRIDED = frozenset((torch.Tensor.as_strided, torch.as_strided))
 _VIEWS = frozenset(
     (
         *(torch.Tensor.view, torch.Tensor.view_as, torch.Tensor.unflatten, torch.unflatten),
-        *(torch.Tensor.as_strided, torch.as_strided),
+        *_STRIDED,
     )
 )
 # Of these it depends on how a value lies in memory whether they give a view or a copy.
@@ -134,6 +141,20 @@ _VIEWS_OR_COPIES = frozenset(
     (
         *(torch.Tensor.reshape, torch.Tensor.reshape_as, torch.Tensor.flatten, torch.Tensor.ravel),
         *(torch.Tensor.contiguous, torch.Tensor.to, torch.reshape, torch.flatten, torch.ravel),
+    )
+)
+# Views in which the axes of a value no longer lie in memory one after another, or not in their order.
+_REARRANGING = frozenset(
+    (
+        *(torch.Tensor.permute, torch.Tensor.transpose, torch.Tensor.t, torch.Tensor.movedim),
+        *(torch.Tensor.moveaxis, torch.Tensor.swapaxes, torch.Tensor.swapdims, torch.Tensor.adjoint),
+        *(torch.permute, torch.transpose, torch.t, torch.movedim, torch.moveaxis, torch.swapaxes),
+        *(torch.swapdims, torch.adjoint, *(getattr(torch.Tensor, n).__get__ for n in ("T", "mT", "H", "mH"))),
+        *(torch.Tensor.__getitem__, torch.Tensor.select, torch.Tensor.narrow, torch.Tensor.chunk),
+        *(torch.Tensor.split, torch.Tensor.tensor_split, torch.Tensor.unbind, torch.Tensor.unfold),
+        *(torch.Tensor.diagonal, torch.Tensor.expand, torch.Tensor.expand_as),
+        *(torch.select, torch.narrow, torch.chunk, torch.split, torch.tensor_split, torch.unbind),
+        *(torch.diagonal,),
     )
 )
 

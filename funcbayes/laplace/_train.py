@@ -32,7 +32,7 @@ from ..posteriors import Gaussian
 from ..training._data import Data, open_data
 from ..training._fit import for_one, with_member_axis
 from ..training._loop import minimize
-from ..training._objective import NO_RULES, Objective
+from ..training._objective import NO_RULES, Objective, rules_around
 from ..training._options import Callback, Interval, MakeOptimizer, MakeScheduler, Options
 from ._posterior import posterior
 from ._prior import Numbers, Prior, by_leaf, chosen_leaves
@@ -257,7 +257,8 @@ class _NegativeLogJoint(Objective):
             outputs, changed = training_call(self.fn, params, x, seed)
         if check:
             self.likelihood.check(outputs, y, call=f"{_CALL}(data=...)")
-        loss = -self.likelihood.log_prob(outputs, y).mean()
+        with rules_around(self.likelihood, rules):
+            loss = -self.likelihood.log_prob(outputs, y).mean()
         terms = [
             (self.precision[name].to(leaf.dtype) * leaf.square()).sum()
             for name, leaf in named_leaves(params).items()

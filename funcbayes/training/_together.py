@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import optree
@@ -18,7 +19,7 @@ from .._tree import Params, index, merge, named_leaves, select
 from .._warning import first_line, levels_to_the_user
 from ._batch import Batch, RaggedBatch
 from ._networks import Networks, one_by_one
-from ._objective import Objective
+from ._objective import NO_RULES, Objective
 
 # Of the bytes that draws may use at a time: members bring the state of an optimizer along.
 _SHARE = 0.75
@@ -69,10 +70,8 @@ class Together:
         try:
             return [_vmapped(networks, leaves, batch, part, self._plain) for part in parts]
         except torch.OutOfMemoryError:
-            most = max(part.stop - part.start for part in parts)
-            if most == 1:
-                raise
-            self._parts = in_parts(slice(0, networks.num_members), most // 2)
+            most = max(part.stop - part.start for part in parts) // 2
+            self._parts, self._loops = in_parts(slice(0, networks.num_members), max(1, most)), most == 0
         except Exception:  # a batching rule may stand in the model's way, where plain `vmap` is right
             if self._plain:
                 raise
@@ -88,8 +87,6 @@ class Together:
                 raise RuntimeError("it draws from torch's global random state")
             # Autocast does not reach all that plain `vmap` makes of a model.
             _vmapped(networks, leaves, batch, slice(0, 1), not is_autocast_on(), seen)
-        except torch.OutOfMemoryError:
-            raise  # as a loop would
         except Exception as error:  # whatever it is, a loop that works is an answer
             reason = first_line(error)
             warnings.warn(
@@ -166,7 +163,10 @@ def _loss_of_one(
 ) -> tuple[Tensor, Params, Params]:
     """Loss of one member, and its fixed values with and without an axis of members (those in ``names``)."""
     pair, given = spec.unflatten(batch), merge(varying, common)
-    loss, fixed = networks.loss(objective, leaves, held, given, pair, key, rules)
+    # What is looked at is all that is done; after that rules are for the model.
+    with nullcontext() if rules.seen is None else rules:
+        around = rules if rules.seen is None else NO_RULES
+        loss, fixed = networks.loss(objective, leaves, held, given, pair, key, around)
     if not names:
         return loss, fixed, common
     return (
