@@ -79,7 +79,9 @@ def predict(
             ``torch.set_num_threads(1)``, there are no threads. Images may come to the model in
             ``torch.channels_last``, if what it computes was seen not to depend on it; with a given size of
             one they come as they are.
-        dtype: Evaluate in this floating-point dtype: parameters, draws and inputs are converted to it.
+        dtype: Evaluate in this floating-point dtype: parameters, draws and inputs are converted to it. (Under
+            ``torch.autocast`` they stay as they are, and each operation of the model has the precision that
+            autocast gives it.)
         keep_samples: Keep the outputs of every draw. Otherwise moments, class log-probabilities and
             entropies are accumulated, in memory that does not grow with ``S``
             beyond that of one chunk of draws.
