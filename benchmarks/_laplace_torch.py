@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ._measure import Unavailable, apart
-from ._models import MODELS, inputs
+from ._models import MODELS, inputs, labels
 
 _LONG = 10  # seconds, from which on one call is enough to tell
 _SHORT, _MOST = 60, 600  # seconds for one backend where another one works, and where none has yet
@@ -63,7 +63,7 @@ def classifier(name: str, rows: int, small: bool = False) -> tuple[nn.Module, li
     for n, p in net.named_parameters():
         p.requires_grad_(n in names)
     x = inputs(name, rows)
-    return net, names, x, torch.randint(0, 10, (rows,), generator=torch.Generator().manual_seed(1))
+    return net, names, x, labels(rows)
 
 
 def loader_of(x: Tensor, y: Tensor, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:

@@ -25,7 +25,7 @@ import funcbayes as fb
 
 from . import _peers
 from ._measure import How, Result, compare, median_of
-from ._models import inputs, lenet, mlp
+from ._models import inputs, labels, lenet, mlp
 
 DRAWS, ROWS, NUM_DATA, SCALE = 10, (32, 128), 10_000, 0.05
 
@@ -97,7 +97,7 @@ def data(name: str, rows: int) -> tuple[Tensor, Tensor]:
     shape = {"16-64-64-10": None, "784-512-256-10": "mlp", "lenet": "lenet"}[name]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 16, generator=generator) if shape is None else inputs(shape, rows)
-    return x, torch.randint(0, 10, (rows,), generator=torch.Generator().manual_seed(1))
+    return x, labels(rows)
 
 
 def _ours(

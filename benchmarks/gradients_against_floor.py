@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import funcbayes as fb
 
 from ._measure import How, Result, compare, fastest, median_of
-from ._models import MODELS, around, inputs
+from ._models import MODELS, around, inputs, labels
 from .ensemble_against_one_by_one import ROWS
 
 ON_ANY_DEVICE = True
@@ -39,8 +39,7 @@ def run(how: How) -> Iterator[Result]:
         found = []
         for name in how.some(MODELS, 3):
             for rows in how.some(ROWS.get(name, (32, 128))):
-                x = inputs(name, rows, how.device)
-                y = torch.randint(0, 10, (rows,), generator=torch.Generator().manual_seed(1)).to(how.device)
+                x, y = inputs(name, rows, how.device), labels(rows, how.device)
                 ours, numbers, has_steps = make(name, x, y)
                 floor = _floor(name, x, y, numbers, has_steps)
                 case = f"{kind}, {name}, {rows} rows"
@@ -105,8 +104,8 @@ def _floor(name: str, x: Tensor, y: Tensor, numbers: int, has_steps: bool) -> Ca
     def once(pieces: int) -> None:
         if numbers:
             torch.randn(numbers, device=x.device)
-        for rows, labels in zip(wide.chunk(pieces), targets.chunk(pieces), strict=True):
-            F.cross_entropy(module(rows), labels).backward()
+        for rows, y in zip(wide.chunk(pieces), targets.chunk(pieces), strict=True):
+            F.cross_entropy(module(rows), y).backward()
         if has_steps:
             optimizer.step()
         module.zero_grad()

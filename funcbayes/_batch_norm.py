@@ -13,7 +13,7 @@ from ._checks import check_model, positive_int
 from ._functional import Model, batch_statistics
 from ._global_random import forked
 from ._intercept import Batching, Observed
-from ._mapping import equal_parts
+from ._mapping import equal_parts, in_parts
 from ._tree import (
     Fixed,
     Params,
@@ -205,7 +205,7 @@ class _Run:
     def _chosen_parts(self, batch: Batch) -> list[slice]:
         num, size, seen = self.num_members, self.chunk_size, Observed()
         if size is not None:
-            return [slice(a, min(a + size, num)) for a in range(0, num, size)]
+            return in_parts(slice(0, num), size)
         self._together(slice(0, 1), batch, "vmap", seen)
         return equal_parts(num, seen.nbytes, device_of(self.members) or torch.device("cpu"))
 

@@ -45,6 +45,7 @@ from ._intercept import (
 )
 from ._layout import agree, channels_last, has_other_layout
 from ._linearize import Linearization, with_linearization
+from ._mapping import in_parts
 from ._random import Place, Seed, fold, resolve_seed
 from ._remember import Remembered
 from ._row_wise import has_global_hooks
@@ -284,7 +285,7 @@ class _Run:
         if chunk_size > 1 and not self._vmap_can_take_it():
             chunk_size = 1
         mechanism = Mechanism(self.default if chunk_size > 1 else "loop", chunk_size)
-        for part in _parts(0, self.num_draws, chunk_size):
+        for part in in_parts(slice(0, self.num_draws), chunk_size):
             yield part, self._attempt(part, mechanism)
 
     def compiled(self, chunk_size: int | None) -> Iterator[tuple[slice, Tensor]]:
@@ -345,7 +346,7 @@ class _Run:
             yield part, outputs
             start = part.stop
         mechanism = tuner.fastest()
-        for part in _parts(start, self.num_draws, mechanism.chunk):
+        for part in in_parts(slice(start, self.num_draws), mechanism.chunk):
             yield part, self._attempt(part, mechanism)
 
     def _attempt(self, part: slice, mechanism: Mechanism) -> Tensor:
@@ -356,7 +357,7 @@ class _Run:
             outputs = self._if_memory_is_enough(size, by_mechanism)
             if outputs is not None:
                 return outputs
-        halves = _parts(part.start, part.stop, self.tuner.most or 1)
+        halves = in_parts(part, self.tuner.most or 1)
         return torch.cat([self._attempt(half, mechanism) for half in halves])
 
     def _if_memory_is_enough(self, size: int, evaluate: Callable[[], Tensor]) -> Tensor | None:
@@ -393,11 +394,10 @@ class _Run:
 
     def _ways(self, kind: Kind) -> list[Kind]:
         """Kinds to try in turn; the loop is the last."""
-        failed = self.failed
         if kind in _LOOPS:
-            return [kind, "loop"] if kind != "loop" and kind not in failed else ["loop"]
+            return [kind, "loop"] if kind != "loop" and kind not in self.failed else ["loop"]
         known: tuple[Kind, ...] = (kind, "vmap", self.default)
-        ways: list[Kind] = [k for k in dict.fromkeys(known) if k not in failed]
+        ways: list[Kind] = [k for k in dict.fromkeys(known) if k not in self.failed]
         if kind == "vmap" and not self.tuner.needs_rules:
             return [kind, *(ways or [kind]), "loop"]  # again with rules, for another branch of the model
         return [*ways, "loop"]
@@ -631,11 +631,6 @@ def _check_outputs(outputs: Any) -> None:
 def _is_recorded() -> bool:
     """Whether kernels are being recorded for later, as a graph, when nobody may wait for them."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
-    for begin in range(start, stop, size):
-        yield slice(begin, min(begin + size, stop))
 
 
 def _apart(draws: Draw) -> tuple[Draw, tuple[Linearization, ...]]:

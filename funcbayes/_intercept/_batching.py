@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .._functorch import (
     is_autocast_on,
@@ -36,6 +35,7 @@ from ._by_parts import BY_PARTS, done_by_parts
 from ._call import Handler, Interception
 from ._mapped import draws_first, of_each_draw, one_dtype, product
 from ._recurrent import RECURRENT, recurrent
+from ._views import REARRANGING, STRIDED, VIEWS_OR_COPIES, Memory, reshapes, works_in_place, written
 
 Args = tuple[Any, ...]
 # Called with the level of the `vmap`, whether images are channels_last, and what the function is called with;
@@ -84,9 +84,9 @@ class Batching(Interception):
         if self.reshaped and works_in_place(func, kwargs):
             self.refuse_lost_writes(written(args, kwargs))
         base: Any = args[0] if args else (kwargs or {}).get("input")
-        if self.moves and func in _REARRANGING and isinstance(base, Tensor):
+        if func in REARRANGING and isinstance(base, Tensor):
             self.rearranged |= Memory(base)
-        if func in _STRIDED and not self.rearranged.isdisjoint(Memory(base)):
+        if func in STRIDED and not self.rearranged.isdisjoint(Memory(base)):
             raise RuntimeError("Strides are given for a value that may have others here.")
         result = super().__torch_function__(func, types, args, kwargs)
         if reshapes(func, kwargs) and isinstance(result, Tensor):
@@ -112,7 +112,7 @@ class Batching(Interception):
             return
         both = Memory(whole, part)
         # Of a value that the model has rearranged there may be a view here and a copy there.
-        if len(both) == 2 or (func in _VIEWS_OR_COPIES and both <= self.rearranged):
+        if len(both) == 2 or (self.moves and func in VIEWS_OR_COPIES and both <= self.rearranged):
             self.reshaped |= both
 
     def refuse_lost_writes(self, targets: list[Tensor]) -> None:
@@ -122,81 +122,11 @@ class Batching(Interception):
             raise RuntimeError(self.reason)
 
 
-class Memory(set[StorageWeakRef]):
-    """Where values lie in memory, which is not kept for that."""
-
-    def __init__(self, *values: Tensor) -> None:
-        super().__init__(StorageWeakRef(physical(value).untyped_storage()) for value in values)
-
-
-_STRIDED = frozenset((torch.Tensor.as_strided, torch.as_strided))
-_VIEWS = frozenset(
-    (
-        *(torch.Tensor.view, torch.Tensor.view_as, torch.Tensor.unflatten, torch.unflatten),
-        *_STRIDED,
-    )
-)
-# Of these it depends on how a value lies in memory whether they give a view or a copy.
-_VIEWS_OR_COPIES = frozenset(
-    (
-        *(torch.Tensor.reshape, torch.Tensor.reshape_as, torch.Tensor.flatten, torch.Tensor.ravel),
-        *(torch.Tensor.contiguous, torch.Tensor.to, torch.reshape, torch.flatten, torch.ravel),
-    )
-)
-# Views in which the axes of a value no longer lie in memory one after another, or not in their order.
-_REARRANGING = frozenset(
-    (
-        *(torch.Tensor.permute, torch.Tensor.transpose, torch.Tensor.t, torch.Tensor.movedim),
-        *(torch.Tensor.moveaxis, torch.Tensor.swapaxes, torch.Tensor.swapdims, torch.Tensor.adjoint),
-        *(torch.permute, torch.transpose, torch.t, torch.movedim, torch.moveaxis, torch.swapaxes),
-        *(torch.swapdims, torch.adjoint, *(getattr(torch.Tensor, n).__get__ for n in ("T", "mT", "H", "mH"))),
-        *(torch.Tensor.__getitem__, torch.Tensor.select, torch.Tensor.narrow, torch.Tensor.chunk),
-        *(torch.Tensor.split, torch.Tensor.tensor_split, torch.Tensor.unbind, torch.Tensor.unfold),
-        *(torch.Tensor.diagonal, torch.Tensor.expand, torch.Tensor.expand_as),
-        *(torch.select, torch.narrow, torch.chunk, torch.split, torch.tensor_split, torch.unbind),
-        *(torch.diagonal,),
-    )
-)
-
-
-def reshapes(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
-    """Whether a function gives a value that may be a view of its first argument, as that lies in memory."""
-    if func is torch.Tensor.to:  # another dtype or device takes a copy
-        return "memory_format" in (kwargs or {})
-    return func in _VIEWS or func in _VIEWS_OR_COPIES
-
-
-def written(args: Args, kwargs: dict[str, Any] | None) -> list[Tensor]:
-    """The tensors that a function writes into if it works in place."""
-    kwargs = kwargs or {}
-    return tensors([args[:1] or [kwargs.get("input"), kwargs.get("self")], kwargs.get("out")])
-
-
-def works_in_place(func: Callable[..., Any], kwargs: dict[str, Any] | None) -> bool:
-    """Whether a function writes into its first argument, or into what it is told to."""
-    return bool(kwargs and (kwargs.get("inplace") or kwargs.get("out") is not None)) or _is_in_place(func)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_in_place(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_OPERATORS
-
-
-_IN_PLACE_OPERATORS = frozenset(
-    (
-        *("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__"),
-        *("__imod__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"),
-    )
-)
-
-
 @functools.cache
 def _handlers(kind: str, is_autocast: bool) -> dict[Any, Handler]:
-    names = (F.scaled_dot_product_attention, *RECURRENT) if kind == "vmap" else _RULES
+    names = (F.scaled_dot_product_attention, *RECURRENT, *STRIDED) if kind == "vmap" else _RULES
     opened: dict[Any, Handler] = {F.multi_head_attention_forward: open_attention}
     opened |= {func: _by_parts(parts) for func, parts in BY_PARTS.items()}
-    opened |= dict.fromkeys((torch.Tensor.as_strided, torch.as_strided), _as_strided)
     if is_autocast:
         opened |= dict.fromkeys(_LOWERED, _as_autocast)
     handlers = opened | {
@@ -220,15 +150,6 @@ def _handler(rule: Rule, channels_last: bool, is_inside: bool, otherwise: Handle
         return func(*args, **kwargs) if otherwise is None else otherwise(mode, func, args, kwargs)
 
     return handler
-
-
-def _as_strided(mode: Interception, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
-    """Refuse strides that a model gives for another layout than a value has here."""
-    level = vmap_level()
-    front = None if level is None else draws_first(args[0] if args else kwargs["input"], level)
-    if front is not None and not front[0].is_contiguous():
-        raise RuntimeError("Strides are given for a value that has others here.")
-    return func(*args, **kwargs)
 
 
 def _linear(
@@ -554,7 +475,7 @@ def _strided(level: int, channels_last: bool, input: Tensor, *args: Any, **kwarg
 # These hand the call on to `vmap` with another value, or leave it by themselves where they can.
 _INSIDE: dict[Any, Rule] = {
     torch.Tensor.view: _view,
-    **dict.fromkeys((torch.Tensor.as_strided, torch.as_strided), _strided),
+    **dict.fromkeys(STRIDED, _strided),
     **{func: _contiguous(func) for func in (F.group_norm, F.instance_norm, F.interpolate)},
     **{func: recurrent(func) for func in RECURRENT},
 }

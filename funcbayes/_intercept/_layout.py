@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from .._tree import tensors
-from ._batching import Memory, reshapes, works_in_place, written
 from ._call import Interception
+from ._views import Memory, reshapes, works_in_place, written
 
 
 class LayoutWatch(Interception):

@@ -11,7 +11,7 @@ from torch.func import vmap
 from .._functional import Model
 from .._global_random import forked, watched
 from .._intercept import Batching, Observed
-from .._mapping import equal_parts
+from .._mapping import equal_parts, in_parts
 from .._tree import Params, device_of, index, map_leaves, tensors
 from ..likelihoods import Likelihood
 from ..likelihoods._layout import wide
@@ -145,7 +145,7 @@ class Validation:
     def _chosen_parts(self, num: int, largest: int) -> list[slice]:
         if self.chunk_size is None:
             return equal_parts(num, largest, self.device or torch.device("cpu"))
-        return [slice(a, min(a + self.chunk_size, num)) for a in range(0, num, self.chunk_size)]
+        return in_parts(slice(0, num), self.chunk_size)
 
     def _together(self, members: Params, pair: Pair, kind: str, seen: Observed | None = None) -> Tensor:
         rules = Batching(kind, seen)

@@ -3,7 +3,6 @@
 import functools
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import optree
@@ -164,9 +163,9 @@ def _loss_of_one(
     """Loss of one member, and its fixed values with and without an axis of members (those in ``names``)."""
     pair, given = spec.unflatten(batch), merge(varying, common)
     # What is looked at is all that is done; after that rules are for the model.
-    with nullcontext() if rules.seen is None else rules:
-        around = rules if rules.seen is None else NO_RULES
-        loss, fixed = networks.loss(objective, leaves, held, given, pair, key, around)
+    outside, inside = (NO_RULES, rules) if rules.seen is None else (rules, NO_RULES)
+    with outside:
+        loss, fixed = networks.loss(objective, leaves, held, given, pair, key, inside)
     if not names:
         return loss, fixed, common
     return (
