@@ -12,6 +12,7 @@ import functools
 import statistics
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from ._allocator import give_back_memory, keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
 from ._functorch import (
+    has_other_modes,
     is_autocast_on,
     is_inside_transform,
     is_readable,
@@ -47,6 +49,7 @@ from ._layout import agree, channels_last, has_other_layout
 from ._linearize import Linearization, with_linearization
 from ._mapping import in_parts
 from ._random import Place, Seed, fold, resolve_seed
+from ._recorded import Bound, Recorded
 from ._remember import Remembered
 from ._row_wise import has_global_hooks
 from ._threads import may_divide, side_by_side
@@ -67,6 +70,8 @@ _MOST_OF_TWO_DRAWS = 1 << 30
 # Draws of a loop that are timed together; fewer where their intermediates are large, for these take longer.
 _LOOPED = 8
 _IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
+_MOST_KINDS = 8  # of inputs that are bound at a time to the same draws
+_RECORDED = 0.05  # a chunk that takes fewer seconds is recorded: Python's share of it may be large
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
 # It is timed twice more where it is within this factor of the best, for something may have disturbed it.
@@ -115,6 +120,7 @@ class _Tuner:
     needs_rules: bool = True  # plain ``vmap``, too; as far as was seen
     is_layout_free: bool = False  # whether the model was seen not to depend on the layout of its inputs
     queue: torch.device | None = None  # the accelerator on which work is queued, if there is one
+    recorded: Recorded = field(default_factory=lambda: Recorded(FunctionalModule))
 
     def next_to_time(self) -> Mechanism | None:
         """A mechanism whose timing is wanted; ``None`` once all has been learned."""
@@ -197,6 +203,35 @@ def _at_most(most: int, mechanism: Mechanism) -> Mechanism:
 
 _tuners: Remembered[_Tuner] = Remembered()
 _warned: Remembered[list[bool]] = Remembered()
+_bound: Remembered[dict[Hashable, tuple[weakref.ref[Any], Bound]]] = Remembered(1)
+
+
+def repeated(fn: Model, owner: Any, fixed: tuple[Params, Params], x: Any) -> Tensor | None:
+    """Outputs of all draws, if an earlier call with these draws differs in the numbers of ``x`` only.
+
+    Args:
+        fn: Pure model.
+        owner: Whose draws they are: see :func:`evaluate`.
+        fixed: Draws of leaves, and values of those that they do not cover.
+        x: Inputs.
+
+    Returns:
+        ``(S, N, ...)``, or ``None``, where :func:`evaluate` is to be called.
+    """
+    if type(x) is not Tensor or has_other_modes():
+        return None
+    model, bound = _bound.get(owner, None, dict).get(_kind_of(x), (None, None))
+    if model is None or bound is None or model() is not fn:
+        return None
+    leaves = optree.tree_leaves(fixed)
+    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *leaves)):
+        return None
+    with torch.no_grad():
+        return bound.outputs(leaves, x)
+
+
+def _kind_of(x: Tensor) -> Hashable:
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def evaluate(
@@ -213,6 +248,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     compile: bool = False,
     model: Model | None = None,
+    owner: Any = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Evaluate draws of one structure.
 
@@ -230,6 +266,7 @@ def evaluate(
         dtype: In which linearised draws are evaluated; everything else has it already.
         compile: Whether chunks, all of one size, are evaluated by one compiled program.
         model: The user's, for messages, if ``fn`` is something that was made of it.
+        owner: An object that has these very draws, and none else, for :func:`repeated`.
 
     Yields:
         Positions and their outputs ``(s, N, ...)``, chunk by chunk, in order.
@@ -243,6 +280,8 @@ def evaluate(
         yield from run.fixed(1)
     else:
         yield from run.chosen()
+        if owner is not None:
+            run.bind(owner)
 
 
 class _Run:
@@ -277,6 +316,7 @@ class _Run:
         self.tuner = self._tuner()
         self.failed = self.tuner.failed  # kinds that are left out
         self.was_watched = False
+        self.may_record = self.has_recorded = False
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of a given size, whose results do not depend on what was learned before."""
@@ -331,9 +371,11 @@ class _Run:
         tuner = self.tuner
         if not tuner.candidates:
             tuner.begin(self._candidates())
+        self.may_record = tuner.recorded.is_possible(self.fn)
         start = 0
-        while start < self.num_draws and not _is_recorded() and (mechanism := tuner.next_to_time()):
+        while start < self.num_draws and not _is_captured() and (mechanism := tuner.next_to_time()):
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
+            self.has_recorded = False
             tuner.wait()
             began = time.perf_counter()
             outputs = self._attempt(part, mechanism)
@@ -341,13 +383,27 @@ class _Run:
             size = part.stop - part.start
             # A short tail would be judged unfairly, as would a mechanism that another stood in for.
             is_itself = mechanism.kind not in tuner.failed and (tuner.most is None or size <= tuner.most)
-            if size == mechanism.chunk and is_itself:
+            if size == mechanism.chunk and is_itself and not self.has_recorded:
                 tuner.record(mechanism, (time.perf_counter() - began) / size)
             yield part, outputs
             start = part.stop
         mechanism = tuner.fastest()
         for part in in_parts(slice(start, self.num_draws), mechanism.chunk):
             yield part, self._attempt(part, mechanism)
+
+    def bind(self, owner: Any) -> None:
+        """Let the next call with these draws be quick, if they were evaluated at once by what is settled."""
+        mechanism = self.tuner.settled
+        if not self.may_record or mechanism is None or mechanism.chunk < self.num_draws:
+            return
+        if type(self.x) is Tensor and mechanism.kind not in self.failed:
+            fixed = self.make_draws(slice(0, self.num_draws)).leaves, self.params
+            bound = self.tuner.recorded.bound((mechanism.kind, self.num_draws), fixed, self.x)
+            if bound is not None:
+                known = _bound.get(owner, None, dict)
+                if len(known) >= _MOST_KINDS:
+                    known.clear()
+                known[_kind_of(self.x)] = weakref.ref(self.fn), bound
 
     def _attempt(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or in halves where memory is not enough for as many draws."""
@@ -518,8 +574,13 @@ class _Run:
             return self._loop_in_channels_last(draws, mechanism, start)
         if mechanism.kind == "folded":
             return self._folded(_of_kind(DropoutMasks, draws))
-        is_plain = mechanism.kind == "vmap" and not self.tuner.needs_rules and seen is None
-        rules = nullcontext() if is_plain else Batching(mechanism.kind, seen)
+        if self.may_record and not draws.effects:
+            return self._recorded(draws, mechanism)
+        return self._mapped(draws, mechanism.kind, seen)
+
+    def _mapped(self, draws: Draw, kind: Kind, seen: Observed | None = None) -> Tensor:
+        is_plain = kind == "vmap" and not self.tuner.needs_rules and seen is None
+        rules = nullcontext() if is_plain else Batching(kind, seen)
         mapped, shared = _apart(draws)
 
         def one(draw: Draw) -> Tensor:
@@ -527,6 +588,26 @@ class _Run:
                 return self._one(Draw(draw.leaves, draw.effects + shared))
 
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
+
+    def _recorded(self, draws: Draw, mechanism: Mechanism) -> Tensor:
+        """By what was recorded of an earlier chunk; else mapped, and recorded if that is worth it."""
+        recorded, fixed = self.tuner.recorded, (draws.leaves, self.params)
+        count = tensors(draws.leaves)[0].shape[0]
+        way = mechanism.kind, count
+        found = recorded.outputs(way, fixed, self.x)
+        if found is not None:
+            return found
+        seconds = self.tuner.seconds.get(mechanism)
+        if seconds is not None and seconds[0] * count < _RECORDED and recorded.wants(way):
+            self.has_recorded = True
+            run = copy.copy(self)
+
+            def evaluate(fixed: tuple[Params, Params], x: Any) -> Tensor:
+                (leaves, run.params), run.x = fixed, x
+                return run._mapped(Draw(leaves), mechanism.kind)
+
+            recorded.record(way, self.fn, evaluate, fixed, self.x)
+        return self._mapped(draws, mechanism.kind)
 
     def _loop_in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:
         run = self._in_channels_last
@@ -628,8 +709,8 @@ def _check_outputs(outputs: Any) -> None:
         )
 
 
-def _is_recorded() -> bool:
-    """Whether kernels are being recorded for later, as a graph, when nobody may wait for them."""
+def _is_captured() -> bool:
+    """Whether kernels are being captured for later, as a graph, when nobody may wait for them."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

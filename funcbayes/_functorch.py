@@ -46,6 +46,21 @@ def is_concrete(tensor: Tensor) -> bool:
 _writing = threading.local()
 
 
+@contextlib.contextmanager
+def taken_down() -> Iterator[None]:
+    """What is done is taken down by a dispatch mode of ours, to be done again: as if no mode were on."""
+    _writing.num_modes = 1
+    try:
+        yield
+    finally:
+        _writing.num_modes = 0
+
+
+def _has_dispatch_modes() -> bool:
+    """Whether a mode sees operations, other than one that takes them down."""
+    return torch._C._len_torch_dispatch_stack() > getattr(_writing, "num_modes", 0)
+
+
 def is_traced() -> bool:
     """Whether what runs is being written down as a program: numbers that are read would become part of it."""
     return getattr(_writing, "is_on", False) or torch.compiler.is_compiling()
@@ -80,9 +95,13 @@ def is_autocast_on() -> bool:
 
 def has_modes() -> bool:
     """Whether gradients, a transform, autocast or a mode of torch's is on, each for one thread."""
+    return torch.is_grad_enabled() or has_other_modes()
+
+
+def has_other_modes() -> bool:
+    """The same for all but gradients."""
     return (
-        torch.is_grad_enabled()
-        or is_inside_transform()
+        is_inside_transform()
         or is_traced()
         or is_autocast_on()
         or torch._C._len_torch_function_stack() > 0
@@ -92,7 +111,7 @@ def has_modes() -> bool:
 
 def may_write_over(tensors: Sequence[Tensor]) -> bool:
     """Whether what is computed of these may be written over: nothing watches, and no derivative needs it."""
-    is_watched = is_traced() or is_autocast_on() or torch._C._len_torch_dispatch_stack() > 0
+    is_watched = is_traced() or is_autocast_on() or _has_dispatch_modes()
     has_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     has_tangents = forward_ad._current_level >= 0
     is_plain = all(map(is_concrete, tensors)) and len({t.dtype for t in tensors}) == 1

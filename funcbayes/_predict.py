@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._checks import check_model, positive_int
 from ._compiled import refuse_gradients, wants_grad
-from ._engine import evaluate, signature
+from ._engine import evaluate, repeated, signature
 from ._functional import Model
 from ._linearize import Linearization
 from ._marginal import check_marginal, marginal_model
@@ -267,14 +267,23 @@ def _predict(
     first_row: int = 0,
 ) -> Prediction:
     _check_arguments(fn, posterior, likelihood, num_samples, chunk_size)
-    params, x = as_tree(params), as_tree(x)
     if targets is not None and likelihood is None:
         raise ValueError("`predict(targets=...)` needs a likelihood: `predict(..., likelihood=...)`.")
+    atoms = posterior.atoms() if num_samples is None else None
+    is_plain = chunk_size is None and dtype is None and not (compile or marginal)
+    owner = posterior if is_plain and atoms is not None and len(atoms) == 1 else None
+    if owner is not None and atoms is not None and not wants_grad(likelihood):
+        (draw, weights), *_ = atoms
+        outputs = None if draw.effects else repeated(fn, owner, (draw.leaves, params), x)
+        if outputs is not None:
+            collect = _Collector(weights, likelihood, targets, keep_samples, is_in_order=True)
+            collect.add(slice(None), outputs)
+            return collect.prediction()
+    params, x = as_tree(params), as_tree(x)
     if dtype is not None:
         if not dtype.is_floating_point:
             raise ValueError(f"`predict(dtype=...)` should be a floating-point dtype, got {dtype}.")
         params, x = to(params, dtype=dtype), to(x, dtype=dtype)
-    atoms = posterior.atoms() if num_samples is None else None
     is_settled = atoms is not None and seed is None  # only noise of the model's own wants a seed
     key = 0 if is_settled else resolve_seed(seed)
     weights, groups = _plan(posterior, atoms, num_samples, key)
@@ -309,6 +318,7 @@ def _predict(
                 dtype=dtype,
                 compile=compile,
                 model=fn,
+                owner=owner,
             ):
                 collect.add(positions[part], outputs)
         return collect.prediction()
@@ -442,11 +452,11 @@ class _Collector:
     ) -> None:
         self.weights, self.likelihood, self.targets = weights, likelihood, targets
         self.streamed = None if keep_samples else Streamed(Summary(likelihood, targets))
-        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.parts: list[tuple[Tensor | slice, Tensor]] = []
         self.dtype = torch.float32
         self.is_first, self.is_in_order = True, is_in_order
 
-    def add(self, positions: Tensor, outputs: Tensor) -> None:
+    def add(self, positions: Tensor | slice, outputs: Tensor) -> None:
         if self.is_first:
             self.is_first, self.dtype = False, outputs.dtype
             if outputs.device.type != "mps":  # which has no float64

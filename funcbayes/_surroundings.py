@@ -1,0 +1,255 @@
+"""What Python code depends on beside its arguments, found by watching it run.
+
+What a model computes may be done again without its Python code only if that would do the same again. Torch's own
+code is known to: layers go by their arguments, and by attributes of modules that are private copies here. Of
+code of others all that runs is read: which globals it takes, and what it calls. What is not known to be
+harmless is refused.
+"""
+
+import builtins
+import dis
+import functools
+import math
+import operator
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MISSING = object()
+_TRUSTED = frozenset(("torch", "funcbayes", "optree"))
+# Modules of torch whose functions a model may call itself: the others may keep something, or change what is set.
+_OF_TORCH = (
+    *("torch.nn.", "torch.functional", "torch._tensor", "torch._jit_internal", "torch.overrides", "torch.amp."),
+    *("torch.autograd.grad_mode", "torch.utils._contextlib", "torch._ops", "torch._library"),
+)
+_OF_TENSORS = frozenset(
+    ("torch._C._nn", "torch._C._fft", "torch._C._linalg", "torch._C._special", "_operator", "math")
+)
+# How numbers become Python's; `item` and others are seen as operations.
+_READ = frozenset(("tolist", "numpy"))
+_UNKNOWN = _READ | {"__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
+_BUILTINS = frozenset(
+    map(
+        operator.attrgetter("__name__"),
+        (
+            *(abs, all, any, callable, divmod, getattr, hasattr, isinstance, issubclass, iter, len, max, min),
+            *(next, pow, repr, round, sorted, sum),
+        ),
+    )
+)
+_CHANGING = frozenset(
+    ("append", "extend", "insert", "pop", "popitem", "remove", "clear", "update", "setdefault", "add")
+)
+_REFUSED = frozenset(
+    (
+        *("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "DELETE_NAME", "LOAD_NAME", "STORE_ATTR"),
+        *("DELETE_ATTR", "IMPORT_NAME", "IMPORT_FROM", "IMPORT_STAR", "LOAD_BUILD_CLASS", "GET_AWAITABLE"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What code took from elsewhere, with the values of then.
+
+    Attributes:
+        names: Globals: where, the name, and the value.
+        cells: Variables of functions around, and their values.
+        classes: Classes, and what was in them.
+    """
+
+    names: tuple[tuple[dict[str, Any], str, Any], ...]
+    cells: tuple[tuple[CellType, Any], ...]
+    classes: tuple[tuple[type, tuple[Any, ...]], ...]
+
+    def are_unchanged(self) -> bool:
+        """Whether all is as it was."""
+        for where, name, value in self.names:
+            if where.get(name, _MISSING) is not value:
+                return False
+        for cell, value in self.cells:
+            if cell.cell_contents is not value:
+                return False
+        for kind, values in self.classes:
+            found = vars(kind).values()
+            if len(found) != len(values) or not all(map(operator.is_, found, values)):
+                return False
+        return True
+
+
+class Watch:
+    """Watches what a function runs while it is entered.
+
+    Args:
+        function: Whose variables, of functions around it, are known; code of others may have none.
+        private: The type of callables that hold nothing that others may change.
+
+    Attributes:
+        reason: Why it cannot be told what the code depends on, if so.
+    """
+
+    def __init__(self, function: Callable[..., Any], private: type) -> None:
+        self.reason: str | None = None
+        self._function, self._private = function, private
+        self._names: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self._cells: list[tuple[CellType, Any]] = []
+        self._classes: dict[type, tuple[Any, ...]] = {}
+        self._read: set[CodeType] = set()
+        self._inner: set[CodeType] = set()  # of functions that were made by code that was read
+
+    def __enter__(self) -> "Watch":
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.setprofile(None)
+
+    def surroundings(self) -> Surroundings:
+        """What the code that ran depends on."""
+        return Surroundings(tuple(self._names.values()), tuple(self._cells), tuple(self._classes.items()))
+
+    def _see(self, frame: FrameType, event: str, argument: Any) -> None:
+        if self.reason is not None:
+            return
+        if event == "call":
+            if _is_trusted(frame):
+                self._see_trusted(frame)
+            else:
+                self._see_other(frame)
+        elif event == "c_call":
+            if not _is_trusted(frame):
+                self._see_builtin(argument)
+            elif getattr(argument, "__name__", "") in _READ and _top(frame.f_globals["__name__"]) == "torch":
+                self._refuse(argument.__name__)
+
+    def _see_trusted(self, frame: FrameType) -> None:
+        name, caller = frame.f_globals.get("__name__", ""), frame.f_back
+        if name.startswith("torch") and not name.startswith(_OF_TORCH):
+            if caller is not None and not _is_trusted(caller):
+                self._refuse(f"{name}.{frame.f_code.co_qualname}")
+
+    def _see_other(self, frame: FrameType) -> None:
+        code = frame.f_code
+        if code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, nn.Module):
+                for kind in type(first).__mro__:
+                    self._note_class(kind)
+            elif _is_foreign(type(first)):
+                self._refuse(f"an object of {type(first).__name__}")
+        if code in self._read:
+            return
+        self._read.add(code)
+        self._note_cells(code)
+        names, inner, refused = _reading(code)
+        self._inner |= inner
+        if refused:
+            self._refuse(refused)
+        for name in names:
+            value = frame.f_globals.get(name, _MISSING)
+            self._names[id(frame.f_globals), name] = frame.f_globals, name, value
+            if value is not _MISSING:
+                self._check(value, name)
+
+    def _note_cells(self, code: CodeType) -> None:
+        if code is getattr(self._function, "__code__", None):
+            for cell in getattr(self._function, "__closure__", None) or ():
+                self._cells.append((cell, cell.cell_contents))
+                self._check(cell.cell_contents, "a variable of a function around it")
+        elif code not in self._inner and set(code.co_freevars) - {"__class__"}:
+            self._refuse(f"variables of a function around {code.co_qualname}")
+
+    def _check(self, value: Any, name: str) -> None:
+        if isinstance(value, type):
+            self._note_class(value)
+        elif not self._is_constant(value):
+            self._refuse(name)
+
+    def _is_constant(self, value: Any) -> bool:
+        """Whether it is the same as long as it is the same object, as far as code can go by it.
+
+        Numbers of tensors may change: operations look at them every time.
+        """
+        if isinstance(value, FunctionType):
+            given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            is_torchs = _top(value.__module__) in _TRUSTED
+            return is_torchs or (not vars(value) and all(map(self._is_constant, given)))
+        if isinstance(value, ModuleType):
+            return _top(value.__name__) == "torch" or value in (math, operator)
+        if isinstance(value, tuple):
+            return all(map(self._is_constant, value))
+        return type(value) in _CONSTANTS or type(value) is self._private or value is None
+
+    def _note_class(self, kind: type) -> None:
+        if _is_foreign(kind) and kind not in self._classes:
+            self._classes[kind] = tuple(vars(kind).values())
+
+    def _see_builtin(self, function: Any) -> None:
+        name = getattr(function, "__name__", "")
+        owner = getattr(function, "__self__", getattr(function, "__objclass__", None))
+        if owner is None:
+            is_known = getattr(torch._C._VariableFunctions, name, None) is function
+        elif isinstance(owner, ModuleType):
+            is_known = owner.__name__ in _OF_TENSORS or (owner is builtins and name in _BUILTINS)
+        elif isinstance(owner, type):
+            is_known = issubclass(owner, torch._C.TensorBase)
+        else:
+            is_plain = type(owner) in (str, tuple, list, dict, range, set, frozenset, torch.Size)
+            is_known = isinstance(owner, Tensor) or (is_plain and name not in _CHANGING)
+        if not is_known or name in _UNKNOWN:
+            self._refuse(name)
+
+    def _refuse(self, what: str) -> None:
+        self.reason = self.reason or f"It is not known what {what} depends on, or does."
+
+
+_CONSTANTS = frozenset(
+    (
+        *(bool, int, float, complex, str, bytes, range, Tensor, nn.Parameter, BuiltinFunctionType),
+        *(torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size),
+    )
+)
+
+
+def _top(name: str | None) -> str:
+    return (name or "").partition(".")[0]
+
+
+def _is_trusted(frame: FrameType) -> bool:
+    """Whether a frame is torch's or ours, or what these call of the standard library, or import."""
+    found: FrameType | None = frame
+    is_of_others = False
+    while found is not None:
+        top = _top(found.f_globals.get("__name__"))
+        if top in _TRUSTED:
+            return not is_of_others
+        if top == "importlib":
+            is_of_others = False
+        elif top not in sys.stdlib_module_names:
+            is_of_others = True
+        found = found.f_back
+    return False
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether a class is neither torch's nor Python's own nor ours."""
+    return _top(kind.__module__) not in _TRUSTED and kind.__module__ != "builtins"
+
+
+@functools.lru_cache(maxsize=1024)
+def _reading(code: CodeType) -> tuple[frozenset[str], frozenset[CodeType], str | None]:
+    """Globals that code takes, code of functions that it makes, and what of it cannot be allowed."""
+    names: set[str] = set()
+    refused = None
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_GLOBAL"):
+            names.add(step.argval)
+        elif step.opname in _REFUSED:
+            refused = f"{step.opname} {step.argval}"
+    inner = frozenset(part for part in code.co_consts if isinstance(part, CodeType))
+    return frozenset(names), inner, refused
