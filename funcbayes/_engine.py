@@ -49,7 +49,7 @@ from ._layout import agree, channels_last, has_other_layout
 from ._linearize import Linearization, with_linearization
 from ._mapping import in_parts
 from ._random import Place, Seed, fold, resolve_seed
-from ._recorded import Bound, Recorded
+from ._recording import Bound, Recorded, kind_of
 from ._remember import Remembered
 from ._row_wise import has_global_hooks
 from ._threads import may_divide, side_by_side
@@ -71,7 +71,7 @@ _MOST_OF_TWO_DRAWS = 1 << 30
 _LOOPED = 8
 _IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
 _MOST_KINDS = 8  # of inputs that are bound at a time to the same draws
-_RECORDED = 0.05  # a chunk that takes fewer seconds is recorded: Python's share of it may be large
+_RECORDED = 0.05  # a chunk that takes fewer seconds is recorded
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
 # It is timed twice more where it is within this factor of the best, for something may have disturbed it.
@@ -140,6 +140,11 @@ class _Tuner:
     def record(self, mechanism: Mechanism, seconds_per_draw: float) -> None:
         """Add a timing."""
         self.seconds[mechanism] = (*self.seconds.get(mechanism, ()), seconds_per_draw)
+
+    def is_short(self, mechanism: Mechanism, num_draws: int) -> bool:
+        """Whether so many draws are known to take little time, of which Python's share may be large."""
+        seconds = self.seconds.get(mechanism)
+        return seconds is not None and seconds[0] * num_draws < _RECORDED
 
     def begin(self, candidates: list[Mechanism]) -> None:
         """Choose among these from now on."""
@@ -220,18 +225,15 @@ def repeated(fn: Model, owner: Any, fixed: tuple[Params, Params], x: Any) -> Ten
     """
     if type(x) is not Tensor or has_other_modes():
         return None
-    model, bound = _bound.get(owner, None, dict).get(_kind_of(x), (None, None))
+    model, bound = _bound.get(owner, None, dict).get(kind_of(x), (None, None))
     if model is None or bound is None or model() is not fn:
         return None
-    leaves = optree.tree_leaves(fixed)
+    whole: Any = fixed
+    leaves = optree.tree_leaves(whole)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *leaves)):
         return None
     with torch.no_grad():
         return bound.outputs(leaves, x)
-
-
-def _kind_of(x: Tensor) -> Hashable:
-    return x.shape, x.stride(), x.dtype, x.device
 
 
 def evaluate(
@@ -317,6 +319,7 @@ class _Run:
         self.failed = self.tuner.failed  # kinds that are left out
         self.was_watched = False
         self.may_record = self.has_recorded = False
+        self.at_once: Mechanism | None = None  # what all draws were evaluated by, without timing others
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of a given size, whose results do not depend on what was learned before."""
@@ -388,22 +391,22 @@ class _Run:
             yield part, outputs
             start = part.stop
         mechanism = tuner.fastest()
+        self.at_once = mechanism if start == 0 and mechanism.chunk >= self.num_draws else None
         for part in in_parts(slice(start, self.num_draws), mechanism.chunk):
             yield part, self._attempt(part, mechanism)
 
     def bind(self, owner: Any) -> None:
         """Let the next call with these draws be quick, if they were evaluated at once by what is settled."""
-        mechanism = self.tuner.settled
-        if not self.may_record or mechanism is None or mechanism.chunk < self.num_draws:
+        mechanism = self.at_once
+        if not self.may_record or mechanism is None or type(self.x) is not Tensor:
             return
-        if type(self.x) is Tensor and mechanism.kind not in self.failed:
-            fixed = self.make_draws(slice(0, self.num_draws)).leaves, self.params
-            bound = self.tuner.recorded.bound((mechanism.kind, self.num_draws), fixed, self.x)
-            if bound is not None:
-                known = _bound.get(owner, None, dict)
-                if len(known) >= _MOST_KINDS:
-                    known.clear()
-                known[_kind_of(self.x)] = weakref.ref(self.fn), bound
+        fixed = self.make_draws(slice(0, self.num_draws)).leaves, self.params
+        bound = self.tuner.recorded.bound((mechanism.kind, self.num_draws), fixed, self.x)
+        if bound is not None and mechanism.kind not in self.failed:
+            known = _bound.get(owner, None, dict)
+            if len(known) >= _MOST_KINDS:
+                known.clear()
+            known[kind_of(self.x)] = weakref.ref(self.fn), bound
 
     def _attempt(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or in halves where memory is not enough for as many draws."""
@@ -597,8 +600,7 @@ class _Run:
         found = recorded.outputs(way, fixed, self.x)
         if found is not None:
             return found
-        seconds = self.tuner.seconds.get(mechanism)
-        if seconds is not None and seconds[0] * count < _RECORDED and recorded.wants(way):
+        if recorded.wants(way) and self.tuner.is_short(mechanism, count):
             self.has_recorded = True
             run = copy.copy(self)
 

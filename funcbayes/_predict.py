@@ -272,12 +272,12 @@ def _predict(
     atoms = posterior.atoms() if num_samples is None else None
     is_plain = chunk_size is None and dtype is None and not (compile or marginal)
     owner = posterior if is_plain and atoms is not None and len(atoms) == 1 else None
-    if owner is not None and atoms is not None and not wants_grad(likelihood):
+    if owner is not None and atoms is not None and (likelihood is None or not wants_grad(likelihood)):
         (draw, weights), *_ = atoms
         outputs = None if draw.effects else repeated(fn, owner, (draw.leaves, params), x)
         if outputs is not None:
             collect = _Collector(weights, likelihood, targets, keep_samples, is_in_order=True)
-            collect.add(slice(None), outputs)
+            collect.add(torch.arange(len(weights)), outputs)
             return collect.prediction()
     params, x = as_tree(params), as_tree(x)
     if dtype is not None:
@@ -452,11 +452,11 @@ class _Collector:
     ) -> None:
         self.weights, self.likelihood, self.targets = weights, likelihood, targets
         self.streamed = None if keep_samples else Streamed(Summary(likelihood, targets))
-        self.parts: list[tuple[Tensor | slice, Tensor]] = []
+        self.parts: list[tuple[Tensor, Tensor]] = []
         self.dtype = torch.float32
         self.is_first, self.is_in_order = True, is_in_order
 
-    def add(self, positions: Tensor | slice, outputs: Tensor) -> None:
+    def add(self, positions: Tensor, outputs: Tensor) -> None:
         if self.is_first:
             self.is_first, self.dtype = False, outputs.dtype
             if outputs.device.type != "mps":  # which has no float64

@@ -1,6 +1,5 @@
 """Remembering what was found out about a model, for as long as the model lives."""
 
-import contextlib
 import threading
 import types
 import weakref
@@ -55,8 +54,11 @@ _identities: dict[int, _Identity] = {}  # by `id`, for as long as the objects li
 def _owner(fn: Any) -> Any:
     # A bound method is made anew at every access; its object lives as long as it matters.
     owner = fn.__self__ if isinstance(fn, types.MethodType) else fn
-    with contextlib.suppress(TypeError):
+    try:
         hash(owner)
+    except TypeError:
+        pass
+    else:
         return owner
     if id(owner) not in _identities:
         weakref.finalize(owner, _identities.pop, id(owner), None).atexit = False

@@ -1,8 +1,8 @@
 """What Python code depends on beside its arguments, found by watching it run.
 
-What a model computes may be done again without its Python code only if that would do the same again. Torch's own
-code is known to: layers go by their arguments, and by attributes of modules that are private copies here. Of
-code of others all that runs is read: which globals it takes, and what it calls. What is not known to be
+What a model computes may be done again without its Python code only if that would do the same again. Torch's
+own code is known to: layers go by their arguments, and by attributes of modules that are private copies here.
+Of code of others all that runs is read: which globals it takes, and what it calls. What is not known to be
 harmless is refused.
 """
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 _MISSING = object()
 _TRUSTED = frozenset(("torch", "funcbayes", "optree"))
-# Modules of torch whose functions a model may call itself: the others may keep something, or change what is set.
+# Modules of torch whose functions a model may call: others may keep something, or change what is set.
 _OF_TORCH = (
-    *("torch.nn.", "torch.functional", "torch._tensor", "torch._jit_internal", "torch.overrides", "torch.amp."),
-    *("torch.autograd.grad_mode", "torch.utils._contextlib", "torch._ops", "torch._library"),
+    *("torch.nn.", "torch.functional", "torch._tensor", "torch._jit_internal", "torch.overrides"),
+    *("torch.amp.", "torch.autograd.grad_mode", "torch.utils._contextlib", "torch._ops", "torch._library"),
 )
 _OF_TENSORS = frozenset(
     ("torch._C._nn", "torch._C._fft", "torch._C._linalg", "torch._C._special", "_operator", "math")
@@ -34,12 +34,9 @@ _OF_TENSORS = frozenset(
 _READ = frozenset(("tolist", "numpy"))
 _UNKNOWN = _READ | {"__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
 _BUILTINS = frozenset(
-    map(
-        operator.attrgetter("__name__"),
-        (
-            *(abs, all, any, callable, divmod, getattr, hasattr, isinstance, issubclass, iter, len, max, min),
-            *(next, pow, repr, round, sorted, sum),
-        ),
+    (
+        *("abs", "all", "any", "callable", "divmod", "getattr", "hasattr", "isinstance", "issubclass", "iter"),
+        *("len", "max", "min", "next", "pow", "repr", "round", "sorted", "sum"),
     )
 )
 _CHANGING = frozenset(
@@ -61,14 +58,24 @@ class Surroundings:
         names: Globals: where, the name, and the value.
         cells: Variables of functions around, and their values.
         classes: Classes, and what was in them.
+        dtype: What tensors are made in where nothing else is said.
     """
 
     names: tuple[tuple[dict[str, Any], str, Any], ...]
     cells: tuple[tuple[CellType, Any], ...]
     classes: tuple[tuple[type, tuple[Any, ...]], ...]
+    dtype: torch.dtype
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether there are tensors among them, whose numbers others may change."""
+        values = (*(value for *_, value in self.names), *(value for _, value in self.cells))
+        return any(isinstance(value, Tensor) for value in values)
 
     def are_unchanged(self) -> bool:
         """Whether all is as it was."""
+        if torch.get_default_dtype() is not self.dtype:
+            return False
         for where, name, value in self.names:
             if where.get(name, _MISSING) is not value:
                 return False
@@ -101,6 +108,8 @@ class Watch:
         self._classes: dict[type, tuple[Any, ...]] = {}
         self._read: set[CodeType] = set()
         self._inner: set[CodeType] = set()  # of functions that were made by code that was read
+        if not isinstance(function, private) and not self._is_constant(function):
+            self._refuse("the function")
 
     def __enter__(self) -> "Watch":
         sys.setprofile(self._see)
@@ -111,7 +120,8 @@ class Watch:
 
     def surroundings(self) -> Surroundings:
         """What the code that ran depends on."""
-        return Surroundings(tuple(self._names.values()), tuple(self._cells), tuple(self._classes.items()))
+        names, cells = tuple(self._names.values()), tuple(self._cells)
+        return Surroundings(names, cells, tuple(self._classes.items()), torch.get_default_dtype())
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
         if self.reason is not None:
@@ -165,16 +175,17 @@ class Watch:
             self._refuse(f"variables of a function around {code.co_qualname}")
 
     def _check(self, value: Any, name: str) -> None:
-        if isinstance(value, type):
-            self._note_class(value)
-        elif not self._is_constant(value):
+        if not self._is_constant(value):
             self._refuse(name)
 
     def _is_constant(self, value: Any) -> bool:
         """Whether it is the same as long as it is the same object, as far as code can go by it.
 
-        Numbers of tensors may change: operations look at them every time.
+        Numbers of tensors may change: operations look at them every time. Classes are noted.
         """
+        if isinstance(value, type):
+            self._note_class(value)
+            return True
         if isinstance(value, FunctionType):
             given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
             is_torchs = _top(value.__module__) in _TRUSTED
@@ -188,12 +199,15 @@ class Watch:
     def _note_class(self, kind: type) -> None:
         if _is_foreign(kind) and kind not in self._classes:
             self._classes[kind] = tuple(vars(kind).values())
+            functions = [f for f in self._classes[kind] if isinstance(f, FunctionType)]
+            if not all(map(self._is_constant, functions)):
+                self._refuse(kind.__name__)
 
     def _see_builtin(self, function: Any) -> None:
         name = getattr(function, "__name__", "")
         owner = getattr(function, "__self__", getattr(function, "__objclass__", None))
         if owner is None:
-            is_known = getattr(torch._C._VariableFunctions, name, None) is function
+            is_known = getattr(_FUNCTIONS, name, None) is function
         elif isinstance(owner, ModuleType):
             is_known = owner.__name__ in _OF_TENSORS or (owner is builtins and name in _BUILTINS)
         elif isinstance(owner, type):
@@ -208,6 +222,7 @@ class Watch:
         self.reason = self.reason or f"It is not known what {what} depends on, or does."
 
 
+_FUNCTIONS = torch._C._VariableFunctions  # type: ignore[attr-defined]  # `torch.relu` and the like
 _CONSTANTS = frozenset(
     (
         *(bool, int, float, complex, str, bytes, range, Tensor, nn.Parameter, BuiltinFunctionType),
@@ -225,7 +240,7 @@ def _is_trusted(frame: FrameType) -> bool:
     found: FrameType | None = frame
     is_of_others = False
     while found is not None:
-        top = _top(found.f_globals.get("__name__"))
+        top = found.f_globals.get("__name__", "").partition(".")[0]
         if top in _TRUSTED:
             return not is_of_others
         if top == "importlib":

@@ -1,0 +1,261 @@
+"""Operations of torch as they are done, written down as a program that does them again."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._tree import tensors
+
+_NAMESPACES = frozenset(("aten", "prims", "mkldnn", "onednn"))
+# What cannot be done again with other numbers: results have sizes, or become numbers of Python's, by them.
+_REFUSED = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
+_MOST_BYTES = 1 << 20  # of a result of constants that is kept
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operation.
+
+    Attributes:
+        names: Of its results.
+        target: These, as what is assigned to.
+        call: The call, as text.
+        uses: Names of the results of others, and of inputs, that it is given.
+        is_view: Whether its result is a view of what it is given.
+        writes: Whether it writes into what it is given.
+        copies: The name of the tensor that its result is a copy of, the same in memory, if so.
+    """
+
+    names: list[str]
+    target: str
+    call: str
+    uses: frozenset[str]
+    is_view: bool
+    writes: bool
+    copies: str | None
+
+    def renamed(self, names: dict[str, str]) -> "_Step":
+        """The same with other names of what it uses."""
+        if self.uses.isdisjoint(names):
+            return self
+        call = _VARIABLE.sub(lambda found: names.get(found.group(), found.group()), self.call)
+        return replace(self, call=call, uses=frozenset(names.get(name, name) for name in self.uses))
+
+
+@dataclass(frozen=True)
+class Program:
+    """What does operations again.
+
+    Attributes:
+        num_fixed: How many of the inputs, the first of them, stay the same in many calls.
+        views: ``views(*fixed)`` gives views of those.
+        run: ``run(views, *inputs)`` gives the result.
+    """
+
+    num_fixed: int
+    views: Callable[..., list[Tensor]]
+    run: Callable[..., Tensor]
+
+
+class Operations(TorchDispatchMode):
+    """Takes down what is done with plain tensors while it is on.
+
+    Args:
+        inputs: Of what is done, which nothing is to be written into.
+        num_fixed: How many of the first of them stay the same in many calls.
+
+    Attributes:
+        inputs: As given.
+        is_refused: Whether something was done that cannot be done again.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], num_fixed: int) -> None:
+        super().__init__()
+        self.inputs, self.is_refused = inputs, False
+        self._given = [f"t{i}" for i in range(len(inputs))]
+        self._fixed = self._given[:num_fixed]
+        self._tensors = dict(zip(self._given, inputs, strict=True))
+        self._alive = list(inputs)  # an `id` is taken again, otherwise
+        self._names = {id(t): name for name, t in self._tensors.items()}
+        self._roots = {name: name for name in self._given}  # of what each is a view of, in the end
+        self._places = {(name, _place(t)): name for name, t in self._tensors.items()}
+        self._of_others = {_storage(t) for t in inputs}  # what nothing may be written into
+        self._written: set[StorageWeakRef] = set()
+        self._constants: dict[str, Any] = {}  # functions, tensors of the model's, what is no text
+        self._steps: list[_Step] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not by a wrapper that loads all of the compiler, which takes seconds."""
+        return False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        """Do it, and take it down."""
+        kwargs = kwargs or {}
+        is_known = func.namespace in _NAMESPACES and not any(tag in func.tags for tag in _REFUSED)
+        self.is_refused |= not is_known or _is_random(func, args, kwargs)
+        if self.is_refused:
+            return func(*args, **kwargs)
+        given = [*map(self._text, args), *(f"{name}={self._text(value)}" for name, value in kwargs.items())]
+        written = _written(func, args, kwargs) if func._schema.is_mutable else set()
+        self._written |= written
+        self.is_refused |= not self._of_others.isdisjoint(written)
+        if torch.Tag.inplace_view in func.tags:
+            self._forget_place(args[0])
+        found = func(*args, **kwargs)
+        results = list(found) if isinstance(found, tuple | list) else [found]
+        count = len(self._tensors)
+        root = self._roots.get(self._names[id(args[0])]) if func.is_view and args else None
+        names = [self._named(result, root) for result in results]
+        if func.is_view and len(self._tensors) == count:
+            return found  # there is one like it already
+        uses = frozenset(_VARIABLE.findall(" ".join(given)))
+        copies = None
+        if func is torch.ops.aten.clone.default and _place(results[0])[1:] == _place(args[0])[1:]:
+            copies = self._names[id(args[0])]
+        target = ", ".join(names) + ("," if isinstance(found, tuple | list) and len(names) == 1 else "")
+        call = f"{self._constant(func._op)}({', '.join(given)})"
+        self._steps.append(_Step(names, target, call, uses, func.is_view, bool(written), copies))
+        return found
+
+    def program(self, outputs: Tensor, *, may_keep: bool) -> Program:
+        """Write down what was done.
+
+        Args:
+            outputs: What came of it.
+            may_keep: Whether constants are always what they are now, so that results of these alone are kept.
+        """
+        result, scope = self._text(outputs), dict(self._constants)
+        shown: list[str] = []
+        views: list[_Step] = []
+        rest: list[_Step] = []
+        same: dict[str, str] = {}  # copies that nobody would tell from what they are of
+        for step in self._steps:
+            if may_keep and scope.keys() >= step.uses and self._may_be_kept(step, outputs):
+                scope |= {name: self._tensors[name] for name in step.names if name in self._tensors}
+            elif step.is_view and step.uses <= {*self._fixed, *shown, *scope}:
+                views.append(step)
+                shown += step.names
+            elif step.copies is not None and self._is_idle(step, outputs):
+                same[step.names[0]] = same.get(step.copies, step.copies)
+            else:
+                rest.append(step.renamed(same))
+        rest = _without_idle(rest, result)
+        text = [
+            f"def views({', '.join(self._fixed)}):",
+            *(f"    {step.target} = {step.call}" for step in views),
+            f"    return [{', '.join(shown)}]",
+            f"def run(views, {', '.join(self._given)}):",
+            *([f"    {', '.join(shown)}, = views"] if shown else []),
+            *(f"    {line}" for line in _lines(rest, {*self._given, *shown, *scope, result})),
+            f"    return {result}",
+        ]
+        exec("\n".join(text), scope)  # noqa: S102  # of what is written here alone
+        return Program(len(self._fixed), scope["views"], scope["run"])
+
+    def _may_be_kept(self, step: _Step, outputs: Tensor) -> bool:
+        """Whether results, of constants, can be constants too."""
+        results = [self._tensors[name] for name in step.names if name in self._tensors]
+        storages = {_storage(t) for t in results}
+        is_small = sum(t.nbytes for t in results) <= _MOST_BYTES
+        return not step.writes and is_small and storages.isdisjoint({*self._written, _storage(outputs)})
+
+    def _is_idle(self, step: _Step, outputs: Tensor) -> bool:
+        """Whether a copy could as well be what it is a copy of: nothing writes into either."""
+        assert step.copies is not None
+        source = self._constants.get(step.copies, self._tensors.get(step.copies))
+        copied = _storage(self._tensors[step.names[0]])
+        return self._written.isdisjoint((copied, _storage(source))) and copied != _storage(outputs)
+
+    def _forget_place(self, tensor: Tensor) -> None:
+        """Of a tensor whose shape is about to change, which should have its name for itself."""
+        name = self._names[id(tensor)]
+        self.is_refused |= [*self._names.values()].count(name) > 1
+        self._places = {place: other for place, other in self._places.items() if other != name}
+
+    def _named(self, result: Any, root: str | None) -> str:
+        if not isinstance(result, Tensor):
+            return "_"
+        if id(result) not in self._names:
+            new = f"t{len(self._tensors)}"
+            # A view that shows what another one does, in the same way, is that one.
+            name = self._places.setdefault((root or new, _place(result)), new)
+            self._roots.setdefault(name, root or new)
+            self._names[id(result)] = name
+            self._alive.append(result)
+            self._tensors.setdefault(name, result)
+        return self._names[id(result)]
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, Tensor):
+            if id(value) not in self._names:  # of the model's own, or of what is around it
+                self._of_others.add(_storage(value))
+                self._names[id(value)] = self._constant(value)
+            return self._names[id(value)]
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(map(self._text, value))}]"
+        return repr(value) if value is None or type(value) in (bool, int, str) else self._constant(value)
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+
+_VARIABLE = re.compile(r"\bt\d+\b")
+
+
+def _without_idle(steps: list[_Step], result: str) -> list[_Step]:
+    """Those that write, or whose results are wanted."""
+    wanted, kept = {result}, []
+    for step in reversed(steps):
+        if step.writes or not wanted.isdisjoint(step.names):
+            wanted |= step.uses
+            kept.append(step)
+    return kept[::-1]
+
+
+def _lines(steps: list[_Step], kept: set[str]) -> list[str]:
+    """Steps as text; what is no longer used is freed."""
+    last = {name: i for i, step in enumerate(steps) for name in (*step.names, *step.uses)}
+    lines = []
+    for i, step in enumerate(steps):
+        dead = sorted(n for n in {*step.names, *step.uses} - kept - {"_"} if last[n] == i)
+        lines.append(f"{step.target} = {step.call}" + (f"; del {', '.join(dead)}" if dead else ""))
+    return lines
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies in memory, and how."""
+    return _storage(t), t.shape, t.stride(), t.storage_offset(), t.dtype, t.is_conj(), t.is_neg()
+
+
+def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """What is declared of each argument, and its value."""
+    declared = func._schema.arguments
+    given = (*args, *(kwargs.get(a.name, a.default_value) for a in declared[len(args) :]))
+    return list(zip(declared, given, strict=True))
+
+
+def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    rates = [value for a, value in _arguments(func, args, kwargs) if a.name == "dropout_p"]
+    return not rates or any(rates)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[StorageWeakRef]:
+    """Where an operation writes into what it is given."""
+    found = _arguments(func, args, kwargs)
+    written = [value for a, value in found if a.alias_info is not None and a.alias_info.is_write]
+    return {_storage(t) for t in tensors(written)}

@@ -1,0 +1,191 @@
+"""Recordings of a function of tensors, for as long as they are what it would do.
+
+Of a small network most of the time goes to Python: to modules, rules and transforms, whose outcome is the
+same list of operations every time. The list alone takes a third of the time, or less. It is taken down below
+all transforms, where operations are of plain tensors, and only where nothing but these decides what is done:
+see :mod:`funcbayes._recording._surroundings`.
+"""
+
+import operator
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from .._functorch import has_modes, taken_down
+from .._layout import agree
+from .._row_wise import has_global_hooks
+from .._tree import tensors
+from ._operations import Operations, Program
+from ._surroundings import Surroundings, Watch
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Inputs of one kind: what operations may depend on beside their numbers.
+
+    Attributes:
+        structure: Of the tree.
+        kinds: Of its leaves.
+    """
+
+    structure: Any
+    kinds: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tree: Any) -> tuple["_Inputs", list[Any]]:
+        """These, and the leaves."""
+        leaves, structure = optree.tree_flatten(tree)
+        return cls(structure, tuple([kind_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)])), leaves
+
+
+def kind_of(tensor: Tensor) -> Hashable:
+    """What operations may depend on beside the numbers of a tensor."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+class Recorded:
+    """What a function does with inputs of one shape, for each way in which it is evaluated.
+
+    Args:
+        private: The type of functions that hold nothing that others may change.
+    """
+
+    def __init__(self, private: type) -> None:
+        self._private = private
+        self._programs: dict[Hashable, tuple[_Inputs, Program] | None] = {}
+        self._surroundings: Surroundings | None = None
+        self._is_refused = False
+
+    def is_possible(self, function: Callable[..., Any]) -> bool:
+        """Whether what a function does might be recorded here: it is a plain one or of the private type."""
+        is_simple = type(function) is self._private or isinstance(function, FunctionType)
+        is_seen = sys.getprofile() is not None or has_modes() or has_global_hooks()
+        return is_simple and not self._is_refused and not is_seen
+
+    def wants(self, way: Hashable) -> bool:
+        """Whether it was not tried to record this yet."""
+        return way not in self._programs and not self._is_refused
+
+    def outputs(self, way: Hashable, fixed: Any, x: Any) -> Tensor | None:
+        """What was recorded, done with these inputs; ``None`` if they, or what is around, are others."""
+        found = self._found(way, fixed, x)
+        if found is None or not self.is_unchanged():
+            return None
+        program, leaves = found
+        return program.run(program.views(*leaves[: program.num_fixed]), *leaves)
+
+    def bound(self, way: Hashable, fixed: Any, x: Tensor) -> "Bound | None":
+        """The same for inputs that stay, other than ``x``."""
+        found = self._found(way, fixed, x)
+        return None if found is None else Bound(self, found[0], found[1][:-1])
+
+    def is_unchanged(self) -> bool:
+        """Whether all that decides what is done, beside the inputs, is as it was."""
+        if has_global_hooks():
+            return False
+        self._is_refused |= self._surroundings is None or not self._surroundings.are_unchanged()
+        return not self._is_refused
+
+    def record(
+        self,
+        way: Hashable,
+        function: Callable[..., Any],
+        evaluate: Callable[[Any, Any], Tensor],
+        fixed: Any,
+        x: Any,
+    ) -> None:
+        """Write down what ``evaluate(fixed, x)`` does, if only the numbers in these matter.
+
+        Args:
+            way: Of evaluating, to find it again by.
+            function: Code of others.
+            evaluate: Calls ``function``, and is otherwise ours. It is called without gradients.
+            fixed: Inputs that stay the same in many calls, a tree.
+            x: Others.
+        """
+        self._programs[way] = None
+        inputs, leaves = _Inputs.of((fixed, x))
+        if not all(type(leaf) in (Tensor, nn.Parameter) for leaf in leaves):
+            return
+        own = [leaf.detach() for leaf in leaves]  # one tensor in two places would be one input
+        operations = Operations(own, len(leaves) - len(tensors(x)))
+        watch = Watch(function, self._private) if self._surroundings is None else None
+        try:
+            with nullcontext() if watch is None else watch, taken_down(), operations:
+                outputs = evaluate(*inputs.structure.unflatten(own))
+            if watch is None or watch.reason is None:
+                self._keep(way, inputs, operations, outputs, watch, type(function) is self._private)
+            else:
+                self._is_refused = True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # noqa: S110  # of the mode, or of torch where it does not take one
+            pass
+
+    def _keep(
+        self,
+        way: Hashable,
+        inputs: _Inputs,
+        operations: Operations,
+        outputs: Tensor,
+        watch: Watch | None,
+        is_private: bool,
+    ) -> None:
+        """Keep a program, if it gives the same outputs."""
+        surroundings = self._surroundings if watch is None else watch.surroundings()
+        if surroundings is None or operations.is_refused or type(outputs) is not Tensor:
+            return
+        program = operations.program(outputs, may_keep=is_private and not surroundings.has_tensors)
+        leaves = operations.inputs
+        again = program.run(program.views(*leaves[: program.num_fixed]), *leaves)
+        if agree(again, outputs, leaves):
+            self._surroundings = surroundings
+            self._programs[way] = inputs, program
+
+    def _found(self, way: Hashable, fixed: Any, x: Any) -> tuple[Program, list[Tensor]] | None:
+        """The program for inputs of this kind, and their leaves."""
+        known = self._programs.get(way)
+        if known is None:
+            return None
+        inputs, leaves = _Inputs.of((fixed, x))
+        return (known[1], leaves) if inputs == known[0] else None
+
+
+class Bound:
+    """A program with all inputs but ``x``, of which there are views already.
+
+    Args:
+        recorded: What it is one of.
+        program: With one tensor as ``x``.
+        fixed: The other inputs.
+    """
+
+    def __init__(self, recorded: Recorded, program: Program, fixed: Sequence[Tensor]) -> None:
+        self._recorded, self._program, self._fixed = recorded, program, fixed
+        self._views, self._places = program.views(*fixed), _places(fixed)
+
+    def outputs(self, fixed: Sequence[Tensor], x: Tensor) -> Tensor | None:
+        """What was recorded, done with ``x`` of its kind; ``None`` if anything else is another than it was.
+
+        Args:
+            fixed: What the other inputs are now.
+            x: The last input.
+        """
+        if len(fixed) != len(self._fixed) or not all(map(operator.is_, fixed, self._fixed)):
+            return None
+        # The same tensor can have been given other memory, by its `data`.
+        if _places(fixed) != self._places or not self._recorded.is_unchanged():
+            return None
+        return self._program.run(self._views, *fixed, x)
+
+
+def _places(leaves: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Where tensors lie in memory, and how."""
+    return tuple([*map(of, leaves)] for of in (Tensor.data_ptr, Tensor.size, Tensor.stride))

@@ -1,0 +1,511 @@
+"""What is recorded of small chunks, and done again without the model's code."""
+
+import functools
+import gc
+import time
+import types
+import weakref
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.testing import assert_close
+from zoo import F64, MODELS, SLOW_MODELS, linear, linear_params, randn
+
+import funcbayes as fb
+from funcbayes import _engine
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+KINDS = "vmap", "rows_first", "channels_last"
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """All draws at once by a mechanism of some kind, which is recorded at its first use."""
+
+    def choose(kind):
+        monkeypatch.setattr(_engine._Tuner, "next_to_time", lambda self: None)
+        monkeypatch.setattr(_engine._Tuner, "fastest", lambda self: _engine.Mechanism(kind, 64))
+        monkeypatch.setattr(_engine._Tuner, "is_short", lambda self, mechanism, num_draws: True)
+
+    return choose
+
+
+def is_recorded(fn):
+    tuners = _engine._tuners._values[fn].values()
+    return any(r is not None for t in tuners for r in t.recorded._programs.values())
+
+
+def expected(run, ensemble, x):
+    return torch.stack([run(ensemble.member(k), x) for k in range(ensemble.num_members)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("name", [*MODELS, *SLOW_MODELS])
+def test_what_is_recorded_of_one_ensemble_and_batch_is_right_for_others(always, name, num_rows, kind):
+    always(kind)
+    model = {**MODELS, **SLOW_MODELS}[name]()
+    ensembles = [fb.Ensemble(zoo.members(model.params, scale=scale)) for scale in (0.3, 0.2)]
+    with torch.no_grad():
+        first, second = (model.inputs(num_rows), model.inputs(num_rows + 7))
+        second = {k: v[:num_rows] for k, v in second.items()} if isinstance(second, dict) else second
+        if not isinstance(second, dict):
+            axis = 1 if name == "attention_rows_second" else 0
+            second = second.narrow(axis, 0, num_rows).clone()
+        for ensemble, x in [(e, x) for e in ensembles for x in (first, second, first)]:
+            got = fb.predict(model.fn, None, ensemble, x).samples
+            assert_close(got, expected(model.run, ensemble, x))
+    is_left_to_a_loop = name in zoo.WRITTEN or (name == "conv_view" and kind == "channels_last")
+    assert is_recorded(model.fn) or is_left_to_a_loop
+
+
+SCALE = 2.0
+FACTOR = torch.tensor(2.0)
+NUMBERS = [2.0]
+
+
+def by_number(params, x):
+    return SCALE * linear(params, x)
+
+
+def by_tensor(params, x):
+    return FACTOR * linear(params, x)
+
+
+def by_list(params, x):
+    return NUMBERS[0] * linear(params, x)
+
+
+def scaled(values):
+    return 2 * values
+
+
+def by_function(params, x):
+    return scaled(linear(params, x))
+
+
+def by_attribute_of_a_function(params, x):
+    return scaled.by * linear(params, x)
+
+
+def by_default(params, x, seen=[2.0]):  # noqa: B006  # as a user may write it
+    return seen[0] * linear(params, x)
+
+
+class Scale:
+    by = 2.0
+
+    def __call__(self, params, x):
+        return self.by * linear(params, x)
+
+
+def by_class(params, x):
+    return Scale.by * linear(params, x)
+
+
+class Scaled(nn.Module):
+    by = 2.0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=F64)
+
+    def forward(self, x):
+        return self.by * self.layer(x)
+
+
+def by_variable():
+    by = 2.0
+
+    def fn(params, x):
+        return by * linear(params, x)
+
+    def change(_):
+        nonlocal by
+        by = 3.0
+
+    return fn, change
+
+
+def in_default_dtype(params, x):
+    return linear(params, x).to(torch.ones(()).dtype)
+
+
+def in_globals(name, value):
+    return lambda patch: patch.setitem(globals(), name, value)
+
+
+WORLDS = {
+    "a number": (by_number, in_globals("SCALE", 3.0), True),
+    "another tensor": (by_tensor, in_globals("FACTOR", torch.tensor(3.0)), True),
+    "numbers of a tensor": (by_tensor, lambda _: FACTOR.mul_(1.5), True),
+    "a list": (by_list, lambda _: NUMBERS.__setitem__(0, 3.0), False),
+    "a function": (by_function, in_globals("scaled", torch.exp), True),
+    "a function inside": (by_number, in_globals("linear", lambda params, x: zoo.linear(params, x) + 1), True),
+    "an attribute of a function": (
+        by_attribute_of_a_function,
+        lambda patch: patch.setattr(scaled, "by", 3.0),
+        False,
+    ),
+    "a default": (by_default, lambda _: by_default.__defaults__[0].__setitem__(0, 3.0), False),
+    "a class": (by_class, lambda patch: patch.setattr(Scale, "by", 3.0), True),
+    "a variable around": (*by_variable(), True),
+    "the default dtype": (in_default_dtype, lambda _: torch.set_default_dtype(F64), True),
+}
+
+
+@pytest.mark.parametrize("what", WORLDS)
+def test_a_function_is_called_again_once_something_else_that_it_takes_has_changed(always, monkeypatch, what):
+    always("vmap")
+    fn, change, is_known = WORLDS[what]
+    if what == "an attribute of a function":
+        monkeypatch.setattr(scaled, "by", 2.0, raising=False)
+    fn = types.FunctionType(fn.__code__, globals(), fn.__name__, fn.__defaults__, fn.__closure__)
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    numbers = FACTOR.item(), NUMBERS[0], by_default.__defaults__[0][0], torch.get_default_dtype()
+    try:
+        for step in (None, change):
+            if step is not None:
+                assert is_recorded(fn) == is_known
+                step(monkeypatch)
+            for _ in range(4):
+                assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    finally:
+        FACTOR.fill_(numbers[0])
+        NUMBERS[0], by_default.__defaults__[0][0] = numbers[1:3]
+        torch.set_default_dtype(numbers[3])
+
+
+def replaced_forward(self, x):
+    return 3 * self.layer(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(Scaled, "by", 3.0),
+        lambda patch: patch.setattr(Scaled, "forward", replaced_forward),
+        lambda patch: patch.setattr(Scaled, "by", property(lambda self: 4.0)),
+    ],
+)
+def test_a_module_is_run_again_once_its_class_has_changed(always, monkeypatch, change):
+    always("rows_first")
+    fn, params = fb.make_functional(Scaled())
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    before = fb.predict(fn, None, ensemble, x).samples
+    assert is_recorded(fn)
+    change(monkeypatch)
+    for _ in range(3):
+        got = fb.predict(fn, None, ensemble, x).samples
+        assert_close(got, expected(fn, ensemble, x))
+        assert not torch.allclose(got, before)
+
+
+def test_hooks_of_all_modules_are_called(always):
+    always("rows_first")
+    fn, params = fb.make_functional(nn.Linear(3, 2, dtype=F64))
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    plain = fb.predict(fn, None, ensemble, x).samples
+    assert is_recorded(fn)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, out: 2 * out)
+    try:
+        for _ in range(3):
+            assert_close(fb.predict(fn, None, ensemble, x).samples, 2 * plain)
+    finally:
+        hook.remove()
+    assert_close(fb.predict(fn, None, ensemble, x).samples, plain)
+
+
+class Noting(nn.Module):
+    """Does something beside, in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = nn.Linear(3, 2, dtype=F64), how
+
+    def forward(self, x):
+        self.how(x)
+        return self.layer(x)
+
+
+SEEN = []
+BESIDE = {
+    "append": lambda x: SEEN.append(len(x)),
+    "print": lambda x: print(len(x)),
+    "time": lambda x: SEEN.__iadd__([time.time()]),
+    "set": lambda x: globals().__setitem__("LAST", len(x)),
+    "seed": lambda x: torch.manual_seed(3),
+    "threads": lambda x: torch.set_num_threads(torch.get_num_threads()),
+}
+
+
+@pytest.mark.parametrize("how", BESIDE)
+def test_a_model_that_does_something_beside_is_not_recorded(always, how):
+    always("rows_first")
+    fn, params = fb.make_functional(Noting(BESIDE[how]))
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    SEEN.clear()
+    with torch.random.fork_rng():
+        for _ in range(4):
+            assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    assert not is_recorded(fn)
+
+
+def test_every_call_is_noted_by_a_model_that_notes_it(always):
+    always("rows_first")
+    calls = []
+
+    def fn(params, x):
+        calls.append(len(x))
+        return linear(params, x)
+
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    fb.predict(fn, None, ensemble, x)
+    for _ in range(3):
+        before = len(calls)
+        fb.predict(fn, None, ensemble, x)
+        assert len(calls) > before
+
+
+def branching(params, x):
+    return linear(params, x) if x.sum() > 0 else -linear(params, x)
+
+
+def reading(params, x):
+    return x.tolist()[0][0] * linear(params, x)
+
+
+def counting(params, x):
+    return linear(params, x) * len(x[x > 0])
+
+
+def indexing(params, x):
+    return linear(params, x) * int(x.argmax())
+
+
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
+@pytest.mark.parametrize("fn", [branching, reading, counting, indexing])
+def test_a_model_that_goes_by_numbers_is_not_recorded(always, fn):
+    always("vmap")
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    for sign in (1, -1, 1, -1):
+        got = fb.predict(fn, None, ensemble, sign * x).samples
+        assert_close(got, expected(fn, ensemble, sign * x))
+    assert not is_recorded(fn)
+
+
+def test_a_model_that_draws_random_numbers_is_not_recorded(always):
+    always("vmap")
+
+    def noisy(params, x):
+        return linear(params, x) + torch.rand(len(x), 1, dtype=F64)
+
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    with pytest.warns(UserWarning, match="random numbers"):
+        one, other = (fb.predict(noisy, None, ensemble, x, seed=seed).samples for seed in (0, 1))
+    assert not torch.allclose(one, other)
+    assert_close(fb.predict(noisy, None, ensemble, x, seed=0).samples, one)
+    assert not is_recorded(noisy)
+
+
+class Object:
+    def __init__(self):
+        self.by = 2.0
+
+    def method(self, params, x):
+        return self.by * linear(params, x)
+
+    __call__ = method
+
+
+@pytest.mark.parametrize("of", [lambda o: o, lambda o: o.method, lambda o: functools.partial(o.method)])
+def test_an_object_that_may_change_is_not_recorded(always, of):
+    always("vmap")
+    made = Object()
+    fn, ensemble, x = of(made), fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    for made.by in (2.0, 2.0, 2.0, 3.0):
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+
+
+def test_an_object_in_a_variable_around_a_function_may_change(always):
+    always("vmap")
+    made = Object()
+
+    def fn(params, x):
+        return made.by * linear(params, x)
+
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    for made.by in (2.0, 2.0, 2.0, 3.0):
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    assert not is_recorded(fn)
+
+
+def test_a_function_of_a_functional_module_is_recorded(always):
+    always("rows_first")
+    net, params = fb.make_functional(nn.Linear(3, 2, dtype=F64))
+
+    def fn(params, x):
+        return net(params, x)[..., 0].exp()
+
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    for _ in range(3):
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    assert is_recorded(fn)
+
+
+def test_one_tensor_as_two_parameters_is_two_inputs(always):
+    always("vmap")
+    fn, params = linear, linear_params()
+    members = zoo.members({**params, "gain": randn(2)})
+    same = fb.Ensemble({**members, "gain": members["b"]})
+    for ensemble in (same, same, fb.Ensemble(members), same):
+        got = fb.predict(fn, None, ensemble, randn(4, 3)).samples
+        assert_close(got, expected(fn, ensemble, randn(4, 3)))
+
+
+def in_place(params, x):
+    x[:, 0] = 1.0
+    return linear(params, x.clamp_(min=0))
+
+
+def test_inputs_that_are_written_into_are_not_recorded(always):
+    always("vmap")
+    ensemble = fb.Ensemble(zoo.members(linear_params()))
+    for seed in range(4):
+        x = randn(4, 3, seed=seed)
+        got = fb.predict(in_place, None, ensemble, x.clone()).samples
+        assert_close(got, expected(in_place, ensemble, x.clone()))
+    assert not is_recorded(in_place)
+
+
+def given_back(params, x):
+    return x + 0 * params["b"].sum() if x.shape[0] > 100 else x.clone()
+
+
+def test_outputs_are_not_the_inputs(always):
+    always("vmap")
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    for _ in range(4):
+        got = fb.predict(given_back, None, ensemble, x)
+        assert got.samples.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def bound(always):
+    """An ensemble with a model whose next call will be a quick one."""
+    always("rows_first")
+    fn, params = fb.make_functional(zoo.mlp().double())
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    for _ in range(3):
+        fb.predict(fn, None, ensemble, x)
+    assert _engine.repeated(fn, ensemble, (ensemble.members, None), x) is not None
+    return fn, ensemble, x
+
+
+def test_members_that_are_written_into_count(bound):
+    fn, ensemble, x = bound
+    for write in (by_multiplying, by_data, by_numpy):
+        write(ensemble.members["0.weight"])
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+
+
+def by_multiplying(leaf):  # noqa: N802
+    leaf.mul_(1.5)
+
+
+def by_data(leaf):
+    leaf.data = 1.5 * leaf
+
+
+def by_numpy(leaf):
+    leaf.numpy()[:] = 0.5
+
+
+def test_a_leaf_with_other_strides_in_the_same_memory_counts(always):
+    always("vmap")
+    square = {"w": randn(3, 3), "b": randn(3), "gain": randn()}
+    ensemble, x = fb.Ensemble(zoo.members(square)), randn(4, 3)
+    for _ in range(3):
+        fb.predict(linear, None, ensemble, x)
+    ensemble.members["w"].data = ensemble.members["w"].mT
+    assert_close(fb.predict(linear, None, ensemble, x).samples, expected(linear, ensemble, x))
+
+
+@pytest.mark.parametrize(
+    "other", [lambda x: x.mT.contiguous().mT, lambda x: x.float().double(), lambda x: torch.cat([x, x])]
+)
+def test_inputs_of_other_shapes_and_strides_are_right(bound, other):
+    fn, ensemble, x = bound
+    for given in (other(x), x, other(x), x):
+        assert_close(fb.predict(fn, None, ensemble, given).samples, expected(fn, ensemble, given))
+
+
+def test_another_model_with_the_same_posterior_is_another_model(bound):
+    _, ensemble, x = bound
+    other, _ = fb.make_functional(nn.Sequential(zoo.mlp().double(), nn.Tanh()))
+    members = {f"0.{name}": leaf for name, leaf in ensemble.members.items()}
+
+    def renamed(params, x):
+        return other({f"0.{name}": leaf for name, leaf in params.items()}, x)
+
+    assert_close(fb.predict(renamed, None, ensemble, x).samples, expected(other, fb.Ensemble(members), x))
+
+
+def test_gradients_are_there_where_they_are_wanted(bound):
+    fn, ensemble, x = bound
+    x = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(fb.predict(fn, None, ensemble, x).samples.sum(), x)
+    (wanted,) = torch.autograd.grad(expected(fn, ensemble, x).sum(), x)
+    assert_close(got, wanted)
+    likelihood = fb.likelihoods.Normal(torch.tensor(0.5, dtype=F64, requires_grad=True))
+    prediction = fb.predict(fn, None, ensemble, x.detach(), likelihood=likelihood)
+    assert prediction.variance.requires_grad
+
+
+def test_transforms_and_autocast_around_see_the_operations(bound):
+    fn, ensemble, x = bound
+    plain = fb.predict(fn, None, ensemble, x).samples
+    mapped = torch.func.vmap(lambda x: fb.predict(fn, None, ensemble, x).samples)(x.expand(2, -1, -1))
+    assert_close(mapped, plain.expand(2, -1, -1, -1))
+    single = fb.Ensemble({name: leaf.float() for name, leaf in ensemble.members.items()})
+    for _ in range(3):
+        fb.predict(fn, None, single, x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fb.predict(fn, None, single, x.float()).samples.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("keep_samples", [True, False])
+def test_a_quick_call_gives_the_same_prediction(bound, keep_samples):
+    fn, ensemble, x = bound
+    options = {"likelihood": fb.likelihoods.Normal(0.3), "keep_samples": keep_samples, "targets": randn(4, 2)}
+    got = fb.predict(fn, None, ensemble, x, **options)
+    wanted = fb.predict(fn, None, ensemble, x, chunk_size=1, **options)
+    for name in ("mean", "variance", "aleatoric_variance", "weights"):
+        assert_close(getattr(got, name), getattr(wanted, name))
+    assert_close(got.log_prob(), wanted.log_prob())
+
+
+def test_what_a_user_does_to_a_prediction_stays_there(bound):
+    fn, ensemble, x = bound
+    before = fb.predict(fn, None, ensemble, x)
+    samples, weights = before.samples.clone(), before.weights.clone()
+    before.samples.zero_()
+    before.weights.zero_()
+    after = fb.predict(fn, None, ensemble, x)
+    assert_close(after.samples, samples)
+    assert_close(after.weights, weights)
+
+
+def test_what_is_bound_to_a_posterior_lives_as_long_as_it(always):
+    always("rows_first")
+    fn, params = fb.make_functional(zoo.mlp().double())
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    for _ in range(3):
+        fb.predict(fn, None, ensemble, x)
+    assert _engine.repeated(fn, ensemble, (ensemble.members, None), x) is not None
+    leaf = weakref.ref(ensemble.members["0.weight"])
+    del ensemble
+    gc.collect()
+    assert leaf() is None
