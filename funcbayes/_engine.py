@@ -232,8 +232,7 @@ def repeated(fn: Model, owner: Any, fixed: tuple[Params, Params], x: Any) -> Ten
     leaves = optree.tree_leaves(whole)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *leaves)):
         return None
-    with torch.no_grad():
-        return bound.outputs(leaves, x)
+    return bound.outputs(leaves, x)
 
 
 def evaluate(

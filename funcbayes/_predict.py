@@ -277,7 +277,7 @@ def _predict(
         outputs = None if draw.effects else repeated(fn, owner, (draw.leaves, params), x)
         if outputs is not None:
             collect = _Collector(weights, likelihood, targets, keep_samples, is_in_order=True)
-            collect.add(torch.arange(len(weights)), outputs)
+            collect.add(None, outputs)
             return collect.prediction()
     params, x = as_tree(params), as_tree(x)
     if dtype is not None:
@@ -452,11 +452,13 @@ class _Collector:
     ) -> None:
         self.weights, self.likelihood, self.targets = weights, likelihood, targets
         self.streamed = None if keep_samples else Streamed(Summary(likelihood, targets))
-        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.parts: list[Tensor] = []
+        self.positions: list[Tensor | None] = []
         self.dtype = torch.float32
         self.is_first, self.is_in_order = True, is_in_order
 
-    def add(self, positions: Tensor, outputs: Tensor) -> None:
+    def add(self, positions: Tensor | None, outputs: Tensor) -> None:
+        """Add the outputs of draws at some positions, or of all of them."""
         if self.is_first:
             self.is_first, self.dtype = False, outputs.dtype
             if outputs.device.type != "mps":  # which has no float64
@@ -464,16 +466,17 @@ class _Collector:
             if self.likelihood is not None:
                 self.likelihood.check(outputs[0], self.targets, call="predict(..., likelihood=...)")
         if self.streamed is not None:
-            self.streamed.update(outputs, self.weights[positions])
+            self.streamed.update(outputs, self.weights if positions is None else self.weights[positions])
         else:
-            self.parts.append((positions, outputs))
+            self.parts.append(outputs)
+            self.positions.append(positions)
 
     def prediction(self) -> Prediction:
         samples = None
         if self.streamed is None:
-            samples = concatenate([outputs for _, outputs in self.parts])
+            samples = concatenate(self.parts)
             if not self.is_in_order:
-                samples = samples[torch.cat([positions for positions, _ in self.parts]).argsort()]
+                samples = samples[torch.cat([at for at in self.positions if at is not None]).argsort()]
         return Prediction(
             weights=self.weights,
             likelihood=self.likelihood,

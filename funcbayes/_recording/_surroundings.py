@@ -35,8 +35,8 @@ _READ = frozenset(("tolist", "numpy"))
 _UNKNOWN = _READ | {"__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
 _BUILTINS = frozenset(
     (
-        *("abs", "all", "any", "callable", "divmod", "getattr", "hasattr", "isinstance", "issubclass", "iter"),
-        *("len", "max", "min", "next", "pow", "repr", "round", "sorted", "sum"),
+        *("abs", "all", "any", "callable", "divmod", "getattr", "hasattr", "isinstance", "issubclass"),
+        *("iter", "len", "max", "min", "next", "pow", "repr", "round", "sorted", "sum"),
     )
 )
 _CHANGING = frozenset(
