@@ -211,14 +211,15 @@ _warned: Remembered[list[bool]] = Remembered()
 _bound: Remembered[dict[Hashable, tuple[weakref.ref[Any], Bound]]] = Remembered(1)
 
 
-def repeated(fn: Model, owner: Any, fixed: tuple[Params, Params], x: Any) -> Tensor | None:
+def repeated(fn: Model, params: Params, leaves: Params, x: Any, owner: Any) -> Tensor | None:
     """Outputs of all draws, if an earlier call with these draws differs in the numbers of ``x`` only.
 
     Args:
         fn: Pure model.
-        owner: Whose draws they are: see :func:`evaluate`.
-        fixed: Draws of leaves, and values of those that they do not cover.
+        params: Values of the leaves that draws do not cover; may be ``None``.
+        leaves: All draws.
         x: Inputs.
+        owner: Whose draws they are: see :func:`evaluate`.
 
     Returns:
         ``(S, N, ...)``, or ``None``, where :func:`evaluate` is to be called.
@@ -228,11 +229,12 @@ def repeated(fn: Model, owner: Any, fixed: tuple[Params, Params], x: Any) -> Ten
     model, bound = _bound.get(owner, None, dict).get(kind_of(x), (None, None))
     if model is None or bound is None or model() is not fn:
         return None
-    whole: Any = fixed
-    leaves = optree.tree_leaves(whole)
-    if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *leaves)):
-        return None
-    return bound.outputs(leaves, x)
+    return bound.outputs(_fixed(leaves, params), x)
+
+
+def _fixed(leaves: Params, params: Params) -> Any:
+    """What is the same in many calls: draws, and values of leaves that they do not cover."""
+    return leaves if params is None else (leaves, params)
 
 
 def evaluate(
@@ -399,8 +401,9 @@ class _Run:
         mechanism = self.at_once
         if not self.may_record or mechanism is None or type(self.x) is not Tensor:
             return
-        fixed = self.make_draws(slice(0, self.num_draws)).leaves, self.params
-        bound = self.tuner.recorded.bound((mechanism.kind, self.num_draws), fixed, self.x)
+        fixed = _fixed(self.make_draws(slice(0, self.num_draws)).leaves, self.params)
+        way = mechanism.kind, self.num_draws
+        bound = self.tuner.recorded.bound(way, fixed, self.x)
         if bound is not None and mechanism.kind not in self.failed:
             known = _bound.get(owner, None, dict)
             if len(known) >= _MOST_KINDS:
@@ -593,7 +596,7 @@ class _Run:
 
     def _recorded(self, draws: Draw, mechanism: Mechanism) -> Tensor:
         """By what was recorded of an earlier chunk; else mapped, and recorded if that is worth it."""
-        recorded, fixed = self.tuner.recorded, (draws.leaves, self.params)
+        recorded, fixed = self.tuner.recorded, _fixed(draws.leaves, self.params)
         count = tensors(draws.leaves)[0].shape[0]
         way = mechanism.kind, count
         found = recorded.outputs(way, fixed, self.x)
@@ -603,8 +606,9 @@ class _Run:
             self.has_recorded = True
             run = copy.copy(self)
 
-            def evaluate(fixed: tuple[Params, Params], x: Any) -> Tensor:
-                (leaves, run.params), run.x = fixed, x
+            def evaluate(fixed: Any, x: Any) -> Tensor:
+                leaves, run.params = (fixed, None) if self.params is None else fixed
+                run.x = x
                 return run._mapped(Draw(leaves), mechanism.kind)
 
             recorded.record(way, self.fn, evaluate, fixed, self.x)

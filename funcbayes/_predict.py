@@ -274,7 +274,7 @@ def _predict(
     owner = posterior if is_plain and atoms is not None and len(atoms) == 1 else None
     if owner is not None and atoms is not None and (likelihood is None or not wants_grad(likelihood)):
         (draw, weights), *_ = atoms
-        outputs = None if draw.effects else repeated(fn, owner, (draw.leaves, params), x)
+        outputs = None if draw.effects else repeated(fn, params, draw.leaves, x, owner)
         if outputs is not None:
             collect = _Collector(weights, likelihood, targets, keep_samples, is_in_order=True)
             collect.add(None, outputs)

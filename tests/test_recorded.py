@@ -400,7 +400,7 @@ def bound(always):
     ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
     for _ in range(3):
         fb.predict(fn, None, ensemble, x)
-    assert _engine.repeated(fn, ensemble, (ensemble.members, None), x) is not None
+    assert _engine.repeated(fn, None, ensemble.members, x, ensemble) is not None
     return fn, ensemble, x
 
 
@@ -504,7 +504,7 @@ def test_what_is_bound_to_a_posterior_lives_as_long_as_it(always):
     ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
     for _ in range(3):
         fb.predict(fn, None, ensemble, x)
-    assert _engine.repeated(fn, ensemble, (ensemble.members, None), x) is not None
+    assert _engine.repeated(fn, None, ensemble.members, x, ensemble) is not None
     leaf = weakref.ref(ensemble.members["0.weight"])
     del ensemble
     gc.collect()

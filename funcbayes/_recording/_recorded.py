@@ -84,7 +84,7 @@ class Recorded:
     def bound(self, way: Hashable, fixed: Any, x: Tensor) -> "Bound | None":
         """The same for inputs that stay, other than ``x``."""
         found = self._found(way, fixed, x)
-        return None if found is None else Bound(self, found[0], found[1][:-1])
+        return None if found is None else Bound(self, found[0], fixed)
 
     def is_unchanged(self) -> bool:
         """Whether all that decides what is done, beside the inputs, is as it was."""
@@ -164,26 +164,36 @@ class Bound:
     Args:
         recorded: What it is one of.
         program: With one tensor as ``x``.
-        fixed: The other inputs.
+        fixed: The other inputs, a tree.
     """
 
-    def __init__(self, recorded: Recorded, program: Program, fixed: Sequence[Tensor]) -> None:
-        self._recorded, self._program, self._fixed = recorded, program, fixed
-        self._views, self._places = program.views(*fixed), _places(fixed)
+    def __init__(self, recorded: Recorded, program: Program, fixed: Any) -> None:
+        self._recorded, self._program, self._fixed = recorded, program, optree.tree_leaves(fixed)
+        self._views, self._places = program.views(*self._fixed), _places(self._fixed)
+        self._is_dict = type(fixed) is dict and all(isinstance(value, Tensor) for value in fixed.values())
+        self._given = self._parts(fixed)
 
-    def outputs(self, fixed: Sequence[Tensor], x: Tensor) -> Tensor | None:
+    def outputs(self, fixed: Any, x: Tensor) -> Tensor | None:
         """What was recorded, done with ``x`` of its kind; ``None`` if anything else is another than it was.
 
         Args:
-            fixed: What the other inputs are now.
+            fixed: The other inputs as they are now.
             x: The last input.
         """
-        if len(fixed) != len(self._fixed) or not all(map(operator.is_, fixed, self._fixed)):
+        given = self._parts(fixed)
+        if len(given) != len(self._given) or not all(map(operator.is_, given, self._given)):
             return None
         # The same tensor can have been given other memory, by its `data`.
-        if _places(fixed) != self._places or not self._recorded.is_unchanged():
+        if _places(self._fixed) != self._places or not self._recorded.is_unchanged():
             return None
-        return self._program.run(self._views, *fixed, x)
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *self._fixed)):
+            return None
+        return self._program.run(self._views, *self._fixed, x)
+
+    def _parts(self, fixed: Any) -> list[Any]:
+        """What inputs are the same by, if it is; of a dict of tensors names and values, to be quick."""
+        is_dict = self._is_dict and type(fixed) is dict
+        return [*fixed, *fixed.values()] if is_dict else optree.tree_leaves(fixed)
 
 
 def _places(leaves: Sequence[Tensor]) -> tuple[list[Any], ...]:
