@@ -375,7 +375,7 @@ class _Run:
         tuner = self.tuner
         if not tuner.candidates:
             tuner.begin(self._candidates())
-        self.may_record = tuner.recorded.is_possible(self.fn)
+        self.may_record = not torch.is_grad_enabled() and tuner.recorded.is_possible(self.fn)
         start = 0
         while start < self.num_draws and not _is_captured() and (mechanism := tuner.next_to_time()):
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
@@ -611,7 +611,9 @@ class _Run:
                 run.x = x
                 return run._mapped(Draw(leaves), mechanism.kind)
 
-            recorded.record(way, self.fn, evaluate, fixed, self.x)
+            found = recorded.record(way, self.fn, evaluate, fixed, self.x)
+            if found is not None:
+                return found
         return self._mapped(draws, mechanism.kind)
 
     def _loop_in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:

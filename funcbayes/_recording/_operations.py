@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._tree import tensors
 
-_NAMESPACES = frozenset(("aten", "prims", "mkldnn", "onednn"))
+_NAMESPACES = frozenset(("aten", "prims", "mkldnn", "onednn", "funcbayes"))
 # What cannot be done again with other numbers: results have sizes, or become numbers of Python's, by them.
 _REFUSED = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
 # Python has a function of its own for each of these, which takes a microsecond less than what all have.
@@ -29,6 +29,7 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     **{_aten.sigmoid_.default: Tensor.sigmoid_, _aten.mul_.Tensor: Tensor.mul_},
     **{_aten.addcmul_.default: Tensor.addcmul_},
 }
+_MOST_ALIVE = 256 << 20  # bytes of all results, which are held while operations are taken down
 _MOST_BYTES = 1 << 20  # of a result of constants that is kept
 
 
@@ -69,12 +70,12 @@ class Program:
     Attributes:
         num_fixed: How many of the inputs, the first of them, stay the same in many calls.
         views: ``views(*fixed)`` gives views of those.
-        run: ``run(views, *inputs)`` gives the result.
+        run: ``run(views, *inputs)`` gives the results.
     """
 
     num_fixed: int
     views: Callable[..., list[Tensor]]
-    run: Callable[..., Tensor]
+    run: Callable[..., list[Tensor]]
 
 
 class Operations(TorchDispatchMode):
@@ -101,6 +102,8 @@ class Operations(TorchDispatchMode):
         self._places = {(name, _place(t)): name for name, t in self._tensors.items()}
         self._of_others = {_storage(t) for t in inputs}  # what nothing may be written into
         self._written: set[StorageWeakRef] = set()
+        self._computed = set(self._of_others)  # what is inside these was given, or came of it
+        self._nbytes = 0  # of all that is kept alive
         self._constants: dict[str, Any] = {}  # functions, tensors of the model's, what is no text
         self._steps: list[_Step] = []
 
@@ -115,6 +118,8 @@ class Operations(TorchDispatchMode):
         is_known = func.namespace in _NAMESPACES and not any(tag in func.tags for tag in _REFUSED)
         self.is_refused |= not is_known or _is_random(func, args, kwargs)
         if self.is_refused:
+            self._alive.clear()
+            self._tensors.clear()
             return func(*args, **kwargs)
         given = [*map(self._text, args), *(f"{name}={self._text(value)}" for name, value in kwargs.items())]
         written = _written(func, args, kwargs) if func._schema.is_mutable else set()
@@ -138,54 +143,55 @@ class Operations(TorchDispatchMode):
         self._steps.append(_Step(names, target, call, uses, func.is_view, bool(written), copies))
         return found
 
-    def program(self, outputs: Tensor, *, may_keep: bool) -> Program:
+    def program(self, outputs: Sequence[Tensor], *, may_keep: bool) -> Program:
         """Write down what was done.
 
         Args:
             outputs: What came of it.
             may_keep: Whether constants are always what they are now, so that results of these alone are kept.
         """
-        result, scope = self._text(outputs), dict(self._constants)
+        results, scope = [*map(self._text, outputs)], dict(self._constants)
+        given_out = {_storage(t) for t in outputs}
         shown: list[str] = []
         views: list[_Step] = []
         rest: list[_Step] = []
         same: dict[str, str] = {}  # copies that nobody would tell from what they are of
         for step in self._steps:
-            if may_keep and scope.keys() >= step.uses and self._may_be_kept(step, outputs):
+            if may_keep and scope.keys() >= step.uses and self._may_be_kept(step, given_out):
                 scope |= {name: self._tensors[name] for name in step.names if name in self._tensors}
             elif step.is_view and step.uses <= {*self._fixed, *shown, *scope}:
                 views.append(step)
                 shown += step.names
-            elif step.copies is not None and self._is_idle(step, outputs):
+            elif step.copies is not None and self._is_idle(step, given_out):
                 same[step.names[0]] = same.get(step.copies, step.copies)
             else:
                 rest.append(step.renamed(same))
-        rest = _without_idle(rest, result)
+        rest = _without_idle(rest, {*results})
         text = [
             f"def views({', '.join(self._fixed)}):",
             *(f"    {step.target} = {step.call}" for step in views),
             f"    return [{', '.join(shown)}]",
             f"def run(views, {', '.join(self._given)}):",
             *([f"    {', '.join(shown)}, = views"] if shown else []),
-            *(f"    {line}" for line in _lines(rest, {*self._given, *shown, *scope, result})),
-            f"    return {result}",
+            *(f"    {line}" for line in _lines(rest, {*self._given, *shown, *scope, *results})),
+            f"    return [{', '.join(results)}]",
         ]
         exec("\n".join(text), scope)  # noqa: S102  # of what is written here alone
         return Program(len(self._fixed), scope["views"], scope["run"])
 
-    def _may_be_kept(self, step: _Step, outputs: Tensor) -> bool:
+    def _may_be_kept(self, step: _Step, given_out: set[StorageWeakRef]) -> bool:
         """Whether results, of constants, can be constants too."""
         results = [self._tensors[name] for name in step.names if name in self._tensors]
         storages = {_storage(t) for t in results}
         is_small = sum(t.nbytes for t in results) <= _MOST_BYTES
-        return not step.writes and is_small and storages.isdisjoint({*self._written, _storage(outputs)})
+        return not step.writes and is_small and storages.isdisjoint(self._written | given_out)
 
-    def _is_idle(self, step: _Step, outputs: Tensor) -> bool:
+    def _is_idle(self, step: _Step, given_out: set[StorageWeakRef]) -> bool:
         """Whether a copy could as well be what it is a copy of: nothing writes into either."""
         assert step.copies is not None
         source = self._constants.get(step.copies, self._tensors.get(step.copies))
         copied = _storage(self._tensors[step.names[0]])
-        return self._written.isdisjoint((copied, _storage(source))) and copied != _storage(outputs)
+        return self._written.isdisjoint((copied, _storage(source))) and copied not in given_out
 
     def _forget_place(self, tensor: Tensor) -> None:
         """Of a tensor whose shape is about to change, which should have its name for itself."""
@@ -204,11 +210,16 @@ class Operations(TorchDispatchMode):
             self._names[id(result)] = name
             self._alive.append(result)
             self._tensors.setdefault(name, result)
+            self._computed.add(_storage(result))
+            self._nbytes += 0 if root else result.nbytes
+            self.is_refused |= self._nbytes > _MOST_ALIVE
         return self._names[id(result)]
 
     def _text(self, value: Any) -> str:
         if isinstance(value, Tensor):
             if id(value) not in self._names:  # of the model's own, or of what is around it
+                # It should not be another name for something that was computed, which differs next time.
+                self.is_refused |= _storage(value) in self._computed
                 self._of_others.add(_storage(value))
                 self._alive.append(value)
                 self._names[id(value)] = self._constant(value.detach() if value.requires_grad else value)
@@ -226,9 +237,9 @@ class Operations(TorchDispatchMode):
 _VARIABLE = re.compile(r"\bt\d+\b")
 
 
-def _without_idle(steps: list[_Step], result: str) -> list[_Step]:
+def _without_idle(steps: list[_Step], wanted: set[str]) -> list[_Step]:
     """Those that write, or whose results are wanted."""
-    wanted, kept = {result}, []
+    kept = []
     for step in reversed(steps):
         if step.writes or not wanted.isdisjoint(step.names):
             wanted |= step.uses

@@ -18,7 +18,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from .._functorch import has_modes, taken_down
+from .._functorch import has_other_modes, taken_down
 from .._layout import agree
 from .._row_wise import has_global_hooks
 from .._tree import tensors
@@ -50,6 +50,19 @@ def kind_of(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
+@dataclass(frozen=True)
+class _Recording:
+    """A program, of inputs of one kind, and the structure of what it gives."""
+
+    inputs: _Inputs
+    program: Program
+    outputs: Any
+
+    def __call__(self, leaves: Sequence[Tensor]) -> Any:
+        views = self.program.views(*leaves[: self.program.num_fixed])
+        return self.outputs.unflatten(self.program.run(views, *leaves))
+
+
 class Recorded:
     """What a function does with inputs of one shape, for each way in which it is evaluated.
 
@@ -59,32 +72,32 @@ class Recorded:
 
     def __init__(self, private: type) -> None:
         self._private = private
-        self._programs: dict[Hashable, tuple[_Inputs, Program] | None] = {}
+        self._programs: dict[Hashable, _Recording | None] = {}
         self._surroundings: Surroundings | None = None
         self._is_refused = False
 
     def is_possible(self, function: Callable[..., Any]) -> bool:
         """Whether what a function does might be recorded here: it is a plain one or of the private type."""
         is_simple = type(function) is self._private or isinstance(function, FunctionType)
-        is_seen = sys.getprofile() is not None or has_modes() or has_global_hooks()
+        is_seen = sys.getprofile() is not None or has_other_modes() or has_global_hooks()
         return is_simple and not self._is_refused and not is_seen
 
     def wants(self, way: Hashable) -> bool:
         """Whether it was not tried to record this yet."""
         return way not in self._programs and not self._is_refused
 
-    def outputs(self, way: Hashable, fixed: Any, x: Any) -> Tensor | None:
+    def outputs(self, way: Hashable, fixed: Any, x: Any) -> Any:
         """What was recorded, done with these inputs; ``None`` if they, or what is around, are others."""
         found = self._found(way, fixed, x)
         if found is None or not self.is_unchanged():
             return None
-        program, leaves = found
-        return program.run(program.views(*leaves[: program.num_fixed]), *leaves)
+        recording, leaves = found
+        return recording(leaves)
 
     def bound(self, way: Hashable, fixed: Any, x: Tensor) -> "Bound | None":
         """The same for inputs that stay, other than ``x``."""
         found = self._found(way, fixed, x)
-        return None if found is None else Bound(self, found[0], fixed)
+        return None if found is None else Bound(self, found[0].program, fixed)
 
     def is_unchanged(self) -> bool:
         """Whether all that decides what is done, beside the inputs, is as it was."""
@@ -97,23 +110,26 @@ class Recorded:
         self,
         way: Hashable,
         function: Callable[..., Any],
-        evaluate: Callable[[Any, Any], Tensor],
+        evaluate: Callable[[Any, Any], Any],
         fixed: Any,
         x: Any,
-    ) -> None:
-        """Write down what ``evaluate(fixed, x)`` does, if only the numbers in these matter.
+    ) -> Any:
+        """What ``evaluate(fixed, x)`` gives, written down if only the numbers in these matter.
 
         Args:
             way: Of evaluating, to find it again by.
             function: Code of others.
-            evaluate: Calls ``function``, and is otherwise ours. It is called without gradients.
+            evaluate: Calls ``function``, and is otherwise ours. It gives a tree, without gradients.
             fixed: Inputs that stay the same in many calls, a tree.
             x: Others.
+
+        Returns:
+            ``None`` where it cannot be evaluated like this.
         """
         self._programs[way] = None
         inputs, leaves = _Inputs.of((fixed, x))
         if not all(type(leaf) in (Tensor, nn.Parameter) for leaf in leaves):
-            return
+            return None
         own = [leaf.detach() for leaf in leaves]  # one tensor in two places would be one input
         operations = Operations(own, len(leaves) - len(tensors(x)))
         watch = Watch(function, self._private) if self._surroundings is None else None
@@ -126,36 +142,38 @@ class Recorded:
                 self._is_refused = True
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # noqa: S110  # of the mode, or of torch where it does not take one
-            pass
+        except Exception:  # of the mode, or of torch where it does not take one
+            return None
+        return outputs
 
     def _keep(
         self,
         way: Hashable,
         inputs: _Inputs,
         operations: Operations,
-        outputs: Tensor,
+        outputs: Any,
         watch: Watch | None,
         is_private: bool,
     ) -> None:
         """Keep a program, if it gives the same outputs."""
         surroundings = self._surroundings if watch is None else watch.surroundings()
-        if surroundings is None or operations.is_refused or type(outputs) is not Tensor:
+        results, structure = optree.tree_flatten(outputs)
+        if surroundings is None or operations.is_refused or not all(type(t) is Tensor for t in results):
             return
-        program = operations.program(outputs, may_keep=is_private and not surroundings.has_tensors)
-        leaves = operations.inputs
-        again = program.run(program.views(*leaves[: program.num_fixed]), *leaves)
-        if agree(again, outputs, leaves):
+        may_keep = is_private and not surroundings.has_tensors
+        recording = _Recording(inputs, operations.program(results, may_keep=may_keep), structure)
+        again = optree.tree_leaves(recording(operations.inputs))
+        if all(agree(one, other, operations.inputs) for one, other in zip(again, results, strict=True)):
             self._surroundings = surroundings
-            self._programs[way] = inputs, program
+            self._programs[way] = recording
 
-    def _found(self, way: Hashable, fixed: Any, x: Any) -> tuple[Program, list[Tensor]] | None:
-        """The program for inputs of this kind, and their leaves."""
+    def _found(self, way: Hashable, fixed: Any, x: Any) -> tuple[_Recording, list[Tensor]] | None:
+        """The recording for inputs of this kind, and their leaves."""
         known = self._programs.get(way)
         if known is None:
             return None
         inputs, leaves = _Inputs.of((fixed, x))
-        return (known[1], leaves) if inputs == known[0] else None
+        return (known, leaves) if inputs == known.inputs else None
 
 
 class Bound:
@@ -188,7 +206,8 @@ class Bound:
             return None
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *self._fixed)):
             return None
-        return self._program.run(self._views, *self._fixed, x)
+        (outputs,) = self._program.run(self._views, *self._fixed, x)
+        return outputs
 
     def _parts(self, fixed: Any) -> list[Any]:
         """What inputs are the same by, if it is; of a dict of tensors names and values, to be quick."""
