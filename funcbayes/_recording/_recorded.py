@@ -25,6 +25,8 @@ from .._tree import tensors
 from ._operations import Operations, Program
 from ._surroundings import Surroundings, Watch
 
+_MOST = 32  # ways that are remembered
+
 
 @dataclass(frozen=True)
 class _Inputs:
@@ -126,6 +128,8 @@ class Recorded:
         Returns:
             ``None`` where it cannot be evaluated like this.
         """
+        if len(self._programs) >= _MOST:
+            self._programs.clear()
         self._programs[way] = None
         inputs, leaves = _Inputs.of((fixed, x))
         if not all(type(leaf) in (Tensor, nn.Parameter) for leaf in leaves):
@@ -211,8 +215,9 @@ class Bound:
 
     def _parts(self, fixed: Any) -> list[Any]:
         """What inputs are the same by, if it is; of a dict of tensors names and values, to be quick."""
+        whole: Any = fixed
         is_dict = self._is_dict and type(fixed) is dict
-        return [*fixed, *fixed.values()] if is_dict else optree.tree_leaves(fixed)
+        return [*fixed, *fixed.values()] if is_dict else optree.tree_leaves(whole)
 
 
 def _places(leaves: Sequence[Tensor]) -> tuple[list[Any], ...]:

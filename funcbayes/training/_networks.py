@@ -10,8 +10,11 @@ from torch import Tensor
 
 from .._allocator import keep_large_blocks
 from .._compiled import compiled, refuse_random_numbers
+from .._functional import FunctionalModule
 from .._global_random import forked, watched
 from .._random import Seed, fold
+from .._recording import Recorded
+from .._remember import Remembered
 from .._tree import (
     Fixed,
     Params,
@@ -27,6 +30,17 @@ from .._tree import (
 from ._batch import Batch, RaggedBatch, ready
 from ._fixed import FixedValues
 from ._objective import NO_RULES, Objective
+
+_recorded: Remembered[Recorded] = Remembered()
+
+
+def _recorded_of(objective: Objective, spec: Hashable) -> Recorded:
+    """Steps that were recorded, in other trainings too if they had the same objective."""
+    rest = objective.rest()
+    if rest is None:
+        return Recorded(FunctionalModule)
+    key = type(objective), rest, spec
+    return _recorded.get(objective.fn, key, lambda: Recorded(FunctionalModule))
 
 
 class Networks:
@@ -70,6 +84,7 @@ class Networks:
         # Found by `probe`: noise from torch's global state, buffers that training adds.
         self.draws_globally = False
         self.adds_buffers = False
+        self.recorded = _recorded_of(objective, self._spec)
         self._held = [index(self.held, k) for k in range(self.num_members)]
         if self.device.type == "cpu":
             keep_large_blocks()
@@ -102,14 +117,22 @@ class Networks:
             function: Gives a tree without gradients.
             given: A tree of tensors, and what else there is.
         """
-        if not self.compile or (self.adds_buffers and self.num_steps == 0):
+        if self.num_steps == 0 and (self.adds_buffers or not self.compile):
             return function(self.objective, given)
 
-        def evaluate(tree: Any) -> Any:
-            numbers, given = tree
+        def evaluate(numbers: Params, given: Any) -> Any:
             return function(self.objective.at(numbers), given)
 
-        return compiled(self, key, evaluate, (self.objective.numbers(), given))
+        numbers = self.objective.numbers()
+        if self.compile:
+            return compiled(self, key, lambda tree: evaluate(*tree), (numbers, given))
+        found = None
+        if self.recorded.is_possible(self.objective.fn):
+            with torch.no_grad():
+                found = self.recorded.outputs(key, numbers, given)
+                if found is None and self.recorded.wants(key):
+                    found = self.recorded.record(key, self.objective.fn, evaluate, numbers, given)
+        return function(self.objective, given) if found is None else found
 
     def gradient(
         self, k: int, leaves: Sequence[Tensor], batch: Batch | RaggedBatch
@@ -117,15 +140,12 @@ class Networks:
         """Loss of network ``k`` alone, and its gradient in ``leaves``, ``None`` where it has none."""
         key = fold(self.keys[k], self.num_steps)
         own: Any = [leaf.detach() for leaf in leaves]
-        given = (
-            own,
-            self._held[k],
-            self.fixed.of(k),
-            batch.member(k),
-            torch.tensor(key) if self.compile else key,
-        )
+        pair = batch.member(k)
+        # As a plain number a key is hashed faster, but it would be a part of a program.
+        is_program = self.compile or self.recorded.is_possible(self.objective.fn)
+        given = own, self._held[k], self.fixed.of(k), pair, torch.tensor(key) if is_program else key
         with self._noise(key):
-            loss, grads, fixed = self.run("one", self._gradient, given)
+            loss, grads, fixed = self.run(("one", pair[1].shape), self._gradient, given)
         self.fixed.put(k, fixed)
         return loss, grads
 

@@ -1,7 +1,9 @@
 """What is minimised: the mean negative log joint density."""
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +32,13 @@ _OURS = f"{__name__.partition('.')[0]}."
 
 
 class Objective(ABC):
-    """The loss of one network."""
+    """The loss of one network.
+
+    Attributes:
+        fn: The model.
+    """
+
+    fn: Model
 
     @abstractmethod
     def __call__(
@@ -54,13 +62,17 @@ class Objective(ABC):
         """
 
     def numbers(self) -> Params:
-        """What changes from step to step, tensors: a compiled step is given them."""
+        """What changes from step to step, or from one training to the next, a tree: a step is given it."""
         return {}
 
     def at(self, numbers: Params) -> "Objective":
         """The objective with these numbers."""
         del numbers
         return self
+
+    def rest(self) -> Hashable:
+        """All that the loss depends on beside arguments and numbers, or ``None`` if it is this object."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,18 @@ class MapObjective(Objective):
             return cls(fn, likelihood, 0.0, call, steps)
         num_rows = source.num_data(seed) if num_data is None else num_data
         return cls(fn, likelihood, float(prior_precision) / max(num_rows, 1), call, steps)
+
+    def numbers(self) -> Params:
+        """The likelihood."""
+        return {"likelihood": self.likelihood}
+
+    def at(self, numbers: Params) -> "MapObjective":
+        """The objective with another one."""
+        return dataclasses.replace(self, likelihood=numbers["likelihood"])
+
+    def rest(self) -> Hashable:
+        """The decay; inputs that move do so by numbers of their own."""
+        return (self.decay,) if self.steps is None else None
 
     def __call__(
         self,
