@@ -401,11 +401,14 @@ class _Run:
         mechanism = self.at_once
         if not self.may_record or mechanism is None or type(self.x) is not Tensor:
             return
+        known = _bound.get(owner, None, dict)
+        model, _ = known.get(kind_of(self.x), (None, None))
+        if model is not None and model() is self.fn:
+            return  # other tensors than were bound, perhaps at every call
         fixed = _fixed(self.make_draws(slice(0, self.num_draws)).leaves, self.params)
         way = mechanism.kind, self.num_draws
         bound = self.tuner.recorded.bound(way, fixed, self.x)
         if bound is not None and mechanism.kind not in self.failed:
-            known = _bound.get(owner, None, dict)
             if len(known) >= _MOST_KINDS:
                 known.clear()
             known[kind_of(self.x)] = weakref.ref(self.fn), bound

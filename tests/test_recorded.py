@@ -6,6 +6,7 @@ import time
 import types
 import weakref
 
+import optree
 import pytest
 import torch
 import zoo
@@ -15,6 +16,8 @@ from zoo import F64, MODELS, SLOW_MODELS, linear, linear_params, randn
 
 import funcbayes as fb
 from funcbayes import _engine
+from funcbayes._recording import Recorded
+from funcbayes.likelihoods import Categorical, Normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 KINDS = "vmap", "rows_first", "channels_last"
@@ -180,6 +183,84 @@ def test_a_function_is_called_again_once_something_else_that_it_takes_has_change
 
 def replaced_forward(self, x):
     return 3 * self.layer(x)
+
+
+class ScaledByList(Scaled):
+    factors = [2.0]  # noqa: RUF012  # as a user may write it
+
+    def forward(self, x):
+        return self.factors[0] * self.layer(x)
+
+
+class ScaledByDefault(Scaled):
+    def forward(self, x, seen=[2.0]):  # noqa: B006
+        return seen[0] * self.layer(x)
+
+
+@pytest.mark.parametrize("make", [ScaledByList, ScaledByDefault])
+def test_a_module_is_not_recorded_whose_class_holds_what_may_change(always, make):
+    always("rows_first")
+    fn, params = fb.make_functional(make())
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    held = make.factors if make is ScaledByList else make.forward.__defaults__[0]
+    try:
+        for held[0] in (2.0, 2.0, 3.0, 3.0):
+            assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    finally:
+        held[0] = 2.0
+    assert not is_recorded(fn)
+
+
+class Checking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=F64)
+
+    def forward(self, x):
+        torch._assert_async((x < 100).all())
+        return self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
+def test_what_a_model_checks_is_checked_again(always):
+    always("rows_first")
+    fn, params = fb.make_functional(Checking())
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    for _ in range(3):
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    with pytest.raises(RuntimeError):
+        fb.predict(fn, None, ensemble, 1000 + x)
+
+
+def scaled_by_global(values):
+    return SCALE * values
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=F64)
+
+    def forward(self, x):
+        return self.layer(x) if len(x) > 5 else scaled_by_global(self.layer(x))
+
+
+def test_what_a_branch_takes_that_another_batch_goes_is_known(monkeypatch):
+    torch.manual_seed(0)
+    module, x, y = Branching(), randn(10, 3), randn(10, 2)
+    batches = [(x[:6], y[:6]), (x[6:], y[6:])]
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+
+    def fit(fn):
+        return fb.training.fit(fn, params, batches, Normal(0.5), optimizer=sgd, num_epochs=6, seed=0)
+
+    (fn, params), (other, _) = fb.make_functional(module), fb.make_functional(module)
+    before = fit(fn)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    after, wanted = fit(fn), fit(other)
+    for name in params:
+        assert torch.equal(after[name], wanted[name])
+        assert not torch.equal(after[name], before[name])
 
 
 @pytest.mark.parametrize(
@@ -509,3 +590,49 @@ def test_what_is_bound_to_a_posterior_lives_as_long_as_it(always):
     del ensemble
     gc.collect()
     assert leaf() is None
+
+
+FITS = {
+    "one": lambda fn, params, data, **options: fb.training.fit(fn, params, data, **options),
+    "members": lambda fn, params, data, **options: (
+        fb.ensemble.fit(fn, zoo.members(params, 3), data, chunk_size=2, **options).members
+    ),
+    "swag": lambda fn, params, data, **options: fb.swag.fit(fn, params, data, **options).mean,
+    "vi": lambda fn, params, data, **options: fb.vi.fit(fn, params, data, **options).mean,
+}
+
+
+@pytest.mark.parametrize("name", ["mlp_dropout", "conv_dropout", "residual", "transformer_dropout", "linear"])
+@pytest.mark.parametrize("fit", FITS)
+def test_training_is_bit_for_bit_what_it_is_without_recording(monkeypatch, fit, name):
+    model = MODELS[name]()
+    with torch.no_grad():
+        shape = model.run(model.params, model.inputs(10)).shape
+    likelihood = Normal(0.5) if len(shape) > 2 or name == "linear" else Categorical()
+    y = randn(*shape) if isinstance(likelihood, Normal) else torch.arange(10) % shape[-1]
+    options = {
+        "likelihood": likelihood,
+        "optimizer": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+        **{"num_epochs": 4, "batch_size": 4, "seed": 0},  # the last batch has 2 rows
+    }
+    results = []
+    for is_possible in (Recorded.is_possible, lambda self, function: False):
+        calls = []
+        monkeypatch.setattr(Recorded, "is_possible", is_possible)
+        original = Recorded.outputs
+        monkeypatch.setattr(Recorded, "outputs", lambda *a, _o=original, _c=calls: _noted(_o(*a), _c))
+        results.append(FITS[fit](model.fn, model.params, (model.inputs(10), y), **options))
+        monkeypatch.setattr(Recorded, "outputs", original)
+        assert any(calls) == (is_possible is not False and len(results) == 1)
+    one, other = (fb_leaves(result) for result in results)
+    assert len(one) == len(other)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _noted(found, calls):
+    calls.append(found is not None)
+    return found
+
+
+def fb_leaves(tree):
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -29,7 +29,7 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     **{_aten.sigmoid_.default: Tensor.sigmoid_, _aten.mul_.Tensor: Tensor.mul_},
     **{_aten.addcmul_.default: Tensor.addcmul_},
 }
-_MOST_ALIVE = 256 << 20  # bytes of all results, which are held while operations are taken down
+_MOST_ALIVE = 128 << 20  # bytes of all results, which are held while operations are taken down
 _MOST_BYTES = 1 << 20  # of a result of constants that is kept
 
 
@@ -43,7 +43,7 @@ class _Step:
         call: The call, as text.
         uses: Names of the results of others, and of inputs, that it is given.
         is_view: Whether its result is a view of what it is given.
-        writes: Whether it writes into what it is given.
+        writes: Whether it writes into what it is given, or is there for something else than its results.
         copies: The name of the tensor that its result is a copy of, the same in memory, if so.
     """
 
@@ -69,11 +69,13 @@ class Program:
 
     Attributes:
         num_fixed: How many of the inputs, the first of them, stay the same in many calls.
+        constants: Tensors of which results are kept, and how often they had been written into.
         views: ``views(*fixed)`` gives views of those.
         run: ``run(views, *inputs)`` gives the results.
     """
 
     num_fixed: int
+    constants: tuple[tuple[Tensor, int], ...]
     views: Callable[..., list[Tensor]]
     run: Callable[..., list[Tensor]]
 
@@ -138,9 +140,11 @@ class Operations(TorchDispatchMode):
         copies = None
         if func is torch.ops.aten.clone.default and _place(results[0])[1:] == _place(args[0])[1:]:
             copies = self._names[id(args[0])]
-        target = ", ".join(names) + ("," if isinstance(found, tuple | list) and len(names) == 1 else "")
+        is_one_of_several = isinstance(found, list | tuple) and len(names) == 1
+        target = ", ".join(names or ["_"]) + ("," if is_one_of_several else "")
         call = f"{self._constant(_QUICK.get(func, func._op))}({', '.join(given)})"
-        self._steps.append(_Step(names, target, call, uses, func.is_view, bool(written), copies))
+        has_effect = bool(written) or names in ([], ["_"])  # as what raises an error
+        self._steps.append(_Step(names, target, call, uses, func.is_view, has_effect, copies))
         return found
 
     def program(self, outputs: Sequence[Tensor], *, may_keep: bool) -> Program:
@@ -159,7 +163,7 @@ class Operations(TorchDispatchMode):
         for step in self._steps:
             if may_keep and scope.keys() >= step.uses and self._may_be_kept(step, given_out):
                 scope |= {name: self._tensors[name] for name in step.names if name in self._tensors}
-            elif step.is_view and step.uses <= {*self._fixed, *shown, *scope}:
+            elif step.is_view and step.uses and step.uses <= {*self._fixed, *shown, *scope}:
                 views.append(step)
                 shown += step.names
             elif step.copies is not None and self._is_idle(step, given_out):
@@ -177,14 +181,19 @@ class Operations(TorchDispatchMode):
             f"    return [{', '.join(results)}]",
         ]
         exec("\n".join(text), scope)  # noqa: S102  # of what is written here alone
-        return Program(len(self._fixed), scope["views"], scope["run"])
+        return Program(len(self._fixed), self._versions() if may_keep else (), scope["views"], scope["run"])
+
+    def _versions(self) -> tuple[tuple[Tensor, int], ...]:
+        own = [value for value in self._constants.values() if isinstance(value, Tensor)]
+        return tuple((value, value._version) for value in own if not value.is_inference())
 
     def _may_be_kept(self, step: _Step, given_out: set[StorageWeakRef]) -> bool:
         """Whether results, of constants, can be constants too."""
         results = [self._tensors[name] for name in step.names if name in self._tensors]
         storages = {_storage(t) for t in results}
         is_small = sum(t.nbytes for t in results) <= _MOST_BYTES
-        return not step.writes and is_small and storages.isdisjoint(self._written | given_out)
+        is_counted = not any(t.is_inference() for t in results)  # whether writing would leave a trace
+        return not step.writes and is_small and is_counted and storages.isdisjoint(self._written | given_out)
 
     def _is_idle(self, step: _Step, given_out: set[StorageWeakRef]) -> bool:
         """Whether a copy could as well be what it is a copy of: nothing writes into either."""
@@ -222,7 +231,8 @@ class Operations(TorchDispatchMode):
                 self.is_refused |= _storage(value) in self._computed
                 self._of_others.add(_storage(value))
                 self._alive.append(value)
-                self._names[id(value)] = self._constant(value.detach() if value.requires_grad else value)
+                self.is_refused |= value.requires_grad  # so that no derivative is wanted of results
+                self._names[id(value)] = self._constant(value)
             return self._names[id(value)]
         if isinstance(value, list | tuple):
             return f"[{', '.join(map(self._text, value))}]"

@@ -34,17 +34,29 @@ class _Inputs:
 
     Attributes:
         structure: Of the tree.
-        kinds: Of its leaves.
+        kinds: Of its leaves; of what is no tensor the leaf itself.
     """
 
     structure: Any
     kinds: tuple[Any, ...]
 
     @classmethod
-    def of(cls, tree: Any) -> tuple["_Inputs", list[Any]]:
-        """These, and the leaves."""
+    def of(cls, tree: Any) -> tuple["_Inputs", list[Tensor]]:
+        """These, and the tensors."""
         leaves, structure = optree.tree_flatten(tree)
-        return cls(structure, tuple([kind_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)])), leaves
+        kinds = [kind_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(structure, tuple(kinds)), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def may_be_recorded(self, own: Sequence[Tensor]) -> bool:
+        """Whether all else is plain values, which are part of a program."""
+        are_plain = all(type(kind) in (tuple, bool, int, float, str) for kind in self.kinds)
+        return are_plain and all(type(tensor) in (Tensor, nn.Parameter) for tensor in own)
+
+    def tree(self, own: Sequence[Tensor]) -> Any:
+        """A tree of this kind with these tensors."""
+        following = iter(own)
+        leaves = [next(following) if isinstance(kind, tuple) else kind for kind in self.kinds]
+        return self.structure.unflatten(leaves)
 
 
 def kind_of(tensor: Tensor) -> Hashable:
@@ -54,15 +66,28 @@ def kind_of(tensor: Tensor) -> Hashable:
 
 @dataclass(frozen=True)
 class _Recording:
-    """A program, of inputs of one kind, and the structure of what it gives."""
+    """A program for inputs of one kind.
+
+    Attributes:
+        inputs: Their kind.
+        program: Of them.
+        surroundings: What it depends on beside.
+        outputs: The structure of what it gives.
+    """
 
     inputs: _Inputs
     program: Program
+    surroundings: Surroundings
     outputs: Any
 
     def __call__(self, leaves: Sequence[Tensor]) -> Any:
         views = self.program.views(*leaves[: self.program.num_fixed])
         return self.outputs.unflatten(self.program.run(views, *leaves))
+
+    def is_unchanged(self) -> bool:
+        """Whether all that decides what is done, beside the inputs, is as it was."""
+        is_written = any(tensor._version != version for tensor, version in self.program.constants)
+        return not is_written and self.surroundings.are_unchanged()
 
 
 class Recorded:
@@ -75,7 +100,7 @@ class Recorded:
     def __init__(self, private: type) -> None:
         self._private = private
         self._programs: dict[Hashable, _Recording | None] = {}
-        self._surroundings: Surroundings | None = None
+        self._surroundings: dict[Hashable, Surroundings] = {}  # by the kind of `x`, by which code may go
         self._is_refused = False
 
     def is_possible(self, function: Callable[..., Any]) -> bool:
@@ -91,7 +116,7 @@ class Recorded:
     def outputs(self, way: Hashable, fixed: Any, x: Any) -> Any:
         """What was recorded, done with these inputs; ``None`` if they, or what is around, are others."""
         found = self._found(way, fixed, x)
-        if found is None or not self.is_unchanged():
+        if found is None or not self.is_unchanged(found[0]):
             return None
         recording, leaves = found
         return recording(leaves)
@@ -99,13 +124,13 @@ class Recorded:
     def bound(self, way: Hashable, fixed: Any, x: Tensor) -> "Bound | None":
         """The same for inputs that stay, other than ``x``."""
         found = self._found(way, fixed, x)
-        return None if found is None else Bound(self, found[0].program, fixed)
+        return None if found is None else Bound(self, found[0], fixed)
 
-    def is_unchanged(self) -> bool:
-        """Whether all that decides what is done, beside the inputs, is as it was."""
+    def is_unchanged(self, recording: _Recording) -> bool:
+        """Whether a recording is what would be done; once it is not, there will be none."""
         if has_global_hooks():
             return False
-        self._is_refused |= self._surroundings is None or not self._surroundings.are_unchanged()
+        self._is_refused |= not recording.is_unchanged()
         return not self._is_refused
 
     def record(
@@ -132,18 +157,21 @@ class Recorded:
             self._programs.clear()
         self._programs[way] = None
         inputs, leaves = _Inputs.of((fixed, x))
-        if not all(type(leaf) in (Tensor, nn.Parameter) for leaf in leaves):
+        if not inputs.may_be_recorded(leaves):
             return None
         own = [leaf.detach() for leaf in leaves]  # one tensor in two places would be one input
         operations = Operations(own, len(leaves) - len(tensors(x)))
-        watch = Watch(function, self._private) if self._surroundings is None else None
+        surroundings = self._surroundings.get(_Inputs.of(x)[0])
+        watch = Watch(function, self._private) if surroundings is None else None
         try:
             with nullcontext() if watch is None else watch, taken_down(), operations:
-                outputs = evaluate(*inputs.structure.unflatten(own))
-            if watch is None or watch.reason is None:
-                self._keep(way, inputs, operations, outputs, watch, type(function) is self._private)
-            else:
+                outputs = evaluate(*inputs.tree(own))
+            if watch is not None and watch.reason is None:
+                surroundings = self._surroundings[_Inputs.of(x)[0]] = watch.surroundings()
+            if surroundings is None:
                 self._is_refused = True
+            else:
+                self._keep(way, inputs, operations, outputs, surroundings, type(function) is self._private)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # of the mode, or of torch where it does not take one
@@ -156,19 +184,18 @@ class Recorded:
         inputs: _Inputs,
         operations: Operations,
         outputs: Any,
-        watch: Watch | None,
+        surroundings: Surroundings,
         is_private: bool,
     ) -> None:
         """Keep a program, if it gives the same outputs."""
-        surroundings = self._surroundings if watch is None else watch.surroundings()
         results, structure = optree.tree_flatten(outputs)
-        if surroundings is None or operations.is_refused or not all(type(t) is Tensor for t in results):
+        if operations.is_refused or not all(type(t) is Tensor for t in results):
             return
         may_keep = is_private and not surroundings.has_tensors
-        recording = _Recording(inputs, operations.program(results, may_keep=may_keep), structure)
+        program = operations.program(results, may_keep=may_keep)
+        recording = _Recording(inputs, program, surroundings, structure)
         again = optree.tree_leaves(recording(operations.inputs))
         if all(agree(one, other, operations.inputs) for one, other in zip(again, results, strict=True)):
-            self._surroundings = surroundings
             self._programs[way] = recording
 
     def _found(self, way: Hashable, fixed: Any, x: Any) -> tuple[_Recording, list[Tensor]] | None:
@@ -185,13 +212,13 @@ class Bound:
 
     Args:
         recorded: What it is one of.
-        program: With one tensor as ``x``.
+        recording: With one tensor as ``x``.
         fixed: The other inputs, a tree.
     """
 
-    def __init__(self, recorded: Recorded, program: Program, fixed: Any) -> None:
-        self._recorded, self._program, self._fixed = recorded, program, optree.tree_leaves(fixed)
-        self._views, self._places = program.views(*self._fixed), _places(self._fixed)
+    def __init__(self, recorded: Recorded, recording: _Recording, fixed: Any) -> None:
+        self._recorded, self._recording, self._fixed = recorded, recording, optree.tree_leaves(fixed)
+        self._views, self._places = recording.program.views(*self._fixed), _places(self._fixed)
         self._is_dict = type(fixed) is dict and all(isinstance(value, Tensor) for value in fixed.values())
         self._given = self._parts(fixed)
 
@@ -206,11 +233,11 @@ class Bound:
         if len(given) != len(self._given) or not all(map(operator.is_, given, self._given)):
             return None
         # The same tensor can have been given other memory, by its `data`.
-        if _places(self._fixed) != self._places or not self._recorded.is_unchanged():
+        if _places(self._fixed) != self._places or not self._recorded.is_unchanged(self._recording):
             return None
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *self._fixed)):
             return None
-        (outputs,) = self._program.run(self._views, *self._fixed, x)
+        (outputs,) = self._recording.program.run(self._views, *self._fixed, x)
         return outputs
 
     def _parts(self, fixed: Any) -> list[Any]:

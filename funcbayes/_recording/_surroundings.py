@@ -199,9 +199,19 @@ class Watch:
     def _note_class(self, kind: type) -> None:
         if _is_foreign(kind) and kind not in self._classes:
             self._classes[kind] = tuple(vars(kind).values())
-            functions = [f for f in self._classes[kind] if isinstance(f, FunctionType)]
-            if not all(map(self._is_constant, functions)):
-                self._refuse(kind.__name__)
+            for name, value in vars(kind).items():
+                if not self._is_constant_entry(name, value):
+                    self._refuse(f"{kind.__name__}.{name}")
+
+    def _is_constant_entry(self, name: str, value: Any) -> bool:
+        if isinstance(value, classmethod | staticmethod):
+            value = value.__func__
+        if isinstance(value, property):
+            value = value.fget
+        if isinstance(value, FunctionType):
+            return name == "__init__" or self._is_constant(value)  # which was called before
+        is_of_python = (name.startswith("__") and name.endswith("__")) or name == "_abc_impl"
+        return is_of_python or self._is_constant(value)
 
     def _see_builtin(self, function: Any) -> None:
         name = getattr(function, "__name__", "")
@@ -245,7 +255,7 @@ def _is_trusted(frame: FrameType) -> bool:
             return not is_of_others
         if top == "importlib":
             is_of_others = False
-        elif top not in sys.stdlib_module_names:
+        elif top not in sys.stdlib_module_names and not top.startswith("namedtuple_"):
             is_of_others = True
         found = found.f_back
     return False
