@@ -224,17 +224,12 @@ def repeated(fn: Model, params: Params, leaves: Params, x: Any, owner: Any) -> T
     Returns:
         ``(S, N, ...)``, or ``None``, where :func:`evaluate` is to be called.
     """
-    if type(x) is not Tensor or has_other_modes():
+    if type(x) is not Tensor or params is not None or vars(x) or has_other_modes():
         return None
     model, bound = _bound.get(owner, None, dict).get(kind_of(x), (None, None))
     if model is None or bound is None or model() is not fn:
         return None
-    return bound.outputs(_fixed(leaves, params), x)
-
-
-def _fixed(leaves: Params, params: Params) -> Any:
-    """What is the same in many calls: draws, and values of leaves that they do not cover."""
-    return leaves if params is None else (leaves, params)
+    return bound.outputs(leaves, x)
 
 
 def evaluate(
@@ -399,13 +394,13 @@ class _Run:
     def bind(self, owner: Any) -> None:
         """Let the next call with these draws be quick, if they were evaluated at once by what is settled."""
         mechanism = self.at_once
-        if not self.may_record or mechanism is None or type(self.x) is not Tensor:
+        if not self.may_record or mechanism is None or type(self.x) is not Tensor or self.params is not None:
             return
         known = _bound.get(owner, None, dict)
         model, _ = known.get(kind_of(self.x), (None, None))
         if model is not None and model() is self.fn:
             return  # other tensors than were bound, perhaps at every call
-        fixed = _fixed(self.make_draws(slice(0, self.num_draws)).leaves, self.params)
+        fixed = self.make_draws(slice(0, self.num_draws)).leaves
         way = mechanism.kind, self.num_draws
         bound = self.tuner.recorded.bound(way, fixed, self.x)
         if bound is not None and mechanism.kind not in self.failed:
@@ -599,7 +594,8 @@ class _Run:
 
     def _recorded(self, draws: Draw, mechanism: Mechanism) -> Tensor:
         """By what was recorded of an earlier chunk; else mapped, and recorded if that is worth it."""
-        recorded, fixed = self.tuner.recorded, _fixed(draws.leaves, self.params)
+        recorded = self.tuner.recorded
+        fixed = draws.leaves if self.params is None else (draws.leaves, self.params)
         count = tensors(draws.leaves)[0].shape[0]
         way = mechanism.kind, count
         found = recorded.outputs(way, fixed, self.x)

@@ -165,6 +165,10 @@ class FunctionalModule:
         except IndexError:
             return Skeleton(self._master, kind, locate=call.locate)
 
+    def held(self) -> tuple[nn.Module, Callable[[nn.Module, Any], Any] | None]:
+        """What an evaluation goes by: the module, a copy that only this has, and the call."""
+        return self._master, self._call
+
     def values_of(self, module: nn.Module) -> dict[str, Any]:
         """Parameters of a module of this kind, and its buffers as ``Fixed``: what evaluates it as it is now.
 

@@ -58,7 +58,10 @@ def predict(
     """Evaluate a model at draws of a posterior, together.
 
     That is in one vectorised pass, in several of as many draws as are fastest, or in a loop where nothing is
-    faster; so it is learned from the time that the first calls with a model and shape of ``x`` take.
+    faster; so it is learned from the time that the first calls with a model and shape of ``x`` take. Passes
+    that take little time are recorded: what the model did with its tensors is done again without its Python
+    code, for as long as that code, and all that it takes from elsewhere, is as it was. A model of which that
+    cannot be told is called every time.
 
     Parameters that the posterior does not cover are taken from ``params`` and get no draw axis, so in a pass
     the part of the model before the first covered layer is evaluated once, not once a draw.

@@ -25,7 +25,13 @@ _ONE_BY_ONE = frozenset(
 
 def has_global_hooks() -> bool:
     """Whether something is called around every module, which may mix rows."""
-    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_forward_hooks_always_called
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
 
 
 def is_row_wise(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Operations of torch as they are done, written down as a program that does them again."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,13 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     **{_aten.sigmoid_.default: Tensor.sigmoid_, _aten.mul_.Tensor: Tensor.mul_},
     **{_aten.addcmul_.default: Tensor.addcmul_},
 }
+# These read lengths from a tensor.
+_READING = frozenset(
+    (
+        *("aten::_pack_padded_sequence", "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"),
+        *("aten::_ctc_loss", "aten::_cudnn_ctc_loss", "aten::_use_cudnn_ctc_loss"),
+    )
+)
 _MOST_ALIVE = 128 << 20  # bytes of all results, which are held while operations are taken down
 _MOST_BYTES = 1 << 20  # of a result of constants that is kept
 
@@ -117,24 +125,27 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         """Do it, and take it down."""
         kwargs = kwargs or {}
-        is_known = func.namespace in _NAMESPACES and not any(tag in func.tags for tag in _REFUSED)
-        self.is_refused |= not is_known or _is_random(func, args, kwargs)
+        if not self.is_refused and (not _is_known(func) or _is_random(func, args, kwargs)):
+            found = func(*args, **kwargs)
+            self.is_refused = bool(tensors((args, kwargs, found)))  # as of dtypes alone it is the same
+            return found
         if self.is_refused:
             self._alive.clear()
             self._tensors.clear()
             return func(*args, **kwargs)
         given = [*map(self._text, args), *(f"{name}={self._text(value)}" for name, value in kwargs.items())]
-        written = _written(func, args, kwargs) if func._schema.is_mutable else set()
+        written = _written(func, args, kwargs)
         self._written |= written
         self.is_refused |= not self._of_others.isdisjoint(written)
         if torch.Tag.inplace_view in func.tags:
             self._forget_place(args[0])
         found = func(*args, **kwargs)
         results = list(found) if isinstance(found, tuple | list) else [found]
+        is_view = func.is_view and all(_storage(result) == _storage(args[0]) for result in results)
         count = len(self._tensors)
-        root = self._roots.get(self._names[id(args[0])]) if func.is_view and args else None
+        root = self._roots.get(self._names[id(args[0])]) if is_view else None
         names = [self._named(result, root) for result in results]
-        if func.is_view and len(self._tensors) == count:
+        if is_view and len(self._tensors) == count:
             return found  # there is one like it already
         uses = frozenset(_VARIABLE.findall(" ".join(given)))
         copies = None
@@ -144,7 +155,7 @@ class Operations(TorchDispatchMode):
         target = ", ".join(names or ["_"]) + ("," if is_one_of_several else "")
         call = f"{self._constant(_QUICK.get(func, func._op))}({', '.join(given)})"
         has_effect = bool(written) or names in ([], ["_"])  # as what raises an error
-        self._steps.append(_Step(names, target, call, uses, func.is_view, has_effect, copies))
+        self._steps.append(_Step(names, target, call, uses, is_view, has_effect, copies))
         return found
 
     def program(self, outputs: Sequence[Tensor], *, may_keep: bool) -> Program:
@@ -283,6 +294,15 @@ def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     return list(zip(declared, given, strict=True))
 
 
+@functools.lru_cache(maxsize=1024)
+def _is_known(func: Any) -> bool:
+    """Whether all that an operation does is seen, and is the same for all numbers."""
+    if func.namespace not in _NAMESPACES or any(tag in func.tags for tag in _REFUSED):
+        return False
+    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return not is_composite and func._schema.name not in _READING
+
+
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
@@ -292,6 +312,11 @@ def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[StorageWeakRef]:
     """Where an operation writes into what it is given."""
+    if not func._schema.is_mutable and "batch_norm" not in func._schema.name:
+        return set()
     found = _arguments(func, args, kwargs)
     written = [value for a, value in found if a.alias_info is not None and a.alias_info.is_write]
+    # Kernels of normalisation do so in training without saying it.
+    if any(value for a, value in found if a.name in ("training", "train")):
+        written += [value for a, value in found if a.name in ("running_mean", "running_var")]
     return {_storage(t) for t in tensors(written)}

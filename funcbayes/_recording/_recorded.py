@@ -26,6 +26,7 @@ from ._operations import Operations, Program
 from ._surroundings import Surroundings, Watch
 
 _MOST = 32  # ways that are remembered
+_PLAIN = bool, int, float, str
 
 
 @dataclass(frozen=True)
@@ -34,34 +35,37 @@ class _Inputs:
 
     Attributes:
         structure: Of the tree.
-        kinds: Of its leaves; of what is no tensor the leaf itself.
+        kinds: Of its leaves; of what is no tensor its type and the leaf itself.
     """
 
     structure: Any
-    kinds: tuple[Any, ...]
+    kinds: tuple[tuple[Any, ...], ...]
 
     @classmethod
     def of(cls, tree: Any) -> tuple["_Inputs", list[Tensor]]:
         """These, and the tensors."""
         leaves, structure = optree.tree_flatten(tree)
-        kinds = [kind_of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        kinds = [kind_of(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
         return cls(structure, tuple(kinds)), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def may_be_recorded(self, own: Sequence[Tensor]) -> bool:
-        """Whether all else is plain values, which are part of a program."""
-        are_plain = all(type(kind) in (tuple, bool, int, float, str) for kind in self.kinds)
-        return are_plain and all(type(tensor) in (Tensor, nn.Parameter) for tensor in own)
+        """Whether all is in the tensors' numbers, and in plain values, which are part of a program."""
+        are_plain = all(kind[0] in _PLAIN for kind in self.kinds if isinstance(kind[0], type))
+        return are_plain and all(
+            type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not vars(t) for t in own
+        )
 
     def tree(self, own: Sequence[Tensor]) -> Any:
         """A tree of this kind with these tensors."""
         following = iter(own)
-        leaves = [next(following) if isinstance(kind, tuple) else kind for kind in self.kinds]
+        leaves = [kind[1] if isinstance(kind[0], type) else next(following) for kind in self.kinds]
         return self.structure.unflatten(leaves)
 
 
-def kind_of(tensor: Tensor) -> Hashable:
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     """What operations may depend on beside the numbers of a tensor."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    stride = tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    return tensor.shape, stride, tensor.dtype, tensor.device
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Recorded:
         """Whether what a function does might be recorded here: it is a plain one or of the private type."""
         is_simple = type(function) is self._private or isinstance(function, FunctionType)
         is_seen = sys.getprofile() is not None or has_other_modes() or has_global_hooks()
+        is_seen |= torch.is_anomaly_enabled()
         return is_simple and not self._is_refused and not is_seen
 
     def wants(self, way: Hashable) -> bool:
@@ -116,7 +121,7 @@ class Recorded:
     def outputs(self, way: Hashable, fixed: Any, x: Any) -> Any:
         """What was recorded, done with these inputs; ``None`` if they, or what is around, are others."""
         found = self._found(way, fixed, x)
-        if found is None or not self.is_unchanged(found[0]):
+        if found is None or any(vars(t) for t in found[1]) or not self.is_unchanged(found[0]):
             return None
         recording, leaves = found
         return recording(leaves)
@@ -159,13 +164,16 @@ class Recorded:
         inputs, leaves = _Inputs.of((fixed, x))
         if not inputs.may_be_recorded(leaves):
             return None
-        own = [leaf.detach() for leaf in leaves]  # one tensor in two places would be one input
-        operations = Operations(own, len(leaves) - len(tensors(x)))
         surroundings = self._surroundings.get(_Inputs.of(x)[0])
         watch = Watch(function, self._private) if surroundings is None else None
         try:
-            with nullcontext() if watch is None else watch, taken_down(), operations:
-                outputs = evaluate(*inputs.tree(own))
+            # In inference mode operations that consist of others would be seen as one, whatever they read.
+            with torch.inference_mode(False), torch.no_grad():
+                # One tensor in two places would be one input.
+                own = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
+                operations = Operations(own, len(leaves) - len(tensors(x)))
+                with nullcontext() if watch is None else watch, taken_down(), operations:
+                    outputs = evaluate(*inputs.tree(own))
             if watch is not None and watch.reason is None:
                 surroundings = self._surroundings[_Inputs.of(x)[0]] = watch.surroundings()
             if surroundings is None:

@@ -12,13 +12,23 @@ import functools
 import math
 import operator
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._contextlib import _DecoratorContextManager
 
 _MISSING = object()
 _TRUSTED = frozenset(("torch", "funcbayes", "optree"))
@@ -30,8 +40,13 @@ _OF_TORCH = (
 _OF_TENSORS = frozenset(
     ("torch._C._nn", "torch._C._fft", "torch._C._linalg", "torch._C._special", "_operator", "math")
 )
-# How numbers become Python's; `item` and others are seen as operations.
-_READ = frozenset(("tolist", "numpy"))
+# How numbers become Python's, or a part of a new tensor, without an operation that is seen, as `item` is.
+_READ = frozenset(
+    (
+        *("tolist", "numpy", "tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor"),
+        *("from_numpy", "frombuffer", "tensor_split"),
+    )
+)
 _UNKNOWN = _READ | {"__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
 _BUILTINS = frozenset(
     (
@@ -80,7 +95,7 @@ class Surroundings:
             if where.get(name, _MISSING) is not value:
                 return False
         for cell, value in self.cells:
-            if cell.cell_contents is not value:
+            if _inside(cell) is not value:
                 return False
         for kind, values in self.classes:
             found = vars(kind).values()
@@ -93,8 +108,8 @@ class Watch:
     """Watches what a function runs while it is entered.
 
     Args:
-        function: Whose variables, of functions around it, are known; code of others may have none.
-        private: The type of callables that hold nothing that others may change.
+        function: Called inside.
+        private: The type of functions that others cannot change: see :meth:`FunctionalModule.held`.
 
     Attributes:
         reason: Why it cannot be told what the code depends on, if so.
@@ -106,9 +121,15 @@ class Watch:
         self._names: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self._cells: list[tuple[CellType, Any]] = []
         self._classes: dict[type, tuple[Any, ...]] = {}
+        self._known: dict[int, Any] = {}  # what is constant, by `id`
         self._read: set[CodeType] = set()
-        self._inner: set[CodeType] = set()  # of functions that were made by code that was read
-        if not isinstance(function, private) and not self._is_constant(function):
+        self._inner: set[CodeType] = set()  # of functions that code makes that was read, or that are known
+        is_known = (
+            self._is_constant_function(function)
+            if isinstance(function, FunctionType)
+            else self._is_constant(function)
+        )
+        if not is_known:
             self._refuse("the function")
 
     def __enter__(self) -> "Watch":
@@ -126,19 +147,22 @@ class Watch:
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
         if self.reason is not None:
             return
-        if event == "call":
-            if _is_trusted(frame):
-                self._see_trusted(frame)
-            else:
-                self._see_other(frame)
-        elif event == "c_call":
-            if not _is_trusted(frame):
-                self._see_builtin(argument)
-            elif getattr(argument, "__name__", "") in _READ and _top(frame.f_globals["__name__"]) == "torch":
-                self._refuse(argument.__name__)
+        try:
+            if event == "call":
+                if _is_trusted(frame):
+                    self._see_trusted(frame)
+                else:
+                    self._see_other(frame)
+            elif event == "c_call":
+                if not _is_trusted(frame):
+                    self._see_builtin(argument)
+                elif _name_of(argument) in _READ and _top(frame.f_globals["__name__"]) == "torch":
+                    self._refuse(_name_of(argument))
+        except Exception as error:  # it would be raised in the midst of the model
+            self._refuse(repr(error))
 
     def _see_trusted(self, frame: FrameType) -> None:
-        name, caller = frame.f_globals.get("__name__", ""), frame.f_back
+        name, caller = frame.f_globals["__name__"], frame.f_back
         if name.startswith("torch") and not name.startswith(_OF_TORCH):
             if caller is not None and not _is_trusted(caller):
                 self._refuse(f"{name}.{frame.f_code.co_qualname}")
@@ -148,14 +172,14 @@ class Watch:
         if code.co_argcount:
             first = frame.f_locals.get(code.co_varnames[0])
             if isinstance(first, nn.Module):
-                for kind in type(first).__mro__:
-                    self._note_class(kind)
-            elif _is_foreign(type(first)):
+                self._note_class(type(first))
+            elif _is_foreign(type(first)) and id(first) not in self._known:
                 self._refuse(f"an object of {type(first).__name__}")
         if code in self._read:
             return
         self._read.add(code)
-        self._note_cells(code)
+        if code not in self._inner and set(code.co_freevars) - {"__class__"}:
+            self._refuse(f"variables of a function around {code.co_qualname}")
         names, inner, refused = _reading(code)
         self._inner |= inner
         if refused:
@@ -163,45 +187,86 @@ class Watch:
         for name in names:
             value = frame.f_globals.get(name, _MISSING)
             self._names[id(frame.f_globals), name] = frame.f_globals, name, value
-            if value is not _MISSING:
-                self._check(value, name)
-
-    def _note_cells(self, code: CodeType) -> None:
-        if code is getattr(self._function, "__code__", None):
-            for cell in getattr(self._function, "__closure__", None) or ():
-                self._cells.append((cell, cell.cell_contents))
-                self._check(cell.cell_contents, "a variable of a function around it")
-        elif code not in self._inner and set(code.co_freevars) - {"__class__"}:
-            self._refuse(f"variables of a function around {code.co_qualname}")
-
-    def _check(self, value: Any, name: str) -> None:
-        if not self._is_constant(value):
-            self._refuse(name)
+            if value is not _MISSING and not self._is_constant(value):
+                self._refuse(name)
 
     def _is_constant(self, value: Any) -> bool:
         """Whether it is the same as long as it is the same object, as far as code can go by it.
 
         Numbers of tensors may change: operations look at them every time. Classes are noted.
         """
+        if id(value) in self._known:
+            return True
+        if value is None or type(value) in _CONSTANTS:
+            return True
+        if isinstance(value, ModuleType):
+            return _top(value.__name__) == "torch" or value in (math, operator)
+        if isinstance(value, BuiltinFunctionType):
+            return value.__self__ is None or isinstance(value.__self__, ModuleType)
+        if isinstance(value, tuple):
+            return all(map(self._is_constant, value))
         if isinstance(value, type):
             self._note_class(value)
             return True
+        self._known[id(value)] = value  # for now: it may lead back to itself
         if isinstance(value, FunctionType):
-            given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-            is_torchs = _top(value.__module__) in _TRUSTED
-            return is_torchs or (not vars(value) and all(map(self._is_constant, given)))
-        if isinstance(value, ModuleType):
-            return _top(value.__name__) == "torch" or value in (math, operator)
-        if isinstance(value, tuple):
-            return all(map(self._is_constant, value))
-        return type(value) in _CONSTANTS or type(value) is self._private or value is None
+            # One that refers to itself would be kept alive by what is remembered of it.
+            is_constant = value is not self._function and self._is_constant_function(value)
+        elif type(value) is self._private:
+            is_constant = all(map(self._is_held, value.held()))
+        else:
+            is_constant = isinstance(value, _DecoratorContextManager)  # as `torch.no_grad`
+        if not is_constant:
+            del self._known[id(value)]
+        return is_constant
+
+    def _is_constant_function(self, function: FunctionType) -> bool:
+        given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        attributes = {name: value for name, value in vars(function).items() if name != "__wrapped__"}
+        if _top(function.__globals__.get("__name__")) in _TRUSTED and not function.__closure__:
+            return True
+        for cell in function.__closure__ or ():
+            value = _inside(cell)
+            self._cells.append((cell, value))
+            if value is not _MISSING and not self._is_constant(value):
+                return False
+        self._inner.add(function.__code__)
+        return not attributes and all(map(self._is_constant, given))
+
+    def _is_held(self, value: Any) -> bool:
+        """Whether what a private module holds is the same at every call; others have its functions, too."""
+        if id(value) in self._known:
+            return True
+        if isinstance(value, nn.Module | dict | list | set | frozenset | tuple):
+            self._known[id(value)] = value
+        if isinstance(value, nn.Module):
+            self._note_class(type(value))
+            return all(map(self._is_held, vars(value).values()))
+        if isinstance(value, dict):
+            return all(map(self._is_held, value.values()))
+        if isinstance(value, list | set | frozenset | tuple):
+            return all(map(self._is_held, value))
+        if isinstance(value, functools.partial):
+            return all(map(self._is_held, (value.func, value.args, value.keywords)))
+        if isinstance(value, MethodType):
+            return self._is_held(value.__func__) and self._is_held(value.__self__)
+        # Recurrent layers have references to their weights.
+        if isinstance(value, Tensor | weakref.ref) or self._is_constant(value):
+            return True
+        if _is_foreign(type(value)) and hasattr(value, "__dict__"):
+            self._known[id(value)] = value
+            self._note_class(type(value))
+            return all(map(self._is_held, vars(value).values()))
+        return False
 
     def _note_class(self, kind: type) -> None:
-        if _is_foreign(kind) and kind not in self._classes:
-            self._classes[kind] = tuple(vars(kind).values())
-            for name, value in vars(kind).items():
+        for base in kind.__mro__:
+            if not _is_foreign(base) or base in self._classes:
+                continue
+            self._classes[base] = tuple(vars(base).values())
+            for name, value in vars(base).items():
                 if not self._is_constant_entry(name, value):
-                    self._refuse(f"{kind.__name__}.{name}")
+                    self._refuse(f"{base.__name__}.{name}")
 
     def _is_constant_entry(self, name: str, value: Any) -> bool:
         if isinstance(value, classmethod | staticmethod):
@@ -214,7 +279,7 @@ class Watch:
         return is_of_python or self._is_constant(value)
 
     def _see_builtin(self, function: Any) -> None:
-        name = getattr(function, "__name__", "")
+        name = _name_of(function)
         owner = getattr(function, "__self__", getattr(function, "__objclass__", None))
         if owner is None:
             is_known = getattr(_FUNCTIONS, name, None) is function
@@ -235,10 +300,22 @@ class Watch:
 _FUNCTIONS = torch._C._VariableFunctions  # type: ignore[attr-defined]  # `torch.relu` and the like
 _CONSTANTS = frozenset(
     (
-        *(bool, int, float, complex, str, bytes, range, Tensor, nn.Parameter, BuiltinFunctionType),
+        *(bool, int, float, complex, str, bytes, range, Tensor, nn.Parameter),
         *(torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size),
     )
 )
+
+
+def _inside(cell: CellType) -> Any:
+    """What a variable of a function is, if it is there."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", "")
 
 
 def _top(name: str | None) -> str:
@@ -250,7 +327,7 @@ def _is_trusted(frame: FrameType) -> bool:
     found: FrameType | None = frame
     is_of_others = False
     while found is not None:
-        top = found.f_globals.get("__name__", "").partition(".")[0]
+        top = _top(found.f_globals.get("__name__"))
         if top in _TRUSTED:
             return not is_of_others
         if top == "importlib":

@@ -88,8 +88,10 @@ class NegativeElbo(Objective):
             return self._checked(network, x, y, seed)
         with rules:
             found = self.terms(network, x, y, seed)
-        weight = self.weight() if self._weight is None else self._weight.to(found.kl.dtype)
-        loss = found.nll + weight / self.num_data * found.kl
+        weight = (self.weight() if self._weight is None else self._weight) / self.num_data
+        if isinstance(weight, Tensor):
+            weight = weight.to(found.kl.dtype)  # only now, as a number would be
+        loss = found.nll + weight * found.kl
         return loss, {"params": found.changed} if found.changed else {}
 
     def numbers(self) -> Params:
