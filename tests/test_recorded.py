@@ -132,6 +132,39 @@ def by_variable():
     return fn, change
 
 
+class Base:
+    factor = 2.0
+
+
+class Derived(Base):
+    pass
+
+
+def by_base_class(params, x):
+    return Derived.factor * linear(params, x)
+
+
+HELD = {"by": 2.0}
+get = HELD.get
+
+
+def by_method_of_a_dict(params, x):
+    return get("by") * linear(params, x)
+
+
+def by_nested_variables():
+    by = 2.0
+
+    def times(fn, factor):
+        return lambda params, x: factor() * fn(params, x)
+
+    def change(_):
+        nonlocal by
+        by = 3.0
+
+    return times(times(linear, lambda: by), lambda: 5.0), change
+
+
 def in_default_dtype(params, x):
     return linear(params, x).to(torch.ones(()).dtype)
 
@@ -155,6 +188,9 @@ WORLDS = {
     "a default": (by_default, lambda _: by_default.__defaults__[0].__setitem__(0, 3.0), False),
     "a class": (by_class, lambda patch: patch.setattr(Scale, "by", 3.0), True),
     "a variable around": (*by_variable(), True),
+    "a variable further around": (*by_nested_variables(), True),
+    "a base class": (by_base_class, lambda patch: patch.setattr(Base, "factor", 3.0), True),
+    "a method of a dict": (by_method_of_a_dict, lambda _: HELD.__setitem__("by", 3.0), False),
     "the default dtype": (in_default_dtype, lambda _: torch.set_default_dtype(F64), True),
 }
 
@@ -177,6 +213,7 @@ def test_a_function_is_called_again_once_something_else_that_it_takes_has_change
                 assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
     finally:
         FACTOR.fill_(numbers[0])
+        HELD["by"] = 2.0
         NUMBERS[0], by_default.__defaults__[0][0] = numbers[1:3]
         torch.set_default_dtype(numbers[3])
 
@@ -245,6 +282,27 @@ class Branching(nn.Module):
         return self.layer(x) if len(x) > 5 else scaled_by_global(self.layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_hooks_of_the_backward_pass_of_all_modules_are_called():
+    fn, params = fb.make_functional(zoo.mlp().double())
+    data, calls = (randn(8, 3), randn(8, 2)), []
+
+    def fit():
+        return fb.training.fit(fn, params, data, Normal(1.0), optimizer=SGD, num_epochs=5, seed=0)
+
+    plain = fit()
+    hook = nn.modules.module.register_module_full_backward_hook(lambda *_: calls.append(1))
+    try:
+        hooked = fit()
+    finally:
+        hook.remove()
+    assert len(calls) >= 5 * 5  # steps, and layers
+    assert all(torch.equal(plain[name], hooked[name]) for name in params)
+
+
+SGD = functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
+
+
 def test_what_a_branch_takes_that_another_batch_goes_is_known(monkeypatch):
     torch.manual_seed(0)
     module, x, y = Branching(), randn(10, 3), randn(10, 2)
@@ -282,6 +340,62 @@ def test_a_module_is_run_again_once_its_class_has_changed(always, monkeypatch, c
         got = fb.predict(fn, None, ensemble, x).samples
         assert_close(got, expected(fn, ensemble, x))
         assert not torch.allclose(got, before)
+
+
+class Settings:
+    by = 2.0
+
+
+class OfSettings(Scaled):
+    def __init__(self, settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x):
+        return self.settings.by * self.layer(x)
+
+
+class Bare(nn.Sequential):
+    pass
+
+
+def by_default_of_call(module, x, held={"by": 2.0}):  # noqa: B006  # as a user may write it
+    return held["by"] * module(x)
+
+
+OF_MODULES = {
+    "a class in a module": (
+        lambda: fb.make_functional(OfSettings(Settings)),
+        lambda patch: patch.setattr(Settings, "by", 3.0),
+    ),
+    "the class of an object in a module": (
+        lambda: fb.make_functional(OfSettings(Settings())),
+        lambda patch: patch.setattr(Settings, "by", 3.0),
+    ),
+    "a class without code": (
+        lambda: fb.make_functional(Bare(nn.Linear(3, 2, dtype=F64))),
+        lambda patch: patch.setattr(Bare, "forward", lambda self, x: 3 * self[0](x), raising=False),
+    ),
+    "a default of the call": (
+        lambda: fb.make_functional(nn.Linear(3, 2, dtype=F64), call=by_default_of_call),
+        lambda patch: patch.setitem(by_default_of_call.__defaults__[0], "by", 3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OF_MODULES)
+def test_what_a_module_has_of_others_may_change(always, monkeypatch, what):
+    always("rows_first")
+    make, change = OF_MODULES[what]
+    fn, params = make()
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    for _ in range(3):
+        before = fb.predict(fn, None, ensemble, x).samples
+    change(monkeypatch)
+    wanted = expected(make()[0], ensemble, x)
+    assert not torch.allclose(wanted, before)
+    for _ in range(3):
+        assert_close(fb.predict(fn, None, ensemble, x).samples, wanted)
 
 
 def test_hooks_of_all_modules_are_called(always):
@@ -366,15 +480,134 @@ def indexing(params, x):
     return linear(params, x) * int(x.argmax())
 
 
+def made_of_numbers(params, x):
+    return linear(params, x) * torch.tensor([x[0, 0], x[0, 1]])
+
+
+def cut_by_numbers(params, x):
+    first, *_ = torch.tensor_split(linear(params, x), (x[:1, 0] > 0).long() + 1)
+    return first.sum(0, keepdim=True)
+
+
 @pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
-@pytest.mark.parametrize("fn", [branching, reading, counting, indexing])
-def test_a_model_that_goes_by_numbers_is_not_recorded(always, fn):
+@pytest.mark.parametrize("fn", [branching, reading, counting, indexing, made_of_numbers, cut_by_numbers])
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_model_that_goes_by_numbers_is_not_recorded(always, fn, around):
     always("vmap")
     ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
-    for sign in (1, -1, 1, -1):
-        got = fb.predict(fn, None, ensemble, sign * x).samples
-        assert_close(got, expected(fn, ensemble, sign * x))
+    with around():
+        for sign in (1, -1, 1, -1):
+            got = fb.predict(fn, None, ensemble, sign * x).samples
+            assert_close(got, expected(fn, ensemble, sign * x))
     assert not is_recorded(fn)
+
+
+def test_in_inference_mode_there_are_recordings_too(always):
+    always("rows_first")
+    fn, params = fb.make_functional(zoo.mlp().double())
+    ensemble = fb.Ensemble(zoo.members(params))
+    with torch.inference_mode():
+        for seed in range(3):
+            x = randn(4, 3, seed=seed)
+            assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+        assert is_recorded(fn)
+    x = randn(4, 3, seed=4).requires_grad_()
+    samples = fb.predict(fn, None, ensemble, x).samples
+    assert_close(
+        torch.autograd.grad(samples.sum(), x), torch.autograd.grad(expected(fn, ensemble, x).sum(), x)
+    )
+
+
+def held_transposed(params, x):
+    return x @ params["held"].T.contiguous() + params["b"]
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_a_copy_of_what_stays_is_made_anew(always, around):
+    always("vmap")
+    params = {"held": randn(2, 3), "b": randn(2)}
+    ensemble, x = fb.Ensemble({"b": randn(5, 2)}), randn(4, 3)
+    with around():
+        for _ in range(4):
+            got = fb.predict(held_transposed, params, ensemble, x).samples
+            assert_close(got, x @ params["held"].T + ensemble.members["b"][:, None])
+            params["held"].mul_(2.0)
+
+
+def normalized_by_batch(params, x):
+    mean, variance = params["mean"].clone(), params["variance"].clone()
+    return linear(params, nn.functional.batch_norm(x, mean, variance, training=True)) + mean[:2]
+
+
+def test_statistics_that_a_kernel_writes_are_those_of_a_copy(always):
+    always("vmap")
+    statistics = {"mean": torch.zeros(3, dtype=F64), "variance": torch.ones(3, dtype=F64)}
+    params = {**linear_params(), **statistics}
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    wanted = expected(lambda params, x: normalized_by_batch({**params, **statistics}, x), ensemble, x)
+    for _ in range(4):
+        assert_close(fb.predict(normalized_by_batch, params, ensemble, x).samples, wanted)
+        assert not statistics["mean"].any()
+
+
+def by_attribute_of_x(params, x):
+    return getattr(x, "scale", 1.0) * linear(params, x)
+
+
+def test_what_users_put_on_tensors_counts(always):
+    always("vmap")
+    ensemble = fb.Ensemble(zoo.members(linear_params()))
+    for scale in (None, None, 3.0, 2.0):
+        x = randn(4, 3)
+        if scale is not None:
+            x.scale = scale
+        got = fb.predict(by_attribute_of_x, None, ensemble, x).samples
+        assert_close(got, expected(by_attribute_of_x, ensemble, x))
+
+
+def by_type(params, x):
+    return linear(params, x[0]) * (2 if isinstance(x[1], float) else 3)
+
+
+def test_plain_values_are_told_apart_by_type_too(always):
+    always("vmap")
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    for number in (2.0, 2.0, 2, 2.0, 2, True):
+        got = fb.predict(by_type, None, ensemble, (x, number)).samples
+        assert_close(got, expected(by_type, ensemble, (x, number)))
+
+
+def test_a_function_that_calls_itself_is_not_kept_alive(always):
+    always("vmap")
+
+    def make():
+        def fn(params, x, depth=1):
+            return linear(params, x) if not depth else fn(params, x, depth - 1)
+
+        return fn
+
+    fn, ensemble = make(), fb.Ensemble(zoo.members(linear_params()))
+    for _ in range(3):
+        fb.predict(fn, None, ensemble, randn(4, 3))
+    cell = fn.__closure__[0]
+    fn = weakref.ref(fn)
+    cell.cell_contents = None
+    gc.collect()
+    assert fn() is None
+
+
+def test_sparse_inputs_are_trained_with():
+    fn, params = fb.make_functional(nn.Linear(3, 2, dtype=F64))
+
+    def sparse(params, x):
+        return fn(params, torch.sparse.mm(x, torch.eye(3, dtype=F64)))
+
+    x, y = randn(4, 3), randn(4, 2)
+    batches = [(x.to_sparse(), y)] * 3
+    options = {"optimizer": SGD, "num_epochs": 2, "seed": 0}
+    got = fb.training.fit(sparse, params, batches, Normal(1.0), **options)
+    wanted = fb.training.fit(fn, params, [(x, y)] * 3, Normal(1.0), **options)
+    assert all(torch.allclose(got[name], wanted[name]) for name in params)
 
 
 def test_a_model_that_draws_random_numbers_is_not_recorded(always):
@@ -599,6 +832,9 @@ FITS = {
     ),
     "swag": lambda fn, params, data, **options: fb.swag.fit(fn, params, data, **options).mean,
     "vi": lambda fn, params, data, **options: fb.vi.fit(fn, params, data, **options).mean,
+    "vi with a schedule": lambda fn, params, data, **options: (
+        fb.vi.fit(fn, params, data, kl_weight=lambda step: 1 / (7 + step), **options).mean
+    ),
 }
 
 
@@ -612,7 +848,7 @@ def test_training_is_bit_for_bit_what_it_is_without_recording(monkeypatch, fit, 
     y = randn(*shape) if isinstance(likelihood, Normal) else torch.arange(10) % shape[-1]
     options = {
         "likelihood": likelihood,
-        "optimizer": functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+        "optimizer": SGD,
         **{"num_epochs": 4, "batch_size": 4, "seed": 0},  # the last batch has 2 rows
     }
     results = []
