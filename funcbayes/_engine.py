@@ -229,7 +229,10 @@ def repeated(fn: Model, params: Params, leaves: Params, x: Any, owner: Any) -> T
     model, bound = _bound.get(owner, None, dict).get(kind_of(x), (None, None))
     if model is None or bound is None or model() is not fn:
         return None
-    return bound.outputs(leaves, x)
+    try:
+        return bound.outputs(leaves, x)
+    except torch.OutOfMemoryError:  # fewer draws at a time will do
+        return None
 
 
 def evaluate(
@@ -370,7 +373,8 @@ class _Run:
         tuner = self.tuner
         if not tuner.candidates:
             tuner.begin(self._candidates())
-        self.may_record = not torch.is_grad_enabled() and tuner.recorded.is_possible(self.fn)
+        may_look = not torch.is_grad_enabled() and not _is_captured()
+        self.may_record = may_look and tuner.recorded.is_possible(self.fn)
         start = 0
         while start < self.num_draws and not _is_captured() and (mechanism := tuner.next_to_time()):
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
@@ -594,26 +598,20 @@ class _Run:
 
     def _recorded(self, draws: Draw, mechanism: Mechanism) -> Tensor:
         """By what was recorded of an earlier chunk; else mapped, and recorded if that is worth it."""
-        recorded = self.tuner.recorded
-        fixed = draws.leaves if self.params is None else (draws.leaves, self.params)
+        recorded, run = self.tuner.recorded, copy.copy(self)
         count = tensors(draws.leaves)[0].shape[0]
-        way = mechanism.kind, count
-        found = recorded.outputs(way, fixed, self.x)
-        if found is not None:
-            return found
-        if recorded.wants(way) and self.tuner.is_short(mechanism, count):
-            self.has_recorded = True
-            run = copy.copy(self)
+        way, may_record = (mechanism.kind, count), self.tuner.is_short(mechanism, count)
+        fixed = draws.leaves if self.params is None else (draws.leaves, self.params)
 
-            def evaluate(fixed: Any, x: Any) -> Tensor:
-                leaves, run.params = (fixed, None) if self.params is None else fixed
-                run.x = x
-                return run._mapped(Draw(leaves), mechanism.kind)
+        def evaluate(fixed: Any, x: Any) -> Tensor:
+            leaves, run.params = (fixed, None) if self.params is None else fixed
+            run.x = x
+            return run._mapped(Draw(leaves), mechanism.kind)
 
-            found = recorded.record(way, self.fn, evaluate, fixed, self.x)
-            if found is not None:
-                return found
-        return self._mapped(draws, mechanism.kind)
+        num_tried = recorded.num_tried
+        found = recorded.evaluate(way, self.fn, evaluate, fixed, self.x, may_record=may_record)
+        self.has_recorded |= recorded.num_tried > num_tried
+        return self._mapped(draws, mechanism.kind) if found is None else found
 
     def _loop_in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:
         run = self._in_channels_last

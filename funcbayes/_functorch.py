@@ -102,6 +102,7 @@ def has_other_modes() -> bool:
     """The same for all but gradients."""
     return (
         is_inside_transform()
+        or forward_ad._current_level >= 0
         or is_traced()
         or is_autocast_on()
         or torch._C._len_torch_function_stack() > 0

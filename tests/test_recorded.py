@@ -37,7 +37,8 @@ def always(monkeypatch):
 
 def is_recorded(fn):
     tuners = _engine._tuners._values[fn].values()
-    return any(r is not None for t in tuners for r in t.recorded._programs.values())
+    known = [found for t in tuners for found in t.recorded._recordings.values()]
+    return any(recording is not None for found in known for _, recording in found)
 
 
 def expected(run, ensemble, x):
@@ -532,6 +533,7 @@ def test_a_copy_of_what_stays_is_made_anew(always, around):
             got = fb.predict(held_transposed, params, ensemble, x).samples
             assert_close(got, x @ params["held"].T + ensemble.members["b"][:, None])
             params["held"].mul_(2.0)
+    assert is_recorded(held_transposed)
 
 
 def normalized_by_batch(params, x):
@@ -548,6 +550,7 @@ def test_statistics_that_a_kernel_writes_are_those_of_a_copy(always):
     for _ in range(4):
         assert_close(fb.predict(normalized_by_batch, params, ensemble, x).samples, wanted)
         assert not statistics["mean"].any()
+    assert is_recorded(normalized_by_batch)
 
 
 def by_attribute_of_x(params, x):
@@ -563,6 +566,7 @@ def test_what_users_put_on_tensors_counts(always):
             x.scale = scale
         got = fb.predict(by_attribute_of_x, None, ensemble, x).samples
         assert_close(got, expected(by_attribute_of_x, ensemble, x))
+    assert is_recorded(by_attribute_of_x)
 
 
 def by_type(params, x):
@@ -575,6 +579,7 @@ def test_plain_values_are_told_apart_by_type_too(always):
     for number in (2.0, 2.0, 2, 2.0, 2, True):
         got = fb.predict(by_type, None, ensemble, (x, number)).samples
         assert_close(got, expected(by_type, ensemble, (x, number)))
+    assert is_recorded(by_type)
 
 
 def test_a_function_that_calls_itself_is_not_kept_alive(always):
@@ -677,6 +682,7 @@ def test_one_tensor_as_two_parameters_is_two_inputs(always):
     for ensemble in (same, same, fb.Ensemble(members), same):
         got = fb.predict(fn, None, ensemble, randn(4, 3)).samples
         assert_close(got, expected(fn, ensemble, randn(4, 3)))
+    assert is_recorded(fn)
 
 
 def in_place(params, x):
@@ -704,6 +710,7 @@ def test_outputs_are_not_the_inputs(always):
     for _ in range(4):
         got = fb.predict(given_back, None, ensemble, x)
         assert got.samples.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    assert is_recorded(given_back)
 
 
 @pytest.fixture
@@ -720,7 +727,7 @@ def bound(always):
 
 def test_members_that_are_written_into_count(bound):
     fn, ensemble, x = bound
-    for write in (by_multiplying, by_data, by_numpy):
+    for write in (by_multiplying, by_numpy, by_data):
         write(ensemble.members["0.weight"])
         assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
 
@@ -743,6 +750,7 @@ def test_a_leaf_with_other_strides_in_the_same_memory_counts(always):
     ensemble, x = fb.Ensemble(zoo.members(square)), randn(4, 3)
     for _ in range(3):
         fb.predict(linear, None, ensemble, x)
+    assert is_recorded(linear)
     ensemble.members["w"].data = ensemble.members["w"].mT
     assert_close(fb.predict(linear, None, ensemble, x).samples, expected(linear, ensemble, x))
 
@@ -855,20 +863,154 @@ def test_training_is_bit_for_bit_what_it_is_without_recording(monkeypatch, fit, 
     for is_possible in (Recorded.is_possible, lambda self, function: False):
         calls = []
         monkeypatch.setattr(Recorded, "is_possible", is_possible)
-        original = Recorded.outputs
-        monkeypatch.setattr(Recorded, "outputs", lambda *a, _o=original, _c=calls: _noted(_o(*a), _c))
+        original = Recorded.holds
+        monkeypatch.setattr(Recorded, "holds", lambda *a, _o=original, _c=calls: _noted(_o(*a), _c))
         results.append(FITS[fit](model.fn, model.params, (model.inputs(10), y), **options))
-        monkeypatch.setattr(Recorded, "outputs", original)
-        assert any(calls) == (is_possible is not False and len(results) == 1)
+        monkeypatch.setattr(Recorded, "holds", original)
+        assert any(calls) == (len(results) == 1)
     one, other = (fb_leaves(result) for result in results)
     assert len(one) == len(other)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _noted(found, calls):
-    calls.append(found is not None)
+    calls.append(found)
     return found
 
 
 def fb_leaves(tree):
     return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Callable:
+    by = 2.0
+
+    def __call__(self, module, x):
+        return self.by * module(x)
+
+
+def test_an_object_that_calls_a_module_may_change(always):
+    always("rows_first")
+    call = Callable()
+    fn, params = fb.make_functional(nn.Linear(3, 2, dtype=F64), call=call)
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    for call.by in (2.0, 2.0, 2.0, 3.0):
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+
+
+def twice(params, x):
+    return 2 * linear(params, x)
+
+
+def thrice(params, x, factor=3):
+    return factor * linear(params, x)
+
+
+def by_code(params, x):
+    return helped(params, x)
+
+
+def helped(params, x, factor=1):
+    return 4 * linear(params, x)
+
+
+@pytest.mark.parametrize("part", ["__code__", "__defaults__"])
+@pytest.mark.parametrize("which", ["itself", "another"])
+def test_a_function_whose_code_is_replaced_is_another_one(always, monkeypatch, which, part):
+    always("vmap")
+    fn = types.FunctionType(by_code.__code__, globals(), "fn", (1,))
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    for _ in range(3):
+        fb.predict(fn, None, ensemble, x)
+    assert is_recorded(fn)
+    changed = fn if which == "itself" else helped
+    monkeypatch.setattr(changed, "__code__", thrice.__code__)
+    monkeypatch.setattr(changed, "__defaults__", (3,) if part == "__code__" else (5,))
+    assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+
+
+class OfClassTensor(Scaled):
+    by = torch.tensor(2.0, dtype=F64)
+
+    def forward(self, x):
+        return self.by.exp() * self.layer(x)
+
+
+def test_numbers_of_a_tensor_in_a_class_may_change(always):
+    always("rows_first")
+    fn, params = fb.make_functional(OfClassTensor())
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    for number in (2.0, 2.0, 2.0, 1.0):
+        OfClassTensor.by.data.fill_(number)
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    assert is_recorded(fn)
+
+
+def made_by_a_class(params, x):
+    return linear(params, x) * torch.DoubleTensor([x[0, 0], x[0, 1]])
+
+
+def mapped_by_python(params, x):
+    return linear(params, x) * torch.stack([*map(torch.tensor, (float(len(x)), x[0, 1]))])
+
+
+def at_its_offset(params, x):
+    return linear(params, x.as_strided(x.shape, x.stride(), x.storage_offset()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:`vmap` cannot take:UserWarning")
+@pytest.mark.parametrize("fn", [made_by_a_class, mapped_by_python, at_its_offset])
+def test_numbers_that_python_has_seen_are_no_part_of_a_recording(always, fn):
+    always("vmap")
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(16, 3)
+    for start in (0, 4, 8, 12):
+        got = fb.predict(fn, None, ensemble, x[start : start + 4]).samples
+        assert_close(got, expected(fn, ensemble, x[start : start + 4]))
+    assert not is_recorded(fn)
+
+
+def test_parts_of_inputs_made_in_inference_mode_are_taken(always):
+    always("rows_first")
+    fn, params = fb.make_functional(nn.Linear(3, 2, dtype=F64))
+    ensemble = fb.Ensemble(zoo.members(params))
+    with torch.inference_mode():
+        x = randn(4, 9, 3)
+        for start in range(4):
+            part = x[:, start : start + 5]
+            assert_close(fb.predict(fn, None, ensemble, part).samples, expected(fn, ensemble, part))
+
+
+class Shown(torch.Tensor):
+    pass
+
+
+def test_tensors_of_other_classes_are_given_to_the_model(always):
+    always("vmap")
+
+    def fn(params, x):
+        seen.append(type(x))
+        return linear(params, x)
+
+    seen, ensemble = [], fb.Ensemble(zoo.members(linear_params()))
+    plain = types.FunctionType(linear.__code__, linear.__globals__)
+    for x in [randn(4, 3)] * 3 + [randn(4, 3).as_subclass(Shown)]:
+        for f in (fn, plain):
+            assert_close(
+                torch.Tensor(fb.predict(f, None, ensemble, x).samples),
+                expected(linear, ensemble, randn(4, 3)),
+            )
+    assert Shown in seen
+
+
+def test_outputs_that_are_views_of_members_are_others_each_time(always):
+    always("vmap")
+
+    def fn(params, x):
+        return params["w"].T
+
+    ensemble, x = fb.Ensemble(zoo.members(linear_params())), randn(4, 3)
+    for _ in range(4):
+        samples = fb.predict(fn, None, ensemble, x).samples
+        assert samples.shape == (5, 3, 2)
+        samples.unsqueeze_(0)

@@ -1,9 +1,7 @@
-"""Operations of torch as they are done, written down as a program that does them again."""
+"""Operations of torch as they are done, taken down as the steps of a program."""
 
 import functools
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._tree import tensors
+from ._program import VARIABLE, Program, Step, written
 
 _NAMESPACES = frozenset(("aten", "prims", "mkldnn", "onednn", "funcbayes"))
 # What cannot be done again with other numbers: results have sizes, or become numbers of Python's, by them.
@@ -41,53 +40,6 @@ _MOST_ALIVE = 128 << 20  # bytes of all results, which are held while operations
 _MOST_BYTES = 1 << 20  # of a result of constants that is kept
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One operation.
-
-    Attributes:
-        names: Of its results.
-        target: These, as what is assigned to.
-        call: The call, as text.
-        uses: Names of the results of others, and of inputs, that it is given.
-        is_view: Whether its result is a view of what it is given.
-        writes: Whether it writes into what it is given, or is there for something else than its results.
-        copies: The name of the tensor that its result is a copy of, the same in memory, if so.
-    """
-
-    names: list[str]
-    target: str
-    call: str
-    uses: frozenset[str]
-    is_view: bool
-    writes: bool
-    copies: str | None
-
-    def renamed(self, names: dict[str, str]) -> "_Step":
-        """The same with other names of what it uses."""
-        if self.uses.isdisjoint(names):
-            return self
-        call = _VARIABLE.sub(lambda found: names.get(found.group(), found.group()), self.call)
-        return replace(self, call=call, uses=frozenset(names.get(name, name) for name in self.uses))
-
-
-@dataclass(frozen=True)
-class Program:
-    """What does operations again.
-
-    Attributes:
-        num_fixed: How many of the inputs, the first of them, stay the same in many calls.
-        constants: Tensors of which results are kept, and how often they had been written into.
-        views: ``views(*fixed)`` gives views of those.
-        run: ``run(views, *inputs)`` gives the results.
-    """
-
-    num_fixed: int
-    constants: tuple[tuple[Tensor, int], ...]
-    views: Callable[..., list[Tensor]]
-    run: Callable[..., list[Tensor]]
-
-
 class Operations(TorchDispatchMode):
     """Takes down what is done with plain tensors while it is on.
 
@@ -115,7 +67,7 @@ class Operations(TorchDispatchMode):
         self._computed = set(self._of_others)  # what is inside these was given, or came of it
         self._nbytes = 0  # of all that is kept alive
         self._constants: dict[str, Any] = {}  # functions, tensors of the model's, what is no text
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -134,9 +86,9 @@ class Operations(TorchDispatchMode):
             self._tensors.clear()
             return func(*args, **kwargs)
         given = [*map(self._text, args), *(f"{name}={self._text(value)}" for name, value in kwargs.items())]
-        written = _written(func, args, kwargs)
-        self._written |= written
-        self.is_refused |= not self._of_others.isdisjoint(written)
+        changed = _written(func, args, kwargs)
+        self._written |= changed
+        self.is_refused |= not self._of_others.isdisjoint(changed)
         if torch.Tag.inplace_view in func.tags:
             self._forget_place(args[0])
         found = func(*args, **kwargs)
@@ -147,15 +99,15 @@ class Operations(TorchDispatchMode):
         names = [self._named(result, root) for result in results]
         if is_view and len(self._tensors) == count:
             return found  # there is one like it already
-        uses = frozenset(_VARIABLE.findall(" ".join(given)))
+        uses = frozenset(VARIABLE.findall(" ".join(given)))
         copies = None
         if func is torch.ops.aten.clone.default and _place(results[0])[1:] == _place(args[0])[1:]:
             copies = self._names[id(args[0])]
         is_one_of_several = isinstance(found, list | tuple) and len(names) == 1
         target = ", ".join(names or ["_"]) + ("," if is_one_of_several else "")
         call = f"{self._constant(_QUICK.get(func, func._op))}({', '.join(given)})"
-        has_effect = bool(written) or names in ([], ["_"])  # as what raises an error
-        self._steps.append(_Step(names, target, call, uses, is_view, has_effect, copies))
+        has_effect = bool(changed) or names in ([], ["_"])  # as what raises an error
+        self._steps.append(Step(names, target, call, uses, is_view, has_effect, copies))
         return found
 
     def program(self, outputs: Sequence[Tensor], *, may_keep: bool) -> Program:
@@ -165,48 +117,44 @@ class Operations(TorchDispatchMode):
             outputs: What came of it.
             may_keep: Whether constants are always what they are now, so that results of these alone are kept.
         """
-        results, scope = [*map(self._text, outputs)], dict(self._constants)
+        results, constants = [*map(self._text, outputs)], dict(self._constants)
         given_out = {_storage(t) for t in outputs}
-        shown: list[str] = []
-        views: list[_Step] = []
-        rest: list[_Step] = []
+        may_keep &= not any(t.is_inference() for t in self._own())  # whether writing would leave a trace
+        shown: set[str] = set()
+        views: list[Step] = []
+        rest: list[Step] = []
         same: dict[str, str] = {}  # copies that nobody would tell from what they are of
         for step in self._steps:
-            if may_keep and scope.keys() >= step.uses and self._may_be_kept(step, given_out):
-                scope |= {name: self._tensors[name] for name in step.names if name in self._tensors}
-            elif step.is_view and step.uses and step.uses <= {*self._fixed, *shown, *scope}:
+            if may_keep and constants.keys() >= step.uses and self._may_be_kept(step, given_out):
+                constants |= {name: self._tensors[name] for name in step.names if name in self._tensors}
+            elif self._is_view_of_fixed(step, shown | constants.keys(), results):
                 views.append(step)
-                shown += step.names
-            elif step.copies is not None and self._is_idle(step, given_out):
+                shown.update(step.names)
+            elif step.copies is not None and self._is_needless(step, given_out):
                 same[step.names[0]] = same.get(step.copies, step.copies)
             else:
                 rest.append(step.renamed(same))
-        rest = _without_idle(rest, {*results})
-        text = [
-            f"def views({', '.join(self._fixed)}):",
-            *(f"    {step.target} = {step.call}" for step in views),
-            f"    return [{', '.join(shown)}]",
-            f"def run(views, {', '.join(self._given)}):",
-            *([f"    {', '.join(shown)}, = views"] if shown else []),
-            *(f"    {line}" for line in _lines(rest, {*self._given, *shown, *scope, *results})),
-            f"    return [{', '.join(results)}]",
-        ]
-        exec("\n".join(text), scope)  # noqa: S102  # of what is written here alone
-        return Program(len(self._fixed), self._versions() if may_keep else (), scope["views"], scope["run"])
+        functions = written(views, rest, self._given, len(self._fixed), results, constants)
+        versions = tuple((t, t._version) for t in self._own()) if may_keep else ()
+        return Program(len(self._fixed), versions, *functions)
 
-    def _versions(self) -> tuple[tuple[Tensor, int], ...]:
-        own = [value for value in self._constants.values() if isinstance(value, Tensor)]
-        return tuple((value, value._version) for value in own if not value.is_inference())
+    def _own(self) -> list[Tensor]:
+        """Tensors that were not given."""
+        return [value for value in self._constants.values() if isinstance(value, Tensor)]
 
-    def _may_be_kept(self, step: _Step, given_out: set[StorageWeakRef]) -> bool:
+    def _is_view_of_fixed(self, step: Step, known: set[str], results: list[str]) -> bool:
+        """Whether a view can be made beforehand; what is given out is another tensor each time."""
+        is_ready = step.is_view and step.uses and step.uses <= {*self._fixed, *known}
+        return bool(is_ready) and not {*results}.intersection(step.names)
+
+    def _may_be_kept(self, step: Step, given_out: set[StorageWeakRef]) -> bool:
         """Whether results, of constants, can be constants too."""
         results = [self._tensors[name] for name in step.names if name in self._tensors]
         storages = {_storage(t) for t in results}
         is_small = sum(t.nbytes for t in results) <= _MOST_BYTES
-        is_counted = not any(t.is_inference() for t in results)  # whether writing would leave a trace
-        return not step.writes and is_small and is_counted and storages.isdisjoint(self._written | given_out)
+        return not step.writes and is_small and storages.isdisjoint(self._written | given_out)
 
-    def _is_idle(self, step: _Step, given_out: set[StorageWeakRef]) -> bool:
+    def _is_needless(self, step: Step, given_out: set[StorageWeakRef]) -> bool:
         """Whether a copy could as well be what it is a copy of: nothing writes into either."""
         assert step.copies is not None
         source = self._constants.get(step.copies, self._tensors.get(step.copies))
@@ -253,29 +201,6 @@ class Operations(TorchDispatchMode):
         name = f"c{len(self._constants)}"
         self._constants[name] = value
         return name
-
-
-_VARIABLE = re.compile(r"\bt\d+\b")
-
-
-def _without_idle(steps: list[_Step], wanted: set[str]) -> list[_Step]:
-    """Those that write, or whose results are wanted."""
-    kept = []
-    for step in reversed(steps):
-        if step.writes or not wanted.isdisjoint(step.names):
-            wanted |= step.uses
-            kept.append(step)
-    return kept[::-1]
-
-
-def _lines(steps: list[_Step], kept: set[str]) -> list[str]:
-    """Steps as text; what is no longer used is freed."""
-    last = {name: i for i, step in enumerate(steps) for name in (*step.names, *step.uses)}
-    lines = []
-    for i, step in enumerate(steps):
-        dead = sorted(n for n in {*step.names, *step.uses} - kept - {"_"} if last[n] == i)
-        lines.append(f"{step.target} = {step.call}" + (f"; del {', '.join(dead)}" if dead else ""))
-    return lines
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:

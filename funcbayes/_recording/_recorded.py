@@ -9,7 +9,6 @@ see :mod:`funcbayes._recording._surroundings`.
 import operator
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -22,11 +21,11 @@ from .._functorch import has_other_modes, taken_down
 from .._layout import agree
 from .._row_wise import has_global_hooks
 from .._tree import tensors
-from ._operations import Operations, Program
+from ._operations import Operations
+from ._program import Program
 from ._surroundings import Surroundings, Watch
 
-_MOST = 32  # ways that are remembered
-_PLAIN = bool, int, float, str
+_MOST = 8  # kinds of inputs that are remembered for a way of evaluating
 
 
 @dataclass(frozen=True)
@@ -35,31 +34,41 @@ class _Inputs:
 
     Attributes:
         structure: Of the tree.
-        kinds: Of its leaves; of what is no tensor its type and the leaf itself.
+        kinds: Of its tensors, ``None`` in the place of other leaves.
+        others: These, each with its type and how it is written.
     """
 
     structure: Any
-    kinds: tuple[tuple[Any, ...], ...]
+    kinds: tuple[Any, ...]
+    others: tuple[Any, ...]
 
     @classmethod
     def of(cls, tree: Any) -> tuple["_Inputs", list[Tensor]]:
         """These, and the tensors."""
         leaves, structure = optree.tree_flatten(tree)
-        kinds = [kind_of(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves]
-        return cls(structure, tuple(kinds)), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        own = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if len(own) == len(leaves):
+            return cls(structure, tuple([kind_of(leaf) for leaf in leaves]), ()), own
+        kinds = tuple([kind_of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves])
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        # Of a plain value 0.0 is another one than -0.0 or False.
+        plain = [(type(leaf), repr(leaf) if type(leaf) in _PLAIN else "", leaf) for leaf in others]
+        return cls(structure, kinds, tuple(plain)), own
 
     def may_be_recorded(self, own: Sequence[Tensor]) -> bool:
         """Whether all is in the tensors' numbers, and in plain values, which are part of a program."""
-        are_plain = all(kind[0] in _PLAIN for kind in self.kinds if isinstance(kind[0], type))
-        return are_plain and all(
+        return all(kind in _PLAIN for kind, *_ in self.others) and all(
             type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not vars(t) for t in own
         )
 
     def tree(self, own: Sequence[Tensor]) -> Any:
         """A tree of this kind with these tensors."""
-        following = iter(own)
-        leaves = [kind[1] if isinstance(kind[0], type) else next(following) for kind in self.kinds]
+        following, others = iter(own), iter(self.others)
+        leaves = [next(others)[-1] if kind is None else next(following) for kind in self.kinds]
         return self.structure.unflatten(leaves)
+
+
+_PLAIN = bool, int, float, str
 
 
 def kind_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -73,13 +82,11 @@ class _Recording:
     """A program for inputs of one kind.
 
     Attributes:
-        inputs: Their kind.
-        program: Of them.
+        program: Of their tensors.
         surroundings: What it depends on beside.
         outputs: The structure of what it gives.
     """
 
-    inputs: _Inputs
     program: Program
     surroundings: Surroundings
     outputs: Any
@@ -88,6 +95,11 @@ class _Recording:
         views = self.program.views(*leaves[: self.program.num_fixed])
         return self.outputs.unflatten(self.program.run(views, *leaves))
 
+    def gives(self, outputs: Any, leaves: Sequence[Tensor]) -> bool:
+        """Whether outputs are what it gives."""
+        pairs = zip(optree.tree_leaves(self(leaves)), optree.tree_leaves(outputs), strict=True)
+        return all(agree(one, other, leaves) for one, other in pairs)
+
     def is_unchanged(self) -> bool:
         """Whether all that decides what is done, beside the inputs, is as it was."""
         is_written = any(tensor._version != version for tensor, version in self.program.constants)
@@ -95,16 +107,19 @@ class _Recording:
 
 
 class Recorded:
-    """What a function does with inputs of one shape, for each way in which it is evaluated.
+    """What a function does, for each way in which it is evaluated.
 
     Args:
-        private: The type of functions that hold nothing that others may change.
+        private: The type of functions that others cannot change.
+
+    Attributes:
+        num_tried: How often something was written down, or it was tried.
     """
 
     def __init__(self, private: type) -> None:
+        self.num_tried = 0
         self._private = private
-        self._programs: dict[Hashable, _Recording | None] = {}
-        self._surroundings: dict[Hashable, Surroundings] = {}  # by the kind of `x`, by which code may go
+        self._recordings: dict[Hashable, list[tuple[_Inputs, _Recording | None]]] = {}
         self._is_refused = False
 
     def is_possible(self, function: Callable[..., Any]) -> bool:
@@ -114,105 +129,108 @@ class Recorded:
         is_seen |= torch.is_anomaly_enabled()
         return is_simple and not self._is_refused and not is_seen
 
-    def wants(self, way: Hashable) -> bool:
-        """Whether it was not tried to record this yet."""
-        return way not in self._programs and not self._is_refused
-
-    def outputs(self, way: Hashable, fixed: Any, x: Any) -> Any:
-        """What was recorded, done with these inputs; ``None`` if they, or what is around, are others."""
-        found = self._found(way, fixed, x)
-        if found is None or any(vars(t) for t in found[1]) or not self.is_unchanged(found[0]):
-            return None
-        recording, leaves = found
-        return recording(leaves)
-
-    def bound(self, way: Hashable, fixed: Any, x: Tensor) -> "Bound | None":
-        """The same for inputs that stay, other than ``x``."""
-        found = self._found(way, fixed, x)
-        return None if found is None else Bound(self, found[0], fixed)
-
-    def is_unchanged(self, recording: _Recording) -> bool:
-        """Whether a recording is what would be done; once it is not, there will be none."""
-        if has_global_hooks():
-            return False
-        self._is_refused |= not recording.is_unchanged()
-        return not self._is_refused
-
-    def record(
+    def evaluate(
         self,
         way: Hashable,
         function: Callable[..., Any],
         evaluate: Callable[[Any, Any], Any],
         fixed: Any,
         x: Any,
+        *,
+        may_record: bool = True,
     ) -> Any:
-        """What ``evaluate(fixed, x)`` gives, written down if only the numbers in these matter.
+        """What ``evaluate(fixed, x)`` gives, by a recording if there is one, without gradients.
 
         Args:
-            way: Of evaluating, to find it again by.
-            function: Code of others.
-            evaluate: Calls ``function``, and is otherwise ours. It gives a tree, without gradients.
+            way: Of evaluating, to find recordings again by.
+            function: Code of others, for which :meth:`is_possible`.
+            evaluate: Calls ``function``, and is otherwise ours. It gives a tree.
             fixed: Inputs that stay the same in many calls, a tree.
             x: Others.
+            may_record: Whether it is recorded if it was not, and only the numbers of inputs matter.
 
         Returns:
-            ``None`` where it cannot be evaluated like this.
+            ``None`` where it is not, or cannot be, evaluated like this.
         """
-        if len(self._programs) >= _MOST:
-            self._programs.clear()
-        self._programs[way] = None
         inputs, leaves = _Inputs.of((fixed, x))
-        if not inputs.may_be_recorded(leaves):
+        known = self._recordings.setdefault(way, [])
+        found = [recording for of, recording in known if of == inputs]
+        if found:
+            recording = found[0]
+            is_it = recording is not None and inputs.may_be_recorded(leaves) and self.holds(recording)
+            return recording(leaves) if is_it and recording is not None else None
+        if not may_record or len(known) >= _MOST or not inputs.may_be_recorded(leaves):
             return None
-        surroundings = self._surroundings.get(_Inputs.of(x)[0])
-        watch = Watch(function, self._private) if surroundings is None else None
+        self.num_tried += 1
+        outputs, recording = self._recorded(function, evaluate, inputs, leaves, len(leaves) - len(tensors(x)))
+        known.append((inputs, recording))
+        return outputs
+
+    def bound(self, way: Hashable, fixed: Any, x: Tensor) -> "Bound | None":
+        """A recording for inputs that stay, other than ``x``."""
+        inputs, _ = _Inputs.of((fixed, x))
+        found = [recording for of, recording in self._recordings.get(way, []) if of == inputs]
+        return Bound(self, found[0], fixed) if found and found[0] is not None else None
+
+    def holds(self, recording: _Recording) -> bool:
+        """Whether a recording is what would be done; once one is not, there will be none."""
+        if has_global_hooks():
+            return False
+        self._is_refused |= not recording.is_unchanged()
+        return not self._is_refused
+
+    def _recorded(
+        self,
+        function: Callable[..., Any],
+        evaluate: Callable[[Any, Any], Any],
+        inputs: _Inputs,
+        leaves: Sequence[Tensor],
+        num_fixed: int,
+    ) -> tuple[Any, _Recording | None]:
+        """What it gives, and how it does."""
+        outputs = None
         try:
             # In inference mode operations that consist of others would be seen as one, whatever they read.
             with torch.inference_mode(False), torch.no_grad():
                 # One tensor in two places would be one input.
                 own = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
-                operations = Operations(own, len(leaves) - len(tensors(x)))
-                with nullcontext() if watch is None else watch, taken_down(), operations:
+                if _Inputs.of(inputs.tree(own))[0] != inputs:  # copies that lie in memory otherwise
+                    return None, None
+                operations, watch = Operations(own, num_fixed), Watch(function, self._private)
+                with watch, taken_down(), operations:
                     outputs = evaluate(*inputs.tree(own))
-            if watch is not None and watch.reason is None:
-                surroundings = self._surroundings[_Inputs.of(x)[0]] = watch.surroundings()
-            if surroundings is None:
-                self._is_refused = True
-            else:
-                self._keep(way, inputs, operations, outputs, surroundings, type(function) is self._private)
+                if watch.reason is not None:
+                    self._is_refused = True
+                    return outputs, None
+                is_private = type(function) is self._private
+                recording = _recording_of(operations, outputs, inputs, watch.surroundings(), is_private)
+                if recording is None or not recording.gives(outputs, own):
+                    return outputs, None
+                # Numbers that have become a part of the program do not go with others.
+                others = [*map(_reversed, own)]
+                return outputs, recording if recording.gives(evaluate(*inputs.tree(others)), others) else None
         except torch.OutOfMemoryError:
             raise
         except Exception:  # of the mode, or of torch where it does not take one
-            return None
-        return outputs
+            return outputs, None
 
-    def _keep(
-        self,
-        way: Hashable,
-        inputs: _Inputs,
-        operations: Operations,
-        outputs: Any,
-        surroundings: Surroundings,
-        is_private: bool,
-    ) -> None:
-        """Keep a program, if it gives the same outputs."""
-        results, structure = optree.tree_flatten(outputs)
-        if operations.is_refused or not all(type(t) is Tensor for t in results):
-            return
-        may_keep = is_private and not surroundings.has_tensors
-        program = operations.program(results, may_keep=may_keep)
-        recording = _Recording(inputs, program, surroundings, structure)
-        again = optree.tree_leaves(recording(operations.inputs))
-        if all(agree(one, other, operations.inputs) for one, other in zip(again, results, strict=True)):
-            self._programs[way] = recording
 
-    def _found(self, way: Hashable, fixed: Any, x: Any) -> tuple[_Recording, list[Tensor]] | None:
-        """The recording for inputs of this kind, and their leaves."""
-        known = self._programs.get(way)
-        if known is None:
-            return None
-        inputs, leaves = _Inputs.of((fixed, x))
-        return (known, leaves) if inputs == known.inputs else None
+def _recording_of(
+    operations: Operations, outputs: Any, inputs: _Inputs, surroundings: Surroundings, is_private: bool
+) -> _Recording | None:
+    results, structure = optree.tree_flatten(outputs)
+    if operations.is_refused or not all(type(t) is Tensor for t in results):
+        return None
+    program = operations.program(results, may_keep=is_private and not surroundings.has_tensors)
+    return None if operations.is_refused else _Recording(program, surroundings, structure)
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    """The same numbers in another order, if each has a place of its own; in the same layout."""
+    other = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    if other.untyped_storage().nbytes() < tensor.nbytes:
+        return tensor
+    return other.copy_(tensor.reshape(-1).flip(0).view(tensor.shape))
 
 
 class Bound:
@@ -241,7 +259,7 @@ class Bound:
         if len(given) != len(self._given) or not all(map(operator.is_, given, self._given)):
             return None
         # The same tensor can have been given other memory, by its `data`.
-        if _places(self._fixed) != self._places or not self._recorded.is_unchanged(self._recording):
+        if _places(self._fixed) != self._places or not self._recorded.holds(self._recording):
             return None
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *self._fixed)):
             return None
@@ -257,4 +275,5 @@ class Bound:
 
 def _places(leaves: Sequence[Tensor]) -> tuple[list[Any], ...]:
     """Where tensors lie in memory, and how."""
-    return tuple([*map(of, leaves)] for of in (Tensor.data_ptr, Tensor.size, Tensor.stride))
+    dtypes = [leaf.dtype for leaf in leaves]
+    return dtypes, *([*map(of, leaves)] for of in (Tensor.data_ptr, Tensor.size, Tensor.stride))

@@ -11,6 +11,7 @@ import dis
 import functools
 import math
 import operator
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -47,7 +48,16 @@ _READ = frozenset(
         *("from_numpy", "frombuffer", "tensor_split"),
     )
 )
-_UNKNOWN = _READ | {"__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage"}
+_UNKNOWN = _READ | {
+    "__array__",
+    "__dlpack__",
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    "storage_offset",
+    "new",
+}
+_HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _BUILTINS = frozenset(
     (
         *("abs", "all", "any", "callable", "divmod", "getattr", "hasattr", "isinstance", "issubclass"),
@@ -73,19 +83,17 @@ class Surroundings:
         names: Globals: where, the name, and the value.
         cells: Variables of functions around, and their values.
         classes: Classes, and what was in them.
+        functions: Functions, and what is put in place of these without another function.
+        has_tensors: Whether there are tensors among them, whose numbers others may change.
         dtype: What tensors are made in where nothing else is said.
     """
 
     names: tuple[tuple[dict[str, Any], str, Any], ...]
     cells: tuple[tuple[CellType, Any], ...]
     classes: tuple[tuple[type, tuple[Any, ...]], ...]
+    functions: tuple[tuple[weakref.ref[FunctionType], tuple[Any, ...]], ...]
+    has_tensors: bool
     dtype: torch.dtype
-
-    @property
-    def has_tensors(self) -> bool:
-        """Whether there are tensors among them, whose numbers others may change."""
-        values = (*(value for *_, value in self.names), *(value for _, value in self.cells))
-        return any(isinstance(value, Tensor) for value in values)
 
     def are_unchanged(self) -> bool:
         """Whether all is as it was."""
@@ -100,6 +108,10 @@ class Surroundings:
         for kind, values in self.classes:
             found = vars(kind).values()
             if len(found) != len(values) or not all(map(operator.is_, found, values)):
+                return False
+        for reference, parts in self.functions:
+            function = reference()
+            if function is None or not all(map(operator.is_, _parts(function), parts)):
                 return False
         return True
 
@@ -122,7 +134,9 @@ class Watch:
         self._cells: list[tuple[CellType, Any]] = []
         self._classes: dict[type, tuple[Any, ...]] = {}
         self._known: dict[int, Any] = {}  # what is constant, by `id`
-        self._read: set[CodeType] = set()
+        self._functions: list[tuple[weakref.ref[FunctionType], tuple[Any, ...]]] = []
+        self._has_tensors = False
+        self._read: set[tuple[int, CodeType]] = set()  # with their globals
         self._inner: set[CodeType] = set()  # of functions that code makes that was read, or that are known
         is_known = (
             self._is_constant_function(function)
@@ -142,7 +156,9 @@ class Watch:
     def surroundings(self) -> Surroundings:
         """What the code that ran depends on."""
         names, cells = tuple(self._names.values()), tuple(self._cells)
-        return Surroundings(names, cells, tuple(self._classes.items()), torch.get_default_dtype())
+        classes, functions = tuple(self._classes.items()), tuple(self._functions)
+        dtype = torch.get_default_dtype()
+        return Surroundings(names, cells, classes, functions, self._has_tensors, dtype)
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
         if self.reason is not None:
@@ -163,7 +179,8 @@ class Watch:
 
     def _see_trusted(self, frame: FrameType) -> None:
         name, caller = frame.f_globals["__name__"], frame.f_back
-        if name.startswith("torch") and not name.startswith(_OF_TORCH):
+        is_hook = frame.f_code.co_name in _HOOKING  # which may be called in another thread
+        if name.startswith("torch") and (is_hook or not name.startswith(_OF_TORCH)):
             if caller is not None and not _is_trusted(caller):
                 self._refuse(f"{name}.{frame.f_code.co_qualname}")
 
@@ -175,9 +192,9 @@ class Watch:
                 self._note_class(type(first))
             elif _is_foreign(type(first)) and id(first) not in self._known:
                 self._refuse(f"an object of {type(first).__name__}")
-        if code in self._read:
+        if (id(frame.f_globals), code) in self._read:
             return
-        self._read.add(code)
+        self._read.add((id(frame.f_globals), code))
         if code not in self._inner and set(code.co_freevars) - {"__class__"}:
             self._refuse(f"variables of a function around {code.co_qualname}")
         names, inner, refused = _reading(code)
@@ -198,6 +215,7 @@ class Watch:
         if id(value) in self._known:
             return True
         if value is None or type(value) in _CONSTANTS:
+            self._has_tensors |= isinstance(value, Tensor)
             return True
         if isinstance(value, ModuleType):
             return _top(value.__name__) == "torch" or value in (math, operator)
@@ -213,7 +231,8 @@ class Watch:
             # One that refers to itself would be kept alive by what is remembered of it.
             is_constant = value is not self._function and self._is_constant_function(value)
         elif type(value) is self._private:
-            is_constant = all(map(self._is_held, value.held()))
+            module, call = value.held()
+            is_constant = self._is_held(module) and self._is_constant(call)
         else:
             is_constant = isinstance(value, _DecoratorContextManager)  # as `torch.no_grad`
         if not is_constant:
@@ -222,6 +241,7 @@ class Watch:
 
     def _is_constant_function(self, function: FunctionType) -> bool:
         given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        self._functions.append((weakref.ref(function), _parts(function)))
         attributes = {name: value for name, value in vars(function).items() if name != "__wrapped__"}
         if _top(function.__globals__.get("__name__")) in _TRUSTED and not function.__closure__:
             return True
@@ -241,7 +261,8 @@ class Watch:
             self._known[id(value)] = value
         if isinstance(value, nn.Module):
             self._note_class(type(value))
-            return all(map(self._is_held, vars(value).values()))
+            has_hooks = bool(value._backward_hooks or value._backward_pre_hooks)  # as above
+            return not has_hooks and all(map(self._is_held, vars(value).values()))
         if isinstance(value, dict):
             return all(map(self._is_held, value.values()))
         if isinstance(value, list | set | frozenset | tuple):
@@ -250,8 +271,9 @@ class Watch:
             return all(map(self._is_held, (value.func, value.args, value.keywords)))
         if isinstance(value, MethodType):
             return self._is_held(value.__func__) and self._is_held(value.__self__)
-        # Recurrent layers have references to their weights.
-        if isinstance(value, Tensor | weakref.ref) or self._is_constant(value):
+        if isinstance(value, weakref.ref):  # recurrent layers have some to their weights
+            return isinstance(value(), Tensor | None)
+        if isinstance(value, Tensor) or self._is_constant(value):
             return True
         if _is_foreign(type(value)) and hasattr(value, "__dict__"):
             self._known[id(value)] = value
@@ -306,6 +328,10 @@ _CONSTANTS = frozenset(
 )
 
 
+def _parts(function: FunctionType) -> tuple[Any, ...]:
+    return function.__code__, function.__defaults__, function.__kwdefaults__
+
+
 def _inside(cell: CellType) -> Any:
     """What a variable of a function is, if it is there."""
     try:
@@ -332,15 +358,26 @@ def _is_trusted(frame: FrameType) -> bool:
             return not is_of_others
         if top == "importlib":
             is_of_others = False
-        elif top not in sys.stdlib_module_names and not top.startswith("namedtuple_"):
+        elif not _is_of_python(found.f_code.co_filename, top):
             is_of_others = True
         found = found.f_back
     return False
 
 
+@functools.lru_cache(maxsize=1024)
+def _is_of_python(file: str, top: str) -> bool:
+    """Whether code is of the standard library, or written by it, and not of a file that is called like it."""
+    is_there = file.startswith((_LIBRARY, "<")) and "site-packages" not in file
+    return is_there and (top in sys.stdlib_module_names or top.startswith("namedtuple_"))
+
+
+_LIBRARY = os.path.dirname(os.__file__)
+
+
 def _is_foreign(kind: type) -> bool:
     """Whether a class is neither torch's nor Python's own nor ours."""
-    return _top(kind.__module__) not in _TRUSTED and kind.__module__ != "builtins"
+    top = _top(kind.__module__)
+    return top not in _TRUSTED and top not in sys.stdlib_module_names
 
 
 @functools.lru_cache(maxsize=1024)

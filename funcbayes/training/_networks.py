@@ -129,9 +129,7 @@ class Networks:
         found = None
         if self.recorded.is_possible(self.objective.fn):
             with torch.no_grad():
-                found = self.recorded.outputs(key, numbers, given)
-                if found is None and self.recorded.wants(key):
-                    found = self.recorded.record(key, self.objective.fn, evaluate, numbers, given)
+                found = self.recorded.evaluate(key, self.objective.fn, evaluate, numbers, given)
         return function(self.objective, given) if found is None else found
 
     def gradient(
@@ -145,7 +143,7 @@ class Networks:
         is_program = self.compile or self.recorded.is_possible(self.objective.fn)
         given = own, self._held[k], self.fixed.of(k), pair, torch.tensor(key) if is_program else key
         with self._noise(key):
-            loss, grads, fixed = self.run(("one", pair[1].shape), self._gradient, given)
+            loss, grads, fixed = self.run("one", self._gradient, given)
         self.fixed.put(k, fixed)
         return loss, grads
 

@@ -144,7 +144,7 @@ def _vmapped(
     given = own, held, varying, common, batch.leaves, keys
     if seen is not None:
         return evaluate(networks.objective, given)
-    return networks.run((kind, batch.spec, tuple(batch.dims), batch.rows, len(own[0])), evaluate, given)
+    return networks.run((kind, batch.spec, tuple(batch.dims)), evaluate, given)
 
 
 def _loss_of_one(
