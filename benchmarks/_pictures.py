@@ -46,7 +46,7 @@ def _against_loop(figure: Any, results: Sequence[Result]) -> None:
     ):
         axes.axhline(1.0, color="0.6", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel=xlabel, title=title)
-        _plain_ticks(axes, (0.5, 1, 2, 4, 8))
+        _plain_ticks(axes, (0.5, 1, 2, 4, 8, 16, 32, 64))
     over_rows.set_ylabel("times faster than the best loop")
     over_rows.legend(fontsize="small", loc="upper right")  # where lines have come down
 
