@@ -579,11 +579,14 @@ class _Run:
             return _stacked(self._one_by_one(draws, mechanism, start))
         if mechanism.kind == "loop_channels_last":
             return self._loop_in_channels_last(draws, mechanism, start)
-        if mechanism.kind == "folded":
-            return self._folded(_of_kind(DropoutMasks, draws))
-        if self.may_record and not draws.effects:
+        if self.may_record and all(isinstance(e, DropoutMasks) and not e.shared_mask for e in draws.effects):
             return self._recorded(draws, mechanism)
-        return self._mapped(draws, mechanism.kind, seen)
+        return self._together(draws, mechanism.kind, seen)
+
+    def _together(self, draws: Draw, kind: Kind, seen: Observed | None = None) -> Tensor:
+        if kind == "folded":
+            return self._folded(_of_kind(DropoutMasks, draws))
+        return self._mapped(draws, kind, seen)
 
     def _mapped(self, draws: Draw, kind: Kind, seen: Observed | None = None) -> Tensor:
         is_plain = kind == "vmap" and not self.tuner.needs_rules and seen is None
@@ -597,21 +600,23 @@ class _Run:
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
 
     def _recorded(self, draws: Draw, mechanism: Mechanism) -> Tensor:
-        """By what was recorded of an earlier chunk; else mapped, and recorded if that is worth it."""
-        recorded, run = self.tuner.recorded, copy.copy(self)
-        count = tensors(draws.leaves)[0].shape[0]
-        way, may_record = (mechanism.kind, count), self.tuner.is_short(mechanism, count)
+        """By what was recorded of an earlier chunk; else all together, and recorded if that is worth it."""
+        recorded, run, kind = self.tuner.recorded, copy.copy(self), mechanism.kind
+        # Numbers of rows are hashed into the keys here: they are no part of what is recorded.
+        effects, run.first_row = tuple(map(self._at_rows, draws.effects)), 0
+        count = tensors(draws)[0].shape[0]
         fixed = draws.leaves if self.params is None else (draws.leaves, self.params)
 
         def evaluate(fixed: Any, x: Any) -> Tensor:
             leaves, run.params = (fixed, None) if self.params is None else fixed
-            run.x = x
-            return run._mapped(Draw(leaves), mechanism.kind)
+            effects, run.x = x if draws.effects else ((), x)
+            return run._together(Draw(leaves, effects), kind)
 
-        num_tried = recorded.num_tried
-        found = recorded.evaluate(way, self.fn, evaluate, fixed, self.x, may_record=may_record)
+        x = (effects, self.x) if effects else self.x
+        num_tried, may_record = recorded.num_tried, self.tuner.is_short(mechanism, count)
+        found = recorded.evaluate((kind, count), self.fn, evaluate, fixed, x, may_record=may_record)
         self.has_recorded |= recorded.num_tried > num_tried
-        return self._mapped(draws, mechanism.kind) if found is None else found
+        return self._together(draws, kind) if found is None else found
 
     def _loop_in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:
         run = self._in_channels_last
@@ -644,7 +649,8 @@ class _Run:
         if has_global_hooks():
             raise RuntimeError("Hooks of all modules may mix rows.")
         at_rows = [mask.at_rows(self.first_row, None) for mask in masks]
-        folded = Folded(len(masks[0].key), self.tuner.places if len(masks) == 1 else [])
+        is_alone = len(masks) == 1 and is_readable(masks[0].key)
+        folded = Folded(len(masks[0].key), self.tuner.places if is_alone else [])
         outputs = with_dropout(self.fn, at_rows, folded)(self.params, self.x)
         _check_outputs(outputs)
         return outputs.unflatten(0, (folded.num_draws, -1))

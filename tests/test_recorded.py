@@ -1014,3 +1014,21 @@ def test_outputs_that_are_views_of_members_are_others_each_time(always):
         samples = fb.predict(fn, None, ensemble, x).samples
         assert samples.shape == (5, 3, 2)
         samples.unsqueeze_(0)
+
+
+DROPPING = [name for name in MODELS if "dropout" in name]
+FOLDED = ["mlp_dropout", "conv_dropout"]
+CASES = [*((name, kind) for name in DROPPING for kind in KINDS), *((name, "folded") for name in FOLDED)]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_recorded_masks_are_those_of_the_seed_and_of_the_rows(always, name, kind):
+    always(kind)
+    model = MODELS[name]()
+    batches = [model.inputs(4), model.inputs(5)[:4], model.inputs(6)[:4], model.inputs(3)]
+    for seed in range(3):
+        options = {"num_samples": 6, "seed": seed, "labelled": False}
+        got = fb.predict_batches(model.fn, model.params, fb.Dropout(), batches, **options)
+        wanted = fb.predict_batches(model.fn, model.params, fb.Dropout(), batches, chunk_size=1, **options)
+        assert_close(got.samples, wanted.samples)
+    assert is_recorded(model.fn)
