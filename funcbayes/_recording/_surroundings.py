@@ -57,6 +57,7 @@ _UNKNOWN = _READ | {
     "storage_offset",
     "new",
 }
+# A hook may be called in another thread.
 _HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _BUILTINS = frozenset(
     (
@@ -161,7 +162,9 @@ class Watch:
         return Surroundings(names, cells, classes, functions, self._has_tensors, dtype)
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
-        if self.reason is not None:
+        if self.reason is not None or event not in ("call", "c_call"):
+            return
+        if id(frame.f_code) in _harmless and (event == "call" or _name_of(argument) not in _READ):
             return
         try:
             if event == "call":
@@ -169,7 +172,7 @@ class Watch:
                     self._see_trusted(frame)
                 else:
                     self._see_other(frame)
-            elif event == "c_call":
+            else:
                 if not _is_trusted(frame):
                     self._see_builtin(argument)
                 elif _name_of(argument) in _READ and _top(frame.f_globals["__name__"]) == "torch":
@@ -178,11 +181,12 @@ class Watch:
             self._refuse(repr(error))
 
     def _see_trusted(self, frame: FrameType) -> None:
-        name, caller = frame.f_globals["__name__"], frame.f_back
-        is_hook = frame.f_code.co_name in _HOOKING  # which may be called in another thread
-        if name.startswith("torch") and (is_hook or not name.startswith(_OF_TORCH)):
-            if caller is not None and not _is_trusted(caller):
-                self._refuse(f"{name}.{frame.f_code.co_qualname}")
+        name, caller, code = frame.f_globals["__name__"], frame.f_back, frame.f_code
+        if _top(name) != "torch" or (name.startswith(_OF_TORCH) and code.co_name not in _HOOKING):
+            if _top(name) in _TRUSTED:
+                _harmless[id(code)] = code
+        elif caller is not None and not _is_trusted(caller):
+            self._refuse(f"{name}.{code.co_qualname}")
 
     def _see_other(self, frame: FrameType) -> None:
         code = frame.f_code
@@ -319,6 +323,8 @@ class Watch:
         self.reason = self.reason or f"It is not known what {what} depends on, or does."
 
 
+# Code of torch's and ours that is so whoever calls it, by its `id`: two of different files may be equal.
+_harmless: dict[int, CodeType] = {}
 _FUNCTIONS = torch._C._VariableFunctions  # type: ignore[attr-defined]  # `torch.relu` and the like
 _CONSTANTS = frozenset(
     (
