@@ -317,7 +317,7 @@ class _Run:
         self.tuner = self._tuner()
         self.failed = self.tuner.failed  # kinds that are left out
         self.was_watched = False
-        self.may_record = self.has_recorded = False
+        self.may_record = False
         self.at_once: Mechanism | None = None  # what all draws were evaluated by, without timing others
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -348,8 +348,7 @@ class _Run:
     def _by_program(self, part: slice, size: int) -> Tensor:
         def evaluate(tree: Any) -> Tensor:
             draws, params, x = tree
-            fixed = self.cell[0], 0, 0, self.dtype
-            own = _Run(self.fn, params, x, self.make_draws, self.numbers, *fixed)
+            own = self._from_first_row(params, x)
             try:
                 return own._outputs(draws, Mechanism(self.default, size), 0)
             except torch.OutOfMemoryError:
@@ -360,13 +359,18 @@ class _Run:
         draws, count = self.make_draws(part), part.stop - part.start
         if count < size:
             draws = index(draws, torch.arange(size).clamp_max(count - 1))
-        # Numbers of rows are hashed into the keys here: they are no part of the program.
-        draws = Draw(draws.leaves, tuple(map(self._at_rows, draws.effects)))
+        draws = Draw(draws.leaves, self._at_rows(draws.effects))
         return compiled(self.fn, ("predict", self.cell), evaluate, (draws, self.params, self.x))[:count]
 
-    def _at_rows(self, effect: Any) -> Any:
-        is_masks = isinstance(effect, DropoutMasks) and not effect.shared_mask
-        return effect.at_rows(self.first_row, None) if is_masks else effect
+    def _at_rows(self, effects: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Effects with numbers of rows hashed into their keys: they are no part of a program."""
+        return tuple(e.at_rows(self.first_row, None) if _is_of_each_row(e) else e for e in effects)
+
+    def _from_first_row(self, params: Params, x: Any) -> "_Run":
+        """The same for other values, and effects that were given their rows."""
+        run = copy.copy(self)
+        run.params, run.x, run.first_row = params, x, 0
+        return run
 
     def chosen(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks by the best mechanism known; while that is being learned, by those to be timed."""
@@ -378,15 +382,16 @@ class _Run:
         start = 0
         while start < self.num_draws and not _is_captured() and (mechanism := tuner.next_to_time()):
             part = slice(start, min(start + mechanism.chunk, self.num_draws))
-            self.has_recorded = False
+            num_tried = tuner.recorded.num_tried
             tuner.wait()
             began = time.perf_counter()
             outputs = self._attempt(part, mechanism)
             tuner.wait()
             size = part.stop - part.start
-            # A short tail would be judged unfairly, as would a mechanism that another stood in for.
+            # A short tail would be judged unfairly, as would a mechanism that another stood in for, or that was
+            # recorded meanwhile.
             is_itself = mechanism.kind not in tuner.failed and (tuner.most is None or size <= tuner.most)
-            if size == mechanism.chunk and is_itself and not self.has_recorded:
+            if size == mechanism.chunk and is_itself and tuner.recorded.num_tried == num_tried:
                 tuner.record(mechanism, (time.perf_counter() - began) / size)
             yield part, outputs
             start = part.stop
@@ -404,9 +409,9 @@ class _Run:
         model, _ = known.get(kind_of(self.x), (None, None))
         if model is not None and model() is self.fn:
             return  # other tensors than were bound, perhaps at every call
-        fixed = self.make_draws(slice(0, self.num_draws)).leaves
+        leaves = self.make_draws(slice(0, self.num_draws)).leaves
         way = mechanism.kind, self.num_draws
-        bound = self.tuner.recorded.bound(way, fixed, self.x)
+        bound = self.tuner.recorded.bound(way, (leaves, self.params), ((), self.x), leaves)
         if bound is not None and mechanism.kind not in self.failed:
             if len(known) >= _MOST_KINDS:
                 known.clear()
@@ -579,7 +584,7 @@ class _Run:
             return _stacked(self._one_by_one(draws, mechanism, start))
         if mechanism.kind == "loop_channels_last":
             return self._loop_in_channels_last(draws, mechanism, start)
-        if self.may_record and all(isinstance(e, DropoutMasks) and not e.shared_mask for e in draws.effects):
+        if self.may_record and all(map(_is_of_each_row, draws.effects)):
             return self._recorded(draws, mechanism)
         return self._together(draws, mechanism.kind, seen)
 
@@ -601,21 +606,15 @@ class _Run:
 
     def _recorded(self, draws: Draw, mechanism: Mechanism) -> Tensor:
         """By what was recorded of an earlier chunk; else all together, and recorded if that is worth it."""
-        recorded, run, kind = self.tuner.recorded, copy.copy(self), mechanism.kind
-        # Numbers of rows are hashed into the keys here: they are no part of what is recorded.
-        effects, run.first_row = tuple(map(self._at_rows, draws.effects)), 0
-        count = tensors(draws)[0].shape[0]
-        fixed = draws.leaves if self.params is None else (draws.leaves, self.params)
+        kind, count, effects = mechanism.kind, tensors(draws)[0].shape[0], self._at_rows(draws.effects)
 
-        def evaluate(fixed: Any, x: Any) -> Tensor:
-            leaves, run.params = (fixed, None) if self.params is None else fixed
-            effects, run.x = x if draws.effects else ((), x)
-            return run._together(Draw(leaves, effects), kind)
+        def evaluate(fixed: tuple[Params, Params], given: tuple[tuple[Any, ...], Any]) -> Tensor:
+            (leaves, params), (effects, x) = fixed, given
+            return self._from_first_row(params, x)._together(Draw(leaves, effects), kind)
 
-        x = (effects, self.x) if effects else self.x
-        num_tried, may_record = recorded.num_tried, self.tuner.is_short(mechanism, count)
-        found = recorded.evaluate((kind, count), self.fn, evaluate, fixed, x, may_record=may_record)
-        self.has_recorded |= recorded.num_tried > num_tried
+        may_record = self.tuner.is_short(mechanism, count)
+        values = (draws.leaves, self.params), (effects, self.x)
+        found = self.tuner.recorded.evaluate((kind, count), self.fn, evaluate, *values, may_record=may_record)
         return self._together(draws, kind) if found is None else found
 
     def _loop_in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:
@@ -729,6 +728,11 @@ def _apart(draws: Draw) -> tuple[Draw, tuple[Linearization, ...]]:
     centers = [e for e in _of_kind(Linearization, draws) if all(map(is_repeated, tensors(e)))]
     mapped = tuple(effect for effect in draws.effects if effect not in centers)
     return Draw(draws.leaves, mapped), tuple(index(center, 0) for center in centers)
+
+
+def _is_of_each_row(effect: Any) -> bool:
+    """Whether these are masks of which each row has its own."""
+    return isinstance(effect, DropoutMasks) and not effect.shared_mask
 
 
 def _of_kind(kind: type[_T], draw: Draw) -> list[_T]:

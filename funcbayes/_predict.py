@@ -59,9 +59,9 @@ def predict(
 
     That is in one vectorised pass, in several of as many draws as are fastest, or in a loop where nothing is
     faster; so it is learned from the time that the first calls with a model and shape of ``x`` take. Passes
-    that take little time are recorded: what the model did with its tensors is done again without its Python
-    code, for as long as that code, and all that it takes from elsewhere, is as it was. A model of which that
-    cannot be told is called every time.
+    that take little time, and have no given ``chunk_size``, are recorded: what the model did with its tensors
+    is done again without its Python code, for as long as that code, and all that it takes from elsewhere, is
+    as it was. A model of which that cannot be told is called every time.
 
     Parameters that the posterior does not cover are taken from ``params`` and get no draw axis, so in a pass
     the part of the model before the first covered layer is evaluated once, not once a draw.
@@ -274,9 +274,10 @@ def _predict(
         raise ValueError("`predict(targets=...)` needs a likelihood: `predict(..., likelihood=...)`.")
     atoms = posterior.atoms() if num_samples is None else None
     is_plain = chunk_size is None and dtype is None and not (compile or marginal)
+    # Whose draws are these and no others, which a call may have had before.
     owner = posterior if is_plain and atoms is not None and len(atoms) == 1 else None
-    if owner is not None and atoms is not None and (likelihood is None or not wants_grad(likelihood)):
-        (draw, weights), *_ = atoms
+    if atoms is not None and owner is not None and (likelihood is None or not wants_grad(likelihood)):
+        draw, weights = atoms[0]
         outputs = None if draw.effects else repeated(fn, params, draw.leaves, x, owner)
         if outputs is not None:
             collect = _Collector(weights, likelihood, targets, keep_samples, is_in_order=True)

@@ -24,7 +24,7 @@ _ONE_BY_ONE = frozenset(
 
 
 def has_global_hooks() -> bool:
-    """Whether something is called around every module, which may mix rows."""
+    """Whether something is called around every module, forwards or backwards: it may do anything."""
     return bool(
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks

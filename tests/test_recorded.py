@@ -6,7 +6,6 @@ import time
 import types
 import weakref
 
-import optree
 import pytest
 import torch
 import zoo
@@ -17,6 +16,7 @@ from zoo import F64, MODELS, SLOW_MODELS, linear, linear_params, randn
 import funcbayes as fb
 from funcbayes import _engine
 from funcbayes._recording import Recorded
+from funcbayes._tree import tensors
 from funcbayes.likelihoods import Categorical, Normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -100,9 +100,6 @@ def by_default(params, x, seen=[2.0]):  # noqa: B006  # as a user may write it
 
 class Scale:
     by = 2.0
-
-    def __call__(self, params, x):
-        return self.by * linear(params, x)
 
 
 def by_class(params, x):
@@ -713,8 +710,7 @@ def test_outputs_are_not_the_inputs(always):
     assert is_recorded(given_back)
 
 
-@pytest.fixture
-def bound(always):
+def made_bound(always):
     """An ensemble with a model whose next call will be a quick one."""
     always("rows_first")
     fn, params = fb.make_functional(zoo.mlp().double())
@@ -723,6 +719,11 @@ def bound(always):
         fb.predict(fn, None, ensemble, x)
     assert _engine.repeated(fn, None, ensemble.members, x, ensemble) is not None
     return fn, ensemble, x
+
+
+@pytest.fixture
+def bound(always):
+    return made_bound(always)
 
 
 def test_members_that_are_written_into_count(bound):
@@ -821,12 +822,7 @@ def test_what_a_user_does_to_a_prediction_stays_there(bound):
 
 
 def test_what_is_bound_to_a_posterior_lives_as_long_as_it(always):
-    always("rows_first")
-    fn, params = fb.make_functional(zoo.mlp().double())
-    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
-    for _ in range(3):
-        fb.predict(fn, None, ensemble, x)
-    assert _engine.repeated(fn, None, ensemble.members, x, ensemble) is not None
+    _, ensemble, _ = made_bound(always)  # a fixture would be kept alive itself
     leaf = weakref.ref(ensemble.members["0.weight"])
     del ensemble
     gc.collect()
@@ -868,7 +864,7 @@ def test_training_is_bit_for_bit_what_it_is_without_recording(monkeypatch, fit, 
         results.append(FITS[fit](model.fn, model.params, (model.inputs(10), y), **options))
         monkeypatch.setattr(Recorded, "holds", original)
         assert any(calls) == (len(results) == 1)
-    one, other = (fb_leaves(result) for result in results)
+    one, other = map(tensors, results)
     assert len(one) == len(other)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -876,10 +872,6 @@ def test_training_is_bit_for_bit_what_it_is_without_recording(monkeypatch, fit, 
 def _noted(found, calls):
     calls.append(found)
     return found
-
-
-def fb_leaves(tree):
-    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class Callable:
@@ -896,10 +888,6 @@ def test_an_object_that_calls_a_module_may_change(always):
     ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
     for call.by in (2.0, 2.0, 2.0, 3.0):
         assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
-
-
-def twice(params, x):
-    return 2 * linear(params, x)
 
 
 def thrice(params, x, factor=3):

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._tree import tensors
-from ._program import VARIABLE, Program, Step, written
+from ._program import VARIABLE, Program, Step, functions_of
 
 _NAMESPACES = frozenset(("aten", "prims", "mkldnn", "onednn", "funcbayes"))
 # What cannot be done again with other numbers: results have sizes, or become numbers of Python's, by them.
@@ -59,13 +59,12 @@ class Operations(TorchDispatchMode):
         num_fixed: How many of the first of them stay the same in many calls.
 
     Attributes:
-        inputs: As given.
         is_refused: Whether something was done that cannot be done again.
     """
 
     def __init__(self, inputs: Sequence[Tensor], num_fixed: int) -> None:
         super().__init__()
-        self.inputs, self.is_refused = inputs, False
+        self.is_refused = False
         self._given = [f"t{i}" for i in range(len(inputs))]
         self._fixed = self._given[:num_fixed]
         self._tensors = dict(zip(self._given, inputs, strict=True))
@@ -145,7 +144,7 @@ class Operations(TorchDispatchMode):
                 same[step.names[0]] = same.get(step.copies, step.copies)
             else:
                 rest.append(step.renamed(same))
-        functions = written(views, rest, self._given, len(self._fixed), results, constants)
+        functions = functions_of(views, rest, self._given, len(self._fixed), results, constants)
         versions = tuple((t, t._version) for t in self._own()) if may_keep else ()
         return Program(len(self._fixed), versions, *functions)
 

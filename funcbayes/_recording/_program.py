@@ -57,7 +57,7 @@ class Program:
     run: Callable[..., list[Tensor]]
 
 
-def written(
+def functions_of(
     views: Sequence[Step],
     steps: Sequence[Step],
     inputs: Sequence[str],

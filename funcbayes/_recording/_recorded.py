@@ -153,24 +153,28 @@ class Recorded:
             ``None`` where it is not, or cannot be, evaluated like this.
         """
         inputs, leaves = _Inputs.of((fixed, x))
+        recording, is_known = self._known(way, inputs)
+        if not inputs.may_be_recorded(leaves):
+            return None
+        if is_known:
+            return recording(leaves) if recording is not None and self.holds(recording) else None
         known = self._recordings.setdefault(way, [])
-        found = [recording for of, recording in known if of == inputs]
-        if found:
-            recording = found[0]
-            is_it = recording is not None and inputs.may_be_recorded(leaves) and self.holds(recording)
-            return recording(leaves) if is_it and recording is not None else None
-        if not may_record or len(known) >= _MOST or not inputs.may_be_recorded(leaves):
+        if not may_record or len(known) >= _MOST:
             return None
         self.num_tried += 1
         outputs, recording = self._recorded(function, evaluate, inputs, leaves, len(leaves) - len(tensors(x)))
         known.append((inputs, recording))
         return outputs
 
-    def bound(self, way: Hashable, fixed: Any, x: Tensor) -> "Bound | None":
-        """A recording for inputs that stay, other than ``x``."""
-        inputs, _ = _Inputs.of((fixed, x))
-        found = [recording for of, recording in self._recordings.get(way, []) if of == inputs]
-        return Bound(self, found[0], fixed) if found and found[0] is not None else None
+    def bound(self, way: Hashable, fixed: Any, x: Any, held: Any) -> "Bound | None":
+        """A recording for inputs that stay, other than ``x``; ``held`` is what these are in."""
+        recording, _ = self._known(way, _Inputs.of((fixed, x))[0])
+        return None if recording is None else Bound(self, recording, held)
+
+    def _known(self, way: Hashable, inputs: _Inputs) -> tuple[_Recording | None, bool]:
+        """A recording, and whether there is one or was one tried."""
+        found = [recording for of, recording in self._recordings.get(way, ()) if of == inputs]
+        return (found[0], True) if found else (None, False)
 
     def holds(self, recording: _Recording) -> bool:
         """Whether a recording is what would be done; once one is not, there will be none."""
@@ -239,7 +243,7 @@ class Bound:
     Args:
         recorded: What it is one of.
         recording: With one tensor as ``x``.
-        fixed: The other inputs, a tree.
+        fixed: The other inputs, all that are in a tree.
     """
 
     def __init__(self, recorded: Recorded, recording: _Recording, fixed: Any) -> None:

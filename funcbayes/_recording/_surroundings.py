@@ -48,15 +48,9 @@ _READ = frozenset(
         *("from_numpy", "frombuffer", "tensor_split"),
     )
 )
-_UNKNOWN = _READ | {
-    "__array__",
-    "__dlpack__",
-    "data_ptr",
-    "storage",
-    "untyped_storage",
-    "storage_offset",
-    "new",
-}
+_UNKNOWN = _READ.union(
+    ("__array__", "__dlpack__", "data_ptr", "storage", "untyped_storage", "storage_offset", "new")
+)
 # A hook may be called in another thread.
 _HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _BUILTINS = frozenset(
@@ -139,12 +133,8 @@ class Watch:
         self._has_tensors = False
         self._read: set[tuple[int, CodeType]] = set()  # with their globals
         self._inner: set[CodeType] = set()  # of functions that code makes that was read, or that are known
-        is_known = (
-            self._is_constant_function(function)
-            if isinstance(function, FunctionType)
-            else self._is_constant(function)
-        )
-        if not is_known:
+        is_plain = isinstance(function, FunctionType)
+        if not (self._is_constant_function(function) if is_plain else self._is_constant(function)):
             self._refuse("the function")
 
     def __enter__(self) -> "Watch":
@@ -167,16 +157,13 @@ class Watch:
         if id(frame.f_code) in _harmless and (event == "call" or _name_of(argument) not in _READ):
             return
         try:
+            is_trusted = _is_trusted(frame)
             if event == "call":
-                if _is_trusted(frame):
-                    self._see_trusted(frame)
-                else:
-                    self._see_other(frame)
-            else:
-                if not _is_trusted(frame):
-                    self._see_builtin(argument)
-                elif _name_of(argument) in _READ and _top(frame.f_globals["__name__"]) == "torch":
-                    self._refuse(_name_of(argument))
+                (self._see_trusted if is_trusted else self._see_other)(frame)
+            elif not is_trusted:
+                self._see_builtin(argument)
+            elif _name_of(argument) in _READ and _top(frame.f_globals["__name__"]) == "torch":
+                self._refuse(_name_of(argument))
         except Exception as error:  # it would be raised in the midst of the model
             self._refuse(repr(error))
 

@@ -110,7 +110,7 @@ class Networks:
         return loss, merge(fixed, changed) if changed else fixed
 
     def run(self, key: Hashable, function: Callable[[Objective, Any], Any], given: Any) -> Any:
-        """A pure function of the objective and a tree, by a compiled program where that is asked for.
+        """A pure function of the objective and a tree; compiled where that is asked for, else recorded.
 
         Args:
             key: What the function depends on beside its arguments and what stays the same in training.
