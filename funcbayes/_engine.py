@@ -388,8 +388,8 @@ class _Run:
             outputs = self._attempt(part, mechanism)
             tuner.wait()
             size = part.stop - part.start
-            # A short tail would be judged unfairly, as would a mechanism that another stood in for, or that was
-            # recorded meanwhile.
+            # A short tail would be judged unfairly, as would a mechanism that another stood in for, or that
+            # was recorded meanwhile.
             is_itself = mechanism.kind not in tuner.failed and (tuner.most is None or size <= tuner.most)
             if size == mechanism.chunk and is_itself and tuner.recorded.num_tried == num_tried:
                 tuner.record(mechanism, (time.perf_counter() - began) / size)
