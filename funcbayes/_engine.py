@@ -26,9 +26,9 @@ from ._allocator import give_back_memory, keep_large_blocks
 from ._compiled import compiled
 from ._functional import FunctionalModule, Model
 from ._functorch import (
-    has_other_modes,
     is_autocast_on,
     is_inside_transform,
+    is_plain,
     is_readable,
     map_first_axis,
     outside_transforms,
@@ -43,12 +43,14 @@ from ._intercept import (
     Prepared,
     current_call,
     prepared,
+    prepared_together,
     with_dropout,
 )
 from ._layout import agree, channels_last, has_other_layout
 from ._linearize import Linearization, with_linearization
 from ._mapping import in_parts
-from ._random import Place, Seed, fold, resolve_seed
+from ._masks import Place
+from ._random import Seed, fold, resolve_seed
 from ._recording import Bound, Recorded, kind_of
 from ._remember import Remembered
 from ._row_wise import has_global_hooks
@@ -209,30 +211,50 @@ def _at_most(most: int, mechanism: Mechanism) -> Mechanism:
 _tuners: Remembered[_Tuner] = Remembered()
 _warned: Remembered[list[bool]] = Remembered()
 _bound: Remembered[dict[Hashable, tuple[weakref.ref[Any], Bound]]] = Remembered(1)
+_masked: Remembered[dict[Hashable, tuple[Recorded, Hashable]]] = Remembered(1)
 
 
-def repeated(fn: Model, params: Params, leaves: Params, x: Any, owner: Any) -> Tensor | None:
-    """Outputs of all draws, if an earlier call with these draws differs in the numbers of ``x`` only.
+def repeated(fn: Model, params: Params, draws: Draw, x: Tensor, owner: Any, first_row: int) -> Tensor | None:
+    """Outputs of all draws, if an earlier call differs in numbers only.
 
     Args:
         fn: Pure model.
         params: Values of the leaves that draws do not cover; may be ``None``.
-        leaves: All draws.
-        x: Inputs.
+        draws: All of them.
+        x: Inputs, one tensor; others are for :func:`evaluate`.
         owner: Whose draws they are: see :func:`evaluate`.
+        first_row: Number of the first row of ``x`` in a larger data set.
 
     Returns:
-        ``(S, N, ...)``, or ``None``, where :func:`evaluate` is to be called.
+        ``(S, N, ...)``, or ``None``, where :func:`evaluate` is to be called. No mode of torch's may be on
+        but gradients, none of which are wanted in what is not given here.
     """
-    if type(x) is not Tensor or params is not None or vars(x) or has_other_modes():
-        return None
-    model, bound = _bound.get(owner, None, dict).get(kind_of(x), (None, None))
-    if model is None or bound is None or model() is not fn:
+    if vars(x):
         return None
     try:
-        return bound.outputs(leaves, x)
+        if draws.effects:
+            return _repeated_with_masks(fn, params, draws, x, first_row)
+        model, bound = _bound.get(owner, None, dict).get(kind_of(x), (None, None))
+        if params is not None or bound is None or model is None or model() is not fn:
+            return None
+        return bound.outputs(draws.leaves, x)
     except torch.OutOfMemoryError:  # fewer draws at a time will do
         return None
+
+
+def _repeated_with_masks(fn: Model, params: Params, draws: Draw, x: Tensor, first_row: int) -> Tensor | None:
+    if not all(map(_is_of_each_row, draws.effects)):
+        return None
+    recorded, way = _masked.get(fn, None, dict).get(_kind_with_masks(draws, x), (None, None))
+    if recorded is None:
+        return None
+    effects = tuple([masks.at_rows(first_row, None) for masks in draws.effects])
+    return recorded.again(way, (draws.leaves, params), (effects, x))
+
+
+def _kind_with_masks(draws: Draw, x: Tensor) -> Hashable:
+    kinds = tuple([(masks.rate, masks.where, len(masks.key)) for masks in draws.effects])
+    return kind_of(x), kinds, torch.get_num_threads()
 
 
 def evaluate(
@@ -281,8 +303,7 @@ def evaluate(
         yield from run.fixed(1)
     else:
         yield from run.chosen()
-        if owner is not None:
-            run.bind(owner)
+        run.bind(owner)
 
 
 class _Run:
@@ -401,18 +422,34 @@ class _Run:
             yield part, self._attempt(part, mechanism)
 
     def bind(self, owner: Any) -> None:
-        """Let the next call with these draws be quick, if they were evaluated at once by what is settled."""
+        """Let the next call like this be quick, if draws were evaluated at once by what is settled.
+
+        Args:
+            owner: See :func:`evaluate`.
+        """
         mechanism = self.at_once
-        if not self.may_record or mechanism is None or type(self.x) is not Tensor or self.params is not None:
+        if not self.may_record or mechanism is None or type(self.x) is not Tensor:
             return
+        way = mechanism.kind, self.num_draws
+        if mechanism.kind in self.failed or not self.tuner.recorded.has(way):
+            return
+        draws = self.make_draws(slice(0, self.num_draws))
+        if owner is not None and self.params is None:
+            self._bind_draws(owner, draws, way)
+        elif draws.effects and not tensors(draws.leaves) and all(map(_is_of_each_row, draws.effects)):
+            known = _masked.get(self.fn, None, dict)
+            if len(known) >= _MOST_KINDS:
+                known.clear()
+            known[_kind_with_masks(draws, self.x)] = self.tuner.recorded, way
+
+    def _bind_draws(self, owner: Any, draws: Draw, way: Hashable) -> None:
         known = _bound.get(owner, None, dict)
         model, _ = known.get(kind_of(self.x), (None, None))
         if model is not None and model() is self.fn:
             return  # other tensors than were bound, perhaps at every call
-        leaves = self.make_draws(slice(0, self.num_draws)).leaves
-        way = mechanism.kind, self.num_draws
+        leaves = draws.leaves
         bound = self.tuner.recorded.bound(way, (leaves, self.params), ((), self.x), leaves)
-        if bound is not None and mechanism.kind not in self.failed:
+        if bound is not None:
             if len(known) >= _MOST_KINDS:
                 known.clear()
             known[kind_of(self.x)] = weakref.ref(self.fn), bound
@@ -597,10 +634,11 @@ class _Run:
         is_plain = kind == "vmap" and not self.tuner.needs_rules and seen is None
         rules = nullcontext() if is_plain else Batching(kind, seen)
         mapped, shared = _apart(draws)
+        source = None if seen is not None else self._prepared_together(draws)
 
         def one(draw: Draw) -> Tensor:
             with rules:
-                return self._one(Draw(draw.leaves, draw.effects + shared))
+                return self._one(Draw(draw.leaves, draw.effects + shared), source)
 
         return map_first_axis(one, mapped, tensors(mapped)[0].shape[0])
 
@@ -648,7 +686,7 @@ class _Run:
         if has_global_hooks():
             raise RuntimeError("Hooks of all modules may mix rows.")
         at_rows = [mask.at_rows(self.first_row, None) for mask in masks]
-        is_alone = len(masks) == 1 and is_readable(masks[0].key)
+        is_alone = len(masks) == 1 and is_plain(masks[0].key)
         folded = Folded(len(masks[0].key), self.tuner.places if is_alone else [])
         outputs = with_dropout(self.fn, at_rows, folded)(self.params, self.x)
         _check_outputs(outputs)
@@ -673,10 +711,22 @@ class _Run:
 
     def _prepared(self, draws: Draw) -> Sequence[Prepared | None]:
         """The masks of each draw, as far as it is known where they will be wanted."""
-        masks = _of_kind(DropoutMasks, draws)
-        if len(masks) != 1 or masks[0].shared_mask or not is_readable(masks[0].key):
+        keys = self._keys_of_masks(draws)
+        if keys is None:
             return [None] * tensors(draws)[0].shape[0]
-        return prepared(masks[0].at_rows(self.first_row, None).key, self.tuner.places_alone)
+        return prepared(keys, self.tuner.places_alone)
+
+    def _prepared_together(self, draws: Draw) -> Prepared | None:
+        """The masks of all draws, for a function that is mapped over these."""
+        keys = self._keys_of_masks(draws)
+        return None if keys is None else prepared_together(keys, self.tuner.places_alone)
+
+    def _keys_of_masks(self, draws: Draw) -> Tensor | None:
+        """Keys ``(s,)`` of masks that can be made beforehand."""
+        masks = _of_kind(DropoutMasks, draws)
+        if len(masks) != 1 or masks[0].shared_mask or not is_plain(masks[0].key):
+            return None
+        return masks[0].at_rows(self.first_row, None).key
 
     def _alone(self, draw: Draw, number: int, source: Prepared | None) -> Tensor:
         """One draw outside ``vmap``; what the model draws for itself is a function of the draw, too."""

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from torch._C import _functorch  # type: ignore[attr-defined]  # made in C++, wi
 from torch._C._functorch import TransformType
 from torch._functorch.vmap import lazy_load_decompositions
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._warning import first_line
 
@@ -56,6 +58,18 @@ def taken_down() -> Iterator[None]:
         _writing.num_modes = 0
 
 
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Make something once, to be kept: of code that is watched, or taken down, it is a constant."""
+    profile = sys.getprofile()
+    sys.setprofile(None)
+    try:
+        with torch.inference_mode(False), _disable_current_modes():
+            yield
+    finally:
+        sys.setprofile(profile)
+
+
 def _has_dispatch_modes() -> bool:
     """Whether a mode sees operations, other than one that takes them down."""
     return torch._C._len_torch_dispatch_stack() > getattr(_writing, "num_modes", 0)
@@ -86,6 +100,11 @@ def is_readable(tensor: Tensor) -> bool:
     """Whether its numbers may be looked at by Python: nothing writes down or changes what is done with it."""
     is_watched = is_traced() or torch._C._len_torch_dispatch_stack() > 0
     return type(tensor) is Tensor and not is_watched and is_concrete(tensor)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether operations on it are done as they are, and perhaps taken down: none writes or changes them."""
+    return type(tensor) is Tensor and not is_traced() and not _has_dispatch_modes() and is_concrete(tensor)
 
 
 def is_autocast_on() -> bool:

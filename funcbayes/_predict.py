@@ -14,6 +14,7 @@ from ._checks import check_model, positive_int
 from ._compiled import refuse_gradients, wants_grad
 from ._engine import evaluate, repeated, signature
 from ._functional import Model
+from ._functorch import has_other_modes
 from ._linearize import Linearization
 from ._marginal import check_marginal, marginal_model
 from ._prediction import Prediction, concatenate_rows
@@ -34,7 +35,7 @@ from ._tree import (
 )
 from .likelihoods import Likelihood
 from .likelihoods._checks import check_is_likelihood
-from .posteriors import Draw, Posterior, to
+from .posteriors import Draw, Dropout, Posterior, to
 
 DEFAULT_NUM_SAMPLES = 32
 
@@ -276,10 +277,13 @@ def _predict(
     is_plain = chunk_size is None and dtype is None and not (compile or marginal)
     # Whose draws are these and no others, which a call may have had before.
     owner = posterior if is_plain and atoms is not None and len(atoms) == 1 else None
-    if atoms is not None and owner is not None and (likelihood is None or not wants_grad(likelihood)):
-        draw, weights = atoms[0]
-        outputs = None if draw.effects else repeated(fn, params, draw.leaves, x, owner)
-        if outputs is not None:
+    may_repeat = is_plain and type(x) is Tensor and not has_other_modes()
+    if may_repeat and (likelihood is None or not wants_grad(likelihood)):
+        if isinstance(posterior, Dropout):
+            seed = resolve_seed(seed)
+        draws, weights = _at_hand(posterior, atoms, num_samples, seed) or (None, None)
+        outputs = None if draws is None else repeated(fn, params, draws, x, owner, first_row)
+        if weights is not None and outputs is not None:
             collect = _Collector(weights, likelihood, targets, keep_samples, is_in_order=True)
             collect.add(None, outputs)
             return collect.prediction()
@@ -349,6 +353,24 @@ def _check_arguments(
 Group = tuple[Tensor, Callable[[slice], Draw]]
 
 
+def _at_hand(
+    posterior: Posterior, atoms: list[tuple[Draw, Tensor]] | None, num_samples: int | None, seed: Seed | None
+) -> tuple[Draw, Tensor] | None:
+    """All draws and their weights, where these are there or little has to be done to make them."""
+    if atoms is not None:
+        return atoms[0] if len(atoms) == 1 else None
+    if seed is None or not isinstance(posterior, Dropout):
+        return None
+    weights, numbers = _all_alike(num_samples)
+    return posterior.draws(numbers, seed), weights
+
+
+def _all_alike(num_samples: int | None) -> tuple[Tensor, Tensor]:
+    """Weights of draws that count as much as each other, and their numbers."""
+    count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
+    return torch.full((count,), 1 / count, dtype=torch.float64), torch.arange(count)
+
+
 def _plan(
     posterior: Posterior, atoms: list[tuple[Draw, Tensor]] | None, num_samples: int | None, seed: Seed
 ) -> tuple[Tensor, list[Group]]:
@@ -362,9 +384,7 @@ def _plan(
         return weights, [
             (at, functools.partial(_take, draw, len(at))) for at, (draw, _) in zip(groups, atoms, strict=True)
         ]
-    count = DEFAULT_NUM_SAMPLES if num_samples is None else operator.index(num_samples)
-    indices = torch.arange(count)
-    weights = torch.full((count,), 1 / count, dtype=torch.float64)
+    weights, indices = _all_alike(num_samples)
     structures = {} if len(posterior.forms()) == 1 else posterior.structures(indices, seed)
     in_order = structures.values() if len(structures) > 1 else [indices]
 

@@ -1,37 +1,57 @@
 """Keyed noise: every number drawn is a function of a key, never of the order of asking.
 
 A key is a 64-bit hash of what the noise is for: the seed, the draw's index, the leaf's path.
-:func:`normal`, :func:`uniform` and :func:`dropout_mask` make each key's entries by a generator of its own, or
-by hashing it with a counter, also under ``torch.func.vmap``: so a draw does not depend on how many are asked
-for together, in which order, or in which thread.
+:func:`normal` and :func:`uniform` make each key's entries by a generator of its own, or by hashing it with a
+counter, also under ``torch.func.vmap``: so a draw does not depend on how many are asked for together, in
+which order, or in which thread.
 """
 
 import functools
-import hashlib
 import math
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from ._functorch import is_concrete, is_readable, is_traced, outside_transforms, unwrap, vmap_level, wrap
+from ._functorch import (
+    is_concrete,
+    is_plain,
+    is_readable,
+    outside_transforms,
+    unseen,
+    unwrap,
+    vmap_level,
+    wrap,
+)
 from ._global_random import global_state
+from ._hashing import (
+    GOLDEN,
+    advanced,
+    are_few,
+    finalized,
+    hash_op,
+    hash_string,
+    is_for_an_operator,
+    mix,
+    mixed,
+    mixed_few,
+    shift_right,
+    signed,
+    start_of,
+    stirred,
+)
 
 Seed = int | Tensor  # an int64 scalar tensor where fits or chains are vmapped over seeds
 
-_MASK = (1 << 64) - 1
-# The finalizer of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit integers.
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # From this many numbers on, filling rows in several threads pays for starting them.
 _THREADED_NUMEL = 1 << 21
-# Up to this many numbers a key are made by hashing, more by a generator.
+# Up to this many uniforms a key are made by hashing, more by a generator.
 _HASHED_NUMEL = 192
-# Up to this many keys are hashed one by one: of tensors that takes some 14 calls, however few keys there are.
-_FEW = 16
+_SEEDS = (1 << 63) - 1  # of a generator
 
 _registration = threading.Lock()
 
@@ -52,28 +72,20 @@ def fold(key: Seed, data: int | str | Tensor) -> Seed:
     Returns:
         A key in the range of int64: an int if both arguments are plain, otherwise a tensor.
     """
-    value = _hash_string(data) if isinstance(data, str) else data
+    value = hash_string(data) if isinstance(data, str) else data
     if not isinstance(key, Tensor) and not isinstance(value, Tensor):
-        return signed(_mix(key + value * _GOLDEN))
-    if isinstance(key, Tensor) and not isinstance(value, Tensor) and _are_few(key):
-        return torch.tensor([signed(_mix(k + value * _GOLDEN)) for k in key.tolist()], device=key.device)
-    if isinstance(value, Tensor) and not isinstance(key, Tensor) and _are_few(value):
-        return torch.tensor([signed(_mix(key + v * _GOLDEN)) for v in value.tolist()], device=value.device)
+        return signed(mix(key + value * GOLDEN))
+    if are_few(key) and are_few(value):
+        return mixed_few(key, value)
     if not isinstance(value, Tensor):  # a sum of one constant is safe in compiled code, too
-        start, number = key.long() + signed(value * _GOLDEN), None  # type: ignore[union-attr]  # one is a tensor
+        start, number = key.long() + signed(value * GOLDEN), None  # type: ignore[union-attr]  # one is a tensor
     elif isinstance(key, Tensor):
         start, number = key.long(), value
     else:
         start, number = torch.full_like(value, signed(key), dtype=torch.int64), value
-    if _is_for_an_operator(start):
-        return _hash_op()(start, number, True)
-    return _without_axis(_mix_tensor, _advanced(start, number))
-
-
-def _are_few(keys: Tensor) -> bool:
-    """Whether a list of keys is hashed faster as plain numbers."""
-    is_short = keys.ndim == 1 and 0 < len(keys) <= _FEW and keys.device.type == "cpu"
-    return is_short and not keys.is_floating_point() and is_readable(keys)
+    if is_for_an_operator(start):
+        return hash_op()(start, number, True)
+    return _without_axis(mixed, advanced(start, number))
 
 
 def _without_axis(elementwise: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
@@ -87,60 +99,12 @@ def _without_axis(elementwise: Callable[[Tensor], Tensor], values: Tensor) -> Te
     return wrap(found, axis, level)
 
 
-def _advanced(start: Tensor, number: Tensor | None) -> Tensor:
-    """State of SplitMix64 as many steps after ``start`` as a number says, modulo ``2^64``."""
-    return start if number is None else start + number.long() * signed(_GOLDEN)
-
-
-def _is_for_an_operator(key: Tensor) -> bool:
-    """Whether hashing is written down, for a CPU, where arithmetic may be compiled as C++.
-
-    C++ leaves open what signed integers do beyond their range, and its compilers draw conclusions from that.
-    """
-    return is_traced() and key.device.type == "cpu"
-
-
-def _mix(state: int) -> int:
-    state = (state + _GOLDEN) & _MASK
-    state = ((state ^ (state >> 30)) * _MIX_1) & _MASK
-    state = ((state ^ (state >> 27)) * _MIX_2) & _MASK
-    return state ^ (state >> 31)
-
-
-def _mix_tensor(state: Tensor) -> Tensor:
-    state = _stirred(state + signed(_GOLDEN))
-    return state ^ _shift_right(state, 31)
-
-
-def _stirred(state: Tensor) -> Tensor:
-    """All of the finalizer but its last step, which leaves the leading 31 bits as they are."""
-    # int64 arithmetic wraps as the unsigned one does; only the shifts need the sign bits removed. Where there
-    # are few keys the number of operations is what takes time, and those in place take less.
-    state = _shift_right(state, 30).bitwise_xor_(state).mul_(signed(_MIX_1))
-    return _shift_right(state, 27).bitwise_xor_(state).mul_(signed(_MIX_2))
-
-
-def _shift_right(state: Tensor, bits: int) -> Tensor:
-    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def signed(value: int) -> int:
-    """The number of the range of int64 that is the same modulo ``2^64``."""
-    value &= _MASK
-    return value - (1 << 64) if value >> 63 else value
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _hash_string(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
 def keys_by_name(key: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     """``{name: fold(key, name)}``, hashed in one go because there can be hundreds of leaves."""
     names = list(names)
     if not names:
         return {}
-    hashes = torch.tensor([_hash_string(name) for name in names], device=key.device)
+    hashes = torch.tensor([hash_string(name) for name in names], device=key.device)
     keys = fold(key, hashes.reshape(-1, *(1 for _ in key.shape)))
     return dict(zip(names, keys.unbind(0), strict=True))
 
@@ -196,95 +160,6 @@ def uniform(
     return _noise(key, shape, dtype, torch.device(device), gaussian=False)
 
 
-class Place(NamedTuple):
-    """A place of dropout, and what its masks look like.
-
-    Attributes:
-        site: Number of the place.
-        shape: Shape ``s`` of the mask of one key.
-        rate: Probability of ``0``.
-        scale: What is there otherwise.
-        dtype: Of the masks.
-        device: Of the masks.
-    """
-
-    site: int
-    shape: tuple[int, ...]
-    rate: float
-    scale: float = 1.0
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")  # noqa: RUF009
-
-
-def dropout_mask(key: Seed, place: Place) -> Tensor:
-    """Draw ``0`` with a probability and a constant otherwise, a function of ``key`` and of the site alone.
-
-    Masks agree on one type of device.
-
-    Args:
-        key: As in :func:`uniform`, of shape ``k``.
-        place: Where, and what a mask looks like.
-
-    Returns:
-        Mask of shape ``(*k, *s)``.
-    """
-    if not _is_hashed(place.shape, place.device):
-        is_kept = uniform(fold(key, place.site), place.shape, device=place.device) >= place.rate
-    else:
-        keys = torch.as_tensor(key).to(place.device)
-        is_kept = _counted(keys, _stream_of(place), tuple(place.shape)) >= _least_kept(place)
-    return is_kept.to(place.dtype).mul_(place.scale)
-
-
-def are_made_together(key: Tensor, place: Place) -> bool:
-    """Whether :func:`dropout_masks` makes the masks of a place."""
-    is_on_cpu = place.device.type == key.device.type == "cpu"
-    return is_on_cpu and _is_hashed(place.shape, place.device) and is_readable(key)
-
-
-def dropout_masks(key: Tensor, places: tuple[Place, ...]) -> list[Tensor]:
-    """:func:`dropout_mask` for several places in the steps of one, which take longer than few numbers do.
-
-    Args:
-        key: int64 ``(k,)``.
-        places: Those of which :func:`are_made_together` is true, of one dtype.
-
-    Returns:
-        Masks ``(k, *s)``.
-    """
-    starts, steps, least, scales = _along(places)
-    is_kept = _stirred((key.unsqueeze(-1) ^ starts) + steps) >= least
-    masks = is_kept.to(places[0].dtype).mul_(scales).split([math.prod(place.shape) for place in places], -1)
-    return [mask.view((*key.shape, *place.shape)) for mask, place in zip(masks, places, strict=True)]
-
-
-@functools.lru_cache(maxsize=1 << 8)
-def _along(places: tuple[Place, ...]) -> tuple[Tensor, ...]:
-    """Starts, steps, the least numbers kept and scales, for the numbers of all places one after another."""
-    sizes = [math.prod(place.shape) for place in places]
-
-    def of_each(values: list[float], dtype: torch.dtype) -> Tensor:
-        counts = torch.tensor(sizes, device="cpu")
-        return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(counts)
-
-    with torch.inference_mode(False):
-        return (
-            of_each([_start_of(_stream_of(place)) for place in places], torch.int64),
-            torch.cat([_few_steps(size) for size in sizes]),
-            of_each([_least_kept(place) for place in places], torch.int64),
-            of_each([place.scale for place in places], places[0].dtype),
-        )
-
-
-def _stream_of(place: Place) -> int:
-    return _hash_string("mask") + place.site
-
-
-def _least_kept(place: Place) -> int:
-    """Of all numbers of int64 so large a part as the rate says is below: where a unit is dropped."""
-    return min(round(place.rate * (1 << 64)) - (1 << 63), (1 << 63) - 1)
-
-
 def _is_hashed(shape: Sequence[int], device: torch.device) -> bool:
     """Whether uniform noise of one key is made by hashing.
 
@@ -315,84 +190,46 @@ def _noise(
 
 def _hashed(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, gaussian: bool) -> Tensor:
     """Noise by hashing a counter with the key: SplitMix64 started beside each key."""
-    first = _unit(_counted(key, _hash_string("first"), shape), dtype)
-    if not gaussian:
-        return first
-    second = _unit(_counted(key, _hash_string("second"), shape), dtype)
-    # Box & Muller (1958); 1 - u is in (0, 1], where the logarithm is finite.
-    return torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * math.pi * second)
-
-
-def _counted(key: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Stirred counters ``(*k, *s)``, from a start that is a function of a key and the number of a stream."""
     numel = int(math.prod(shape))  # sizes are tensors where `torch.jit.trace` looks on
-    # Not from the key itself, which would give the keys that are folded out of it.
-    start = (key.long() ^ _start_of(stream)).unsqueeze(-1)
-    if _is_for_an_operator(start):
-        stirred = _hash_op()(start, torch.arange(1, numel + 1, device=start.device), False)
-    elif numel <= _HASHED_NUMEL and start.device.type == "cpu" and is_readable(start):
-        stirred = _stirred(start + _few_steps(numel))
-    else:
-        stirred = _stirred(start + _steps(numel, start.device))
-    return stirred.view((*key.shape, *shape))
+    first = _unit(counted(key, hash_string("first"), numel), dtype)
+    if not gaussian:
+        return first.view((*key.shape, *shape))
+    second = _unit(counted(key, hash_string("second"), numel), dtype)
+    # Box & Muller (1958); 1 - u is in (0, 1], where the logarithm is finite.
+    made = torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * math.pi * second)
+    return made.view((*key.shape, *shape))
+
+
+def counted(key: Tensor, stream: int, count: int, *, is_final: bool = False) -> Tensor:
+    """Hashed counters ``(*k, count)``, from a start that is a function of a key and the number of a stream.
+
+    Unless they are to be final their trailing bits are not as random as the leading 31.
+    """
+    start = (key.long() + start_of(stream)).unsqueeze(-1)
+    if is_for_an_operator(start):
+        first = 0 if is_final else 1  # one step more is a part of it, then
+        return hash_op()(start, torch.arange(first, first + count, device=start.device), is_final)
+    is_short = count <= _HASHED_NUMEL and start.device.type == "cpu" and is_plain(start)
+    steps = _few_steps(count) if is_short else _steps(count, start.device)
+    return (finalized if is_final else stirred)(start + steps)
 
 
 def _steps(numel: int, device: torch.device | str) -> Tensor:
     """How far SplitMix64 goes in one step, in two, and so on."""
-    return torch.arange(1, numel + 1, device=device).mul_(signed(_GOLDEN))
+    return torch.arange(1, numel + 1, device=device).mul_(signed(GOLDEN))
 
 
-@functools.lru_cache(maxsize=_HASHED_NUMEL)
+@functools.lru_cache(maxsize=1 << 8)
 def _few_steps(numel: int) -> Tensor:
-    with torch.inference_mode(False):
+    with unseen():
         return _steps(numel, "cpu")
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _start_of(stream: int) -> int:
-    return signed(_mix(stream))
 
 
 def _unit(state: Tensor, dtype: torch.dtype) -> Tensor:
     """The leading bits of stirred counters as a number in ``[0, 1)``: as many as the dtype holds exactly."""
     if dtype == torch.float64:
-        return _shift_right(state ^ _shift_right(state, 31), 11).to(dtype) * 2.0**-53
-    return _shift_right(state, 40).to(dtype) * 2.0**-24
-
-
-def _hash_op() -> torch.library.CustomOpDef:
-    with _registration:
-        return _register_hash_op()
-
-
-@functools.cache
-def _register_hash_op() -> torch.library.CustomOpDef:
-    # SplitMix64 `number` steps after `start`, or all of it but the last step of its finalizer.
-    @torch.library.custom_op(
-        "funcbayes::hash", mutates_args=(), schema="(Tensor start, Tensor? number, bool entire) -> Tensor"
-    )
-    def hashed(start: Tensor, number: Tensor | None, entire: bool) -> Tensor:
-        state = _advanced(start, number).contiguous()
-        return _mix_tensor(state) if entire else _stirred(state)
-
-    @hashed.register_fake
-    def _(start: Tensor, number: Tensor | None, entire: bool) -> Tensor:
-        shape = start.shape if number is None else torch.broadcast_shapes(start.shape, number.shape)
-        return start.new_empty(shape)
-
-    @hashed.register_vmap
-    def _(info, in_dims, start, number, entire):  # noqa: ANN001, ANN202
-        given = [(t, axis) for t, axis in ((start, in_dims[0]), (number, in_dims[1])) if t is not None]
-        ndim = max(t.ndim - (axis is not None) for t, axis in given)
-        made = []
-        for t, axis in given:
-            if axis is not None:  # in front, with axes of one where it has fewer than the other
-                t = t.movedim(axis, 0)
-                t = t.reshape(t.shape[0], *(1 for _ in range(ndim + 1 - t.ndim)), *t.shape[1:])
-            made.append(t)
-        return hashed(made[0], made[1] if len(made) == 2 else None, entire), 0
-
-    return hashed
+        return shift_right(state ^ shift_right(state, 31), 11).to(dtype) * 2.0**-53
+    return shift_right(state, 40).to(dtype) * 2.0**-24
 
 
 def _noise_op() -> torch.library.CustomOpDef:
@@ -454,7 +291,7 @@ def _fill(
 
 
 def _fill_row(row: Tensor, key: int, generator: torch.Generator, gaussian: bool) -> None:
-    generator.manual_seed(key & _MASK >> 1)
+    generator.manual_seed(key & _SEEDS)
     if gaussian:
         row.normal_(generator=generator)
     else:
@@ -463,4 +300,4 @@ def _fill_row(row: Tensor, key: int, generator: torch.Generator, gaussian: bool)
 
 def permutation(key: int, n: int) -> Tensor:
     """Draw a permutation of ``range(n)``, int64 ``(n,)``, a function of ``key`` alone."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(key & _MASK >> 1))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key & _SEEDS))

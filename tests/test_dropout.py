@@ -1002,7 +1002,7 @@ def made_in_place(monkeypatch):
 
     def noting(key, place):
         shapes.append(place.shape)
-        return fb._random.dropout_mask(key, place)
+        return fb._masks.dropout_mask(key, place)
 
     monkeypatch.setattr(_dropout, "dropout_mask", noting)
     monkeypatch.setattr(_engine._Tuner, "next_to_time", lambda self: None)

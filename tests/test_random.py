@@ -1,5 +1,6 @@
 """Keyed noise: a function of the key alone, independent between keys, and normal."""
 
+import hashlib
 import itertools
 import math
 import subprocess
@@ -14,12 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from zoo import F64
 
+from funcbayes import _masks
 from funcbayes._global_random import forked, watched
+from funcbayes._hashing import hash_op
+from funcbayes._masks import Place, dropout_mask, dropout_masks
 from funcbayes._random import (
-    Place,
-    _hash_op,
-    dropout_mask,
-    dropout_masks,
     fold,
     keys_by_name,
     normal,
@@ -112,7 +112,31 @@ def test_uniforms_are_uniform_on_the_half_open_interval(dtype):
     assert distance < 1.95 / math.sqrt(n)
 
 
-@pytest.mark.parametrize("width", [40, 400])  # made by hashing, and by a generator
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (7, 1200)])
+def test_masks_compare_halves_of_hashed_counters_with_the_rate(shape):
+    rate, site, key = 0.3, 4, fold(9, "key")
+    stream = int.from_bytes(hashlib.blake2b(b"mask", digest_size=8).digest(), "little", signed=True) + site
+    start, halves = (key + split_mix(stream & MASK)) & MASK, []
+    for step in range((math.prod(shape) + 1) // 2):
+        hashed = split_mix((start + step * 0x9E3779B97F4A7C15) & MASK)
+        halves += [hashed & 0xFFFFFFFF, hashed >> 32]
+    halves = [h - (1 << 32) if h >> 31 else h for h in halves][: math.prod(shape)]
+    expected = [1.25 if h >= round(rate * 2**32) - 2**31 else 0.0 for h in halves]
+    found = dropout_mask(torch.tensor(key), Place(site, shape, rate, 1.25))
+    assert_close(found, torch.tensor(expected).reshape(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [3, 70])  # by NumPy, and by torch
+def test_masks_as_an_operator_are_masks(count, dtype):
+    keys, place = fold(3, torch.arange(count)), Place(2, (1000,), 0.4, 1.5, dtype)
+    along = _masks._along((place,))[:3]
+    torch.library.opcheck(_masks.masks_op(), (keys, *along), test_utils="test_schema")
+    assert torch.equal(_masks.masks_op()(keys, *along), dropout_mask(keys, place))
+    assert torch.equal(dropout_mask(keys, place), torch.stack([dropout_mask(int(k), place) for k in keys]))
+
+
+@pytest.mark.parametrize("width", [40, 400, 9000])  # together with others, by NumPy or by torch, and alone
 def test_masks_drop_at_their_rate_and_those_of_other_keys_and_sites_are_independent(width):
     keys, sites = [fold(0, "x"), fold(0, "y")], [0, 1, 2]
     found = torch.stack(
@@ -241,7 +265,7 @@ def test_few_keys_stay_where_they_are_and_can_be_traced():
 
 @pytest.mark.parametrize("keys", [torch.arange(12).reshape(3, 4), torch.arange(12).reshape(4, 3).T])
 def test_hashing_as_an_operator_is_hashing_under_every_transform(keys):
-    hashed = _hash_op()
+    hashed = hash_op()
     for number in (None, torch.tensor(7), torch.arange(4), torch.arange(3)[:, None]):
         torch.library.opcheck(hashed, (keys, number, True))
         assert_close(hashed(keys, number, True), fold(keys, 0 if number is None else number))

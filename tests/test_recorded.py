@@ -14,10 +14,11 @@ from torch.testing import assert_close
 from zoo import F64, MODELS, SLOW_MODELS, linear, linear_params, randn
 
 import funcbayes as fb
-from funcbayes import _engine
+from funcbayes import _engine, _predict
 from funcbayes._recording import Recorded
 from funcbayes._tree import tensors
 from funcbayes.likelihoods import Categorical, Normal
+from funcbayes.posteriors import Draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 KINDS = "vmap", "rows_first", "channels_last"
@@ -717,7 +718,7 @@ def made_bound(always):
     ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
     for _ in range(3):
         fb.predict(fn, None, ensemble, x)
-    assert _engine.repeated(fn, None, ensemble.members, x, ensemble) is not None
+    assert _engine.repeated(fn, None, Draw(ensemble.members), x, ensemble, 0) is not None
     return fn, ensemble, x
 
 
@@ -1020,3 +1021,136 @@ def test_recorded_masks_are_those_of_the_seed_and_of_the_rows(always, name, kind
         wanted = fb.predict_batches(model.fn, model.params, fb.Dropout(), batches, chunk_size=1, **options)
         assert_close(got.samples, wanted.samples)
     assert is_recorded(model.fn)
+
+
+@pytest.fixture
+def dropping(always, monkeypatch):
+    """A model whose next call with draws of dropout will be a quick one, and how often there was none."""
+    always("rows_first")
+    fn, params = fb.make_functional(
+        nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 2)).double()
+    )
+    for seed in range(3):
+        drops(fn, params, seed=seed)
+    slow, evaluate = [], _predict.evaluate
+    monkeypatch.setattr(_predict, "evaluate", lambda *args, **kw: slow.append(1) or evaluate(*args, **kw))
+    return fn, params, slow
+
+
+def drops(fn, params, x=None, posterior=None, **options):
+    x = randn(4, 3) if x is None else x
+    return fb.predict(fn, params, posterior or fb.Dropout(), x, **{"num_samples": 5, **options})
+
+
+@pytest.mark.parametrize("keep_samples", [True, False])
+def test_a_quick_call_of_dropout_gives_the_same_prediction(dropping, keep_samples):
+    fn, params, slow = dropping
+    other = {name: 0.5 * leaf for name, leaf in params.items()}
+    options = {"likelihood": fb.likelihoods.Normal(0.3), "keep_samples": keep_samples, "targets": randn(4, 2)}
+    for own, seed, x in (
+        (params, 7, randn(4, 3)),
+        (other, 8, randn(4, 3, seed=1)),
+        (params, torch.tensor(9), None),
+    ):
+        got = drops(fn, own, x, seed=seed, **options)
+        assert not slow
+        wanted = drops(fn, own, x, seed=seed, chunk_size=1, **options)
+        slow.clear()
+        for name in ("mean", "variance", "aleatoric_variance", "weights"):
+            assert_close(getattr(got, name), getattr(wanted, name))
+        assert_close(got.log_prob(), wanted.log_prob())
+
+
+def test_a_quick_call_of_dropout_without_a_seed_takes_one_from_the_global_state(dropping):
+    fn, params, slow = dropping
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        first, second = drops(fn, params).samples, drops(fn, params).samples
+        after = torch.rand(())
+        assert not slow
+        torch.manual_seed(3)
+        wanted = [drops(fn, params, chunk_size=1).samples for _ in range(2)]
+        assert torch.rand(()) == after
+    assert_close(torch.stack([first, second]), torch.stack(wanted))
+    assert not torch.equal(first, second)
+
+
+def test_quick_calls_of_dropout_have_the_masks_of_their_rows(dropping):
+    fn, params, slow = dropping
+    batches, options = list(randn(12, 3).split(4)), {"num_samples": 5, "seed": 1, "labelled": False}
+    got = fb.predict_batches(fn, params, fb.Dropout(), batches, **options).samples
+    assert not slow
+    assert_close(got, fb.predict_batches(fn, params, fb.Dropout(), batches, chunk_size=1, **options).samples)
+
+
+def test_fixed_draws_of_dropout_are_quick_too(dropping):
+    fn, params, slow = dropping
+    fixed = fb.to_ensemble(fb.Dropout(), 5, seed=4)
+    got = fb.predict(fn, params, fixed, randn(4, 3)).samples
+    assert not slow
+    assert_close(got, drops(fn, params, seed=4, chunk_size=1).samples)
+
+
+OTHER = {
+    "rate": {"posterior": fb.Dropout(rate=0.2)},
+    "where": {"posterior": fb.Dropout(where="2")},
+    "one mask for all rows": {"posterior": fb.Dropout(shared_mask=True)},
+    "number": {"num_samples": 6},
+    "rows": {"x": randn(5, 3)},
+    "strides": {"x": randn(3, 4).mT},
+    "precision": {"dtype": torch.float32},
+    "size": {"chunk_size": 2},
+}
+
+
+@pytest.mark.parametrize("options", OTHER.values(), ids=OTHER)
+def test_another_kind_of_call_of_dropout_is_not_the_same_call(dropping, options):
+    fn, params, slow = dropping
+    got = drops(fn, params, seed=2, **options).samples
+    assert slow
+    wanted = drops(fn, params, seed=2, **{**options, "chunk_size": 1}).samples
+    assert_close(got, wanted)
+
+
+def test_gradients_of_draws_of_dropout_are_there_where_they_are_wanted(dropping):
+    fn, params, _ = dropping
+    for x, own in (
+        (randn(4, 3).requires_grad_(), params),
+        (randn(4, 3), {name: leaf.clone().requires_grad_() for name, leaf in params.items()}),
+    ):
+        wanted = x if x.requires_grad else own["0.weight"]
+        got, loop = (
+            torch.autograd.grad(drops(fn, own, x, seed=1, chunk_size=size).samples.square().sum(), wanted)
+            for size in (None, 1)
+        )
+        assert_close(got, loop)
+    single = {name: leaf.float() for name, leaf in params.items()}
+    for _ in range(3):
+        drops(fn, single, randn(4, 3).float(), seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert drops(fn, single, randn(4, 3).float(), seed=1).samples.dtype == torch.bfloat16
+
+
+def test_parameters_of_quick_calls_are_not_kept_alive(dropping):
+    fn, params, slow = dropping
+    params = {name: leaf.clone() for name, leaf in params.items()}
+    drops(fn, params, seed=1)
+    assert not slow
+    leaf = weakref.ref(params["0.weight"])
+    del params
+    gc.collect()
+    assert leaf() is None
+
+
+def test_what_is_multiplied_by_one_is_taken_as_it_is(always):
+    always("vmap")
+
+    def scaled(params, x):
+        return linear(params, 1 * x) * 1
+
+    ensemble = fb.Ensemble(zoo.members(linear_params()))
+    for seed in range(3):
+        x = randn(4, 3, seed=seed)
+        x[0, 0] = -0.0
+        assert_close(fb.predict(scaled, None, ensemble, x).samples, expected(scaled, ensemble, x))
+    assert is_recorded(scaled)

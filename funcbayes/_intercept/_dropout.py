@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._functorch import is_concrete, is_readable, outside_transforms, unintercepted, unwrap, vmap_level, wrap
-from .._random import Place, Seed, dropout_mask, fold
+from .._functorch import is_concrete, outside_transforms, unintercepted, unwrap, vmap_level, wrap
+from .._masks import Place, dropout_mask
+from .._random import fold
 from .._tree import Params, Where, matcher, pytree_dataclass, static
 from ._attention import attention_weights, drops_weights, open_attention
 from ._call import Call, Handler, Interception, calling
@@ -209,9 +210,7 @@ def _kept(key: Tensor, place: Place) -> Tensor:
     physical, axis = (key, None) if level is None else unwrap(key, level)
     with unintercepted(), outside_transforms() if is_concrete(physical) else nullcontext():
         # The keys of all draws at once: hashing them through vmap would cost more than the mask.
-        keys: Seed = physical if axis is None else physical.movedim(axis, 0)
-        if not keys.ndim and is_readable(keys):
-            keys = int(keys)  # one key is hashed, and its noise made, with fewer calls as a plain number
+        keys = physical if axis is None else physical.movedim(axis, 0)
         kept = dropout_mask(keys, place)
     return kept if level is None or axis is None else wrap(kept, 0, level)
 

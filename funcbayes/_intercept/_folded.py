@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .._functorch import is_readable
-from .._random import Place, are_made_together, dropout_mask, dropout_masks
+from .._functorch import is_plain
+from .._masks import Place, are_made_together, dropout_mask, dropout_masks
 
 
 class Folded:
@@ -29,7 +29,7 @@ class Folded:
         is_first, self.is_begun = not self.is_begun, True
         if is_first:
             known = tuple(self.places)
-            if len(known) > 1 and is_readable(keys):
+            if len(known) > 1 and is_plain(keys):
                 self._made = dict(zip(known, dropout_masks(keys, known), strict=True))
         else:
             rows, *rest = place.shape

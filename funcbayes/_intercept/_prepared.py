@@ -4,21 +4,23 @@ import math
 
 from torch import Tensor
 
-from .._functorch import outside_transforms, unintercepted
-from .._random import Place, are_made_together, dropout_mask, dropout_masks
+from .._functorch import is_concrete, outside_transforms, unintercepted, unwrap, vmap_level, wrap
+from .._masks import Place, are_made_together, dropout_mask, dropout_masks
 
 # Larger masks take long enough to make wherever that is done.
 _LARGEST = 1 << 13
+# More numbers for several draws would fall out of the processor's caches until they are wanted.
+_MOST = 1 << 18
 
 
 class Prepared:
-    """Masks of one draw, at the places where the last one had them.
+    """Masks of one draw, or of those that a function is mapped over, where the last one had masks.
 
     What layers compute leaves nothing of Python in the processor's caches, so that a mask made between two of
     them takes several times as long as one after another.
 
     Args:
-        masks: Those that there are.
+        masks: Those that there are, with an axis of the draws in front if keys will have one.
         places: Where they were wanted the last time, but for large ones; replaced by those of this time.
     """
 
@@ -30,7 +32,12 @@ class Prepared:
         """The mask of a place, if it was expected to be wanted."""
         if math.prod(place.shape) <= _LARGEST:
             self._wanted.append(place)
-        return self._masks.pop(place, None)
+        level = vmap_level()
+        physical, axis = (keys, None) if level is None else unwrap(keys, level)
+        if not is_concrete(physical):  # mapped by a function around
+            return None
+        made = self._masks.pop(place, None)
+        return made if made is None or level is None or axis is None else wrap(made, 0, level)
 
     def end(self) -> None:
         """Leave behind where masks were wanted."""
@@ -39,27 +46,30 @@ class Prepared:
 
 
 def prepared(keys: Tensor, places: list[Place]) -> list[Prepared]:
-    """Masks of several draws.
+    """Masks of several draws, one by one.
 
     Args:
-        keys: int64 ``(k,)``, of each draw, which can be read.
+        keys: int64 ``(k,)``, of each draw.
         places: Where masks were wanted the last time.
     """
-    made: list[dict[Place, Tensor]] = [{} for _ in range(len(keys))]
+    masks = {place: of_draws.unbind(0) for place, of_draws in _made(keys, places).items()}
+    alone = [{place: of_draws[i] for place, of_draws in masks.items()} for i in range(len(keys))]
+    return [Prepared(own, places) for own in alone]
+
+
+def prepared_together(keys: Tensor, places: list[Place]) -> Prepared:
+    """Masks of several draws, for a function that is mapped over these; arguments as above."""
+    is_small = len(keys) * sum(math.prod(place.shape) for place in places) <= _MOST
+    return Prepared(_made(keys, places) if is_small else {}, places)
+
+
+def _made(keys: Tensor, places: list[Place]) -> dict[Place, Tensor]:
+    """Masks ``(k, *s)`` by place."""
     known = tuple(dict.fromkeys(places))  # another thread may replace them
-    if known:
-        with unintercepted(), outside_transforms():
-            _make(made, keys, known)
-    return [Prepared(own, places) for own in made]
-
-
-def _make(made: list[dict[Place, Tensor]], keys: Tensor, places: tuple[Place, ...]) -> None:
-    dtype = places[0].dtype
-    together = tuple(place for place in places if are_made_together(keys, place) and place.dtype == dtype)
-    if together:
-        for place, masks in zip(together, dropout_masks(keys, together), strict=True):
-            for own, mask in zip(made, masks.unbind(0), strict=True):
-                own[place] = mask
-    alone = [place for place in places if place not in together]
-    for own, key in zip(made, keys.tolist(), strict=True):
-        own.update((place, dropout_mask(key, place)) for place in alone)
+    if not known:
+        return {}
+    with unintercepted(), outside_transforms():
+        dtype = known[0].dtype
+        together = tuple(place for place in known if are_made_together(keys, place) and place.dtype == dtype)
+        masks = dict(zip(together, dropout_masks(keys, together), strict=True)) if together else {}
+        return {place: masks[place] if place in masks else dropout_mask(keys, place) for place in known}

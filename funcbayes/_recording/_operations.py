@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._masks import plain_masks
 from .._tree import tensors
 from ._program import VARIABLE, Program, Step, functions_of
 
 _NAMESPACES = frozenset(("aten", "prims", "mkldnn", "onednn", "funcbayes"))
 # What cannot be done again with other numbers: results have sizes, or become numbers of Python's, by them.
 _REFUSED = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
-# Python has a function of its own for each of these, which takes a microsecond less than what all have.
+# Python has a function of its own for each of these, which takes some microseconds less than what all have.
 _aten = torch.ops.aten
 _QUICK: dict[Any, Callable[..., Any]] = {
     _aten.add.Tensor: torch.add,
@@ -23,22 +24,45 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     _aten.addcmul_.default: Tensor.addcmul_,
     _aten.addmm.default: torch.addmm,
     _aten.baddbmm.default: torch.baddbmm,
+    _aten.baddbmm.out: torch.baddbmm,
+    _aten.bitwise_xor.Tensor: torch.bitwise_xor,
+    _aten.bitwise_xor_.Tensor: Tensor.bitwise_xor_,
     _aten.bmm.default: torch.bmm,
+    _aten.clone.default: torch.clone,
+    _aten.convolution.default: torch.convolution,
+    _aten.detach.default: Tensor.detach,
+    _aten.embedding.default: torch.embedding,
+    _aten.empty.memory_format: torch.empty,
     _aten.expand.default: Tensor.expand,
+    _aten.gt.Scalar_out: torch.gt,
     _aten.index_select.default: torch.index_select,
+    _aten.max_pool2d_with_indices.default: torch._C._nn.max_pool2d_with_indices,  # type: ignore[attr-defined]  # without stubs
     _aten.mean.dim: torch.mean,
+    _aten.mm.default: torch.mm,
+    _aten.mul.Scalar: torch.mul,
     _aten.mul.Tensor: torch.mul,
+    _aten.mul.out: torch.mul,
     _aten.mul_.Tensor: Tensor.mul_,
     _aten.native_batch_norm.default: torch.native_batch_norm,
     _aten.native_layer_norm.default: torch.native_layer_norm,
+    _aten.ones.default: torch.ones,
     _aten.permute.default: Tensor.permute,
     _aten.relu.default: torch.relu,
+    _aten.select.int: Tensor.select,
     _aten.sigmoid_.default: Tensor.sigmoid_,
+    _aten._softmax.default: torch._softmax,
+    _aten.split_with_sizes.default: torch.split_with_sizes,
+    _aten.stack.default: torch.stack,
+    _aten.t.default: Tensor.t,
     _aten.tanh.default: torch.tanh,
+    _aten.tanh.out: torch.tanh,
     _aten.transpose.int: Tensor.transpose,
     _aten.unbind.int: Tensor.unbind,
+    _aten._unsafe_view.default: Tensor.view,
     _aten.unsqueeze.default: Tensor.unsqueeze,
     _aten.view.default: Tensor.view,
+    _aten.view.dtype: Tensor.view,
+    _aten.zeros.default: torch.zeros,
 }
 # These read lengths from a tensor.
 _READING = frozenset(
@@ -110,12 +134,11 @@ class Operations(TorchDispatchMode):
         if is_view and len(self._tensors) == count:
             return found  # there is one like it already
         uses = frozenset(VARIABLE.findall(" ".join(given)))
-        copies = None
-        if func is torch.ops.aten.clone.default and _place(results[0])[1:] == _place(args[0])[1:]:
-            copies = self._names[id(args[0])]
+        is_copy = _copies(func, args) and _place(results[0])[1:] == _place(args[0])[1:]
+        copies = self._names[id(args[0])] if is_copy else None
         is_one_of_several = isinstance(found, list | tuple) and len(names) == 1
         target = ", ".join(names or ["_"]) + ("," if is_one_of_several else "")
-        call = f"{self._constant(_QUICK.get(func, func._op))}({', '.join(given)})"
+        call = f"{self._constant(_function_of(func))}({', '.join(given)})"
         has_effect = bool(changed) or names in ([], ["_"])  # as what raises an error
         self._steps.append(Step(names, target, call, uses, is_view, has_effect, copies))
         return found
@@ -211,6 +234,15 @@ class Operations(TorchDispatchMode):
         name = f"c{len(self._constants)}"
         self._constants[name] = value
         return name
+
+
+def _function_of(func: Any) -> Callable[..., Any]:
+    return plain_masks if func.name() == "funcbayes::masks" else _QUICK.get(func) or func._op
+
+
+def _copies(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether results have the numbers of what is given: `vmap` multiplies what is added by its factor."""
+    return func is _aten.clone.default or (func is _aten.mul.Scalar and args[1] == 1)
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:

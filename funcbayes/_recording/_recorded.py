@@ -166,6 +166,20 @@ class Recorded:
         known.append((inputs, recording))
         return outputs
 
+    def again(self, way: Hashable, fixed: Any, x: Any) -> Any:
+        """What :meth:`evaluate` gives by a recording; ``None`` without one, or if gradients are wanted."""
+        inputs, leaves = _Inputs.of((fixed, x))
+        recording, _ = self._known(way, inputs)
+        if recording is None or not inputs.may_be_recorded(leaves) or not self.holds(recording):
+            return None
+        if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
+            return None
+        return recording(leaves)
+
+    def has(self, way: Hashable) -> bool:
+        """Whether there are recordings for a way of evaluating."""
+        return any(recording is not None for _, recording in self._recordings.get(way, ()))
+
     def bound(self, way: Hashable, fixed: Any, x: Any, held: Any) -> "Bound | None":
         """A recording for inputs that stay, other than ``x``; ``held`` is what these are in."""
         recording, _ = self._known(way, _Inputs.of((fixed, x))[0])

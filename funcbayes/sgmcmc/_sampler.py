@@ -10,7 +10,8 @@ import optree
 import torch
 from torch import Tensor
 
-from .._random import Seed, fold, normal, signed
+from .._hashing import signed
+from .._random import Seed, fold, normal
 from .._tree import Fixed, Params, is_parameter, map_leaves, map_named, named_leaves
 from ..covariances._flat import at_least_single
 from ._scalars import plus

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import positive_int
-from .._random import resolve_seed, signed
+from .._hashing import signed
+from .._random import resolve_seed
 from .._tree import (
     Fixed,
     Params,
