@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -28,8 +28,7 @@ from ._surroundings import Surroundings, Watch
 _MOST = 8  # kinds of inputs that are remembered for a way of evaluating
 
 
-@dataclass(frozen=True)
-class _Inputs:
+class _Inputs(NamedTuple):
     """Inputs of one kind: what operations may depend on beside their numbers.
 
     Attributes:
@@ -57,9 +56,8 @@ class _Inputs:
 
     def may_be_recorded(self, own: Sequence[Tensor]) -> bool:
         """Whether all is in the tensors' numbers, and in plain values, which are part of a program."""
-        return all(kind in _PLAIN for kind, *_ in self.others) and all(
-            type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not vars(t) for t in own
-        )
+        is_plain = all(kind in _PLAIN for kind, *_ in self.others) and not any(map(vars, own))
+        return is_plain and all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in own)
 
     def tree(self, own: Sequence[Tensor]) -> Any:
         """A tree of this kind with these tensors."""
@@ -74,7 +72,7 @@ _PLAIN = bool, int, float, str
 def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     """What operations may depend on beside the numbers of a tensor."""
     stride = tensor.stride() if tensor.layout is torch.strided else tensor.layout
-    return tensor.shape, stride, tensor.dtype, tensor.device
+    return type(tensor), tensor.shape, stride, tensor.dtype, tensor.device
 
 
 @dataclass(frozen=True)
@@ -154,12 +152,10 @@ class Recorded:
         """
         inputs, leaves = _Inputs.of((fixed, x))
         recording, is_known = self._known(way, inputs)
-        if not inputs.may_be_recorded(leaves):
-            return None
         if is_known:
-            return recording(leaves) if recording is not None and self.holds(recording) else None
+            return self._done_again(recording, leaves)
         known = self._recordings.setdefault(way, [])
-        if not may_record or len(known) >= _MOST:
+        if not may_record or len(known) >= _MOST or not inputs.may_be_recorded(leaves):
             return None
         self.num_tried += 1
         outputs, recording = self._recorded(function, evaluate, inputs, leaves, len(leaves) - len(tensors(x)))
@@ -169,12 +165,9 @@ class Recorded:
     def again(self, way: Hashable, fixed: Any, x: Any) -> Any:
         """What :meth:`evaluate` gives by a recording; ``None`` without one, or if gradients are wanted."""
         inputs, leaves = _Inputs.of((fixed, x))
-        recording, _ = self._known(way, inputs)
-        if recording is None or not inputs.may_be_recorded(leaves) or not self.holds(recording):
-            return None
         if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
             return None
-        return recording(leaves)
+        return self._done_again(self._known(way, inputs)[0], leaves)
 
     def has(self, way: Hashable) -> bool:
         """Whether there are recordings for a way of evaluating."""
@@ -185,10 +178,17 @@ class Recorded:
         recording, _ = self._known(way, _Inputs.of((fixed, x))[0])
         return None if recording is None else Bound(self, recording, held)
 
+    def _done_again(self, recording: _Recording | None, leaves: Sequence[Tensor]) -> Any:
+        if recording is None or any(map(vars, leaves)) or not self.holds(recording):
+            return None
+        return recording(leaves)
+
     def _known(self, way: Hashable, inputs: _Inputs) -> tuple[_Recording | None, bool]:
         """A recording, and whether there is one or was one tried."""
-        found = [recording for of, recording in self._recordings.get(way, ()) if of == inputs]
-        return (found[0], True) if found else (None, False)
+        for of, recording in self._recordings.get(way, ()):
+            if of == inputs:
+                return recording, True
+        return None, False
 
     def holds(self, recording: _Recording) -> bool:
         """Whether a recording is what would be done; once one is not, there will be none."""
