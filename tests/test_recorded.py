@@ -447,6 +447,79 @@ def test_a_model_that_does_something_beside_is_not_recorded(always, how):
     assert not is_recorded(fn)
 
 
+class Dense(nn.Module):
+    """Layers that are given what all before them gave, gathered in a list or in a dict."""
+
+    def __init__(self, gather):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3 + 2 * i, 2, dtype=F64) for i in range(3))
+        self.gather = gather
+
+    def forward(self, x):
+        return self.gather(self.layers, x)
+
+
+def in_a_list(layers, x):
+    found = [x]
+    for layer in layers:
+        found.append(layer(torch.cat(found, -1)).tanh())  # noqa: PERF401
+    return found.pop()
+
+
+def in_a_dict(layers, x):
+    found = {"x": x}
+    for i, layer in enumerate(layers):
+        found.update({f"{i}": layer(torch.cat(list(found.values()), -1)).tanh()})
+    return found["2"]
+
+
+@pytest.mark.parametrize("gather", [in_a_list, in_a_dict])
+def test_what_a_model_gathers_for_one_call_is_recorded(always, gather):
+    always("rows_first")
+    fn, params = fb.make_functional(Dense(gather))
+    ensemble = fb.Ensemble(zoo.members(params))
+    for seed in range(4):
+        x = randn(4, 3, seed=seed)
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    assert is_recorded(fn)
+
+
+class Keeping(nn.Module):
+    """Keeps what it was given in a list of its own, or in one of an object."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.layer, self.kept = nn.Linear(3, 2, dtype=F64), kept
+
+    def forward(self, x):
+        kept = self.kept if isinstance(self.kept, list) else self.kept.seen
+        kept.append(len(x))
+        return self.layer(x) * len(kept)
+
+
+class Seen:
+    def __init__(self):
+        self.seen = []
+
+
+def test_what_a_module_keeps_in_a_list_is_forgotten_with_and_without_recording(always):
+    always("rows_first")
+    fn, params = fb.make_functional(Keeping([]))
+    ensemble = fb.Ensemble(zoo.members(params))
+    for seed in range(4):
+        x = randn(4, 3, seed=seed)
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+
+
+def test_a_module_that_keeps_something_in_an_object_is_not_recorded(always):
+    always("rows_first")
+    fn, params = fb.make_functional(Keeping(Seen()))
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    for _ in range(4):
+        fb.predict(fn, None, ensemble, x)
+    assert not is_recorded(fn)
+
+
 def test_every_call_is_noted_by_a_model_that_notes_it(always):
     always("rows_first")
     calls = []

@@ -302,7 +302,9 @@ class Watch:
             is_known = issubclass(owner, torch._C.TensorBase)
         else:
             is_plain = type(owner) in (str, tuple, list, dict, range, set, frozenset, torch.Size)
-            is_known = isinstance(owner, Tensor) or (is_plain and name not in _CHANGING)
+            # What is there for one call alone may change: lists that last are not constant, or are held.
+            stays_so = name not in _CHANGING or id(owner) not in self._known
+            is_known = isinstance(owner, Tensor) or (is_plain and stays_so)
         if not is_known or name in _UNKNOWN:
             self._refuse(name)
 
