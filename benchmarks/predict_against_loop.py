@@ -6,10 +6,11 @@ for both, so that only evaluation is timed; dropout draws its masks in both, the
 in training mode. In the first four cells only the last layer of the network is random, or its dropout stands
 only before that, so that all the rest is evaluated once.
 
-The claims: with 1 row and draws of weights so much faster as the table below says; in no cell an interval
-below 0.95; and the geometric mean of all. On an accelerator it is 64 draws of up to 128 rows that should be
-ten times faster, but for the ResNet and the LSTM. The cells are all models, rows and draws, those with few
-first; the last ones take minutes a call, and ``--minutes`` leaves them out.
+The claims: with 1 row so much faster as the table below says (but twice for 8 draws of dropout in the small
+MLP, which are computed in less time than asking for them takes); in no cell an interval below 0.95; and the
+geometric mean of all. On an accelerator it is 64 draws of up to 128 rows that should be ten times faster, but
+for the ResNet and the LSTM. The cells are all models, rows and draws, those with few first; the last ones take
+minutes a call, and ``--minutes`` leaves them out.
 """
 
 import copy
@@ -30,7 +31,7 @@ ROWS, QUICK_ROWS = (1, 32, 128, 1024), (1, 32)
 DRAWS = {"cpu": (8, 32, 128), "other": (8, 64, 128)}
 AT_ONE_ROW = {"mlp-small": 3.0, "mlp": 1.3, "lenet": 3.0, "resnet": 2.0, "transformer": 3.0, "lstm": 1.3}
 ON_AN_ACCELERATOR = dict.fromkeys(("mlp-small", "mlp", "lenet", "transformer"), 10.0)
-NEVER_BELOW, MEAN, OF_DRAWS = 0.95, 1.5, 0.6
+OF_LITTLE, NEVER_BELOW, MEAN, OF_DRAWS = 2.0, 0.95, 1.5, 0.6
 
 
 def run(how: How) -> Iterator[Result]:
@@ -54,8 +55,9 @@ def run(how: How) -> Iterator[Result]:
 
 def _claim(kind: str, name: str, rows: int, draws: int, device: str) -> dict[str, Any]:
     is_on_cpu = torch.device(device).type == "cpu"
-    if is_on_cpu and rows == 1 and kind == "weights":
-        return {"at_least": AT_ONE_ROW[name]}
+    if is_on_cpu and rows == 1:
+        is_least = (kind, name, draws) == ("dropout", "mlp-small", 8)
+        return {"at_least": OF_LITTLE if is_least else AT_ONE_ROW[name]}
     if not is_on_cpu and draws == 64 and rows <= 128 and name in ON_AN_ACCELERATOR:
         return {"at_least": ON_AN_ACCELERATOR[name]}
     return {"at_least": NEVER_BELOW, "of_interval": True}
