@@ -9,7 +9,7 @@ only before that, so that all the rest is evaluated once.
 The claims: with 1 row so much faster as the table below says (but twice for 8 draws of dropout in the small
 MLP, which are computed in less time than asking for them takes); in no cell an interval below 0.95; and the
 geometric mean of all. On an accelerator it is 64 draws of up to 128 rows that should be ten times faster, but
-for the ResNet and the LSTM. The cells are all models, rows and draws, those with few first; the last ones take
+for the ResNet and the LSTM. The cells are all models, rows and draws, those with few first; the last take
 minutes a call, and ``--minutes`` leaves them out.
 """
 
