@@ -60,14 +60,17 @@ def taken_down() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
-    """Make something once, to be kept: of code that is watched, or taken down, it is a constant."""
-    profile = sys.getprofile()
-    sys.setprofile(None)
+    """Make something once, to be kept: of code that is transformed, or taken down, it is a constant."""
+    is_watched = getattr(_writing, "num_modes", 0) > 0  # by us, for nobody else does then
+    watching = sys.getprofile() if is_watched else None
+    if is_watched:
+        sys.setprofile(None)
     try:
-        with torch.inference_mode(False), _disable_current_modes():
+        with torch.inference_mode(False), _disable_current_modes(), outside_transforms():
             yield
     finally:
-        sys.setprofile(profile)
+        if is_watched:
+            sys.setprofile(watching)
 
 
 def _has_dispatch_modes() -> bool:

@@ -20,7 +20,7 @@ _MASK = (1 << 64) - 1
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # Up to so many numbers are hashed by NumPy, whose calls take a third of the time of torch's; of more torch
 # makes several threads.
-_FEW = 1 << 15
+FEW = 1 << 15
 
 Array = np.ndarray[Any, np.dtype[np.uint64]]
 # The numbers above, made once: this takes as long as an operation does.
@@ -86,7 +86,7 @@ def are_few(integers: Tensor | int) -> bool:
     """Whether a tensor is hashed fastest, and may be, as an array of NumPy's; numbers are in any case."""
     if not isinstance(integers, Tensor):
         return True
-    is_small = integers.numel() <= _FEW and integers.device.type == "cpu"
+    is_small = integers.numel() <= FEW and integers.device.type == "cpu"
     return is_small and not integers.is_floating_point() and is_readable(integers)
 
 

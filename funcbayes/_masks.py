@@ -10,15 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._functorch import is_plain, is_readable, unseen
-from ._hashing import GOLDEN, array, finalized, finalized_array, hash_string, signed, start_of
+from ._functorch import is_plain, is_readable, outside_transforms, unseen
+from ._hashing import FEW, GOLDEN, array, finalized, finalized_array, hash_string, signed, start_of
 from ._random import Seed, counted
 
 # Masks of up to this many numbers a key are made together: larger ones keep a processor busy.
 _TOGETHER = 1 << 12
-# So many hashes are made by NumPy, whose calls take a third of the time of torch's; for more it has threads.
-_BY_ARRAY = 1 << 15
-_BY_ARRAY_DTYPES = torch.float32, torch.float64
 
 _registration = threading.Lock()
 
@@ -60,15 +57,16 @@ def dropout_mask(key: Seed, place: Place) -> Tensor:
     if are_made_together(keys, place):
         return dropout_masks(keys.reshape(-1), (place,))[0].view((*keys.shape, *place.shape))
     numel = int(math.prod(place.shape))  # sizes are tensors where `torch.jit.trace` looks on
-    bits = counted(keys, _stream_of(place), _num_hashes(numel), is_final=True).view(torch.int32)
+    bits = _halves(counted(keys, _stream_of(place), _num_hashes(numel), is_final=True))
     mask = _kept(bits, _most_dropped(place), place.dtype).mul_(place.scale)
     return mask[..., :numel].reshape((*keys.shape, *place.shape))
 
 
 def are_made_together(key: Tensor, place: Place) -> bool:
     """Whether :func:`dropout_masks` makes the masks of a place."""
-    is_on_cpu = place.device.type == key.device.type == "cpu"
-    return is_on_cpu and math.prod(place.shape) <= _TOGETHER and is_plain(key)
+    if not place.device.type == key.device.type == "cpu" or not is_plain(key) or torch.jit.is_tracing():
+        return False
+    return math.prod(place.shape) <= _TOGETHER
 
 
 def dropout_masks(key: Tensor, places: tuple[Place, ...]) -> list[Tensor]:
@@ -83,9 +81,11 @@ def dropout_masks(key: Tensor, places: tuple[Place, ...]) -> list[Tensor]:
     """
     along = _along(places)
     make = plain_masks if is_readable(key) else masks_op()
-    made = make(key, along.offsets, along.most_dropped, along.scales).split(along.sizes, -1)
-    masks = made if len(made) == len(places) else made[::2]
-    return [mask.view((*key.shape, *place.shape)) for mask, place in zip(masks, places, strict=True)]
+    with outside_transforms():
+        whole = make(key, along.offsets, along.most_dropped, along.scales).to(places[0].dtype)
+        made = whole.split(along.sizes, -1)
+        masks = made if len(made) == len(places) else made[::2]
+        return [mask.view((*key.shape, *place.shape)) for mask, place in zip(masks, places, strict=True)]
 
 
 class _Along(NamedTuple):
@@ -94,7 +94,7 @@ class _Along(NamedTuple):
     Attributes:
         offsets: From keys to what is hashed.
         most_dropped: The largest numbers that are dropped, int32; one if these are the same.
-        scales: As for :class:`Place`; one if these are the same.
+        scales: As for :class:`Place`, in single precision or double; one if these are the same.
         sizes: How many numbers there are; if some are odd, each followed by how many are left over.
     """
 
@@ -107,29 +107,34 @@ class _Along(NamedTuple):
 @functools.lru_cache(maxsize=1 << 6)
 def _along(places: tuple[Place, ...]) -> _Along:
     numels = [math.prod(place.shape) for place in places]
-    hashes = torch.tensor([_num_hashes(numel) for numel in numels], device="cpu")
 
     def of_each(values: list[float], dtype: torch.dtype) -> Tensor:
         of_places = torch.tensor(values, dtype=dtype, device="cpu")
         return of_places[:1] if len({*values}) == 1 else of_places.repeat_interleave(2 * hashes)
 
     with unseen():
+        hashes = torch.tensor([_num_hashes(numel) for numel in numels], device="cpu")
         starts = torch.tensor([start_of(_stream_of(place)) for place in places], device="cpu")
         steps = torch.cat([torch.arange(1, count + 1, device="cpu") for count in hashes.tolist()])
         return _Along(
             starts.repeat_interleave(hashes) + steps * signed(GOLDEN),
             of_each([_most_dropped(place) for place in places], torch.int32),
-            of_each([place.scale for place in places], places[0].dtype),
+            of_each([place.scale for place in places], _wide(places[0].dtype)),
             [size for n in numels for size in (n, n % 2)] if any(n % 2 for n in numels) else numels,
         )
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of the dtypes in which masks are scaled: in half precision a scale may be infinite."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def plain_masks(key: Tensor, offsets: Tensor, most_dropped: Tensor, scales: Tensor) -> Tensor:
     """Masks ``(k, n)`` of keys ``(k,)``; of offsets there is one for every two numbers."""
-    if key.numel() * offsets.numel() <= _BY_ARRAY and scales.dtype in _BY_ARRAY_DTYPES:
+    if key.numel() * offsets.numel() <= FEW:
         bits = finalized_array(array(key)[:, None] + array(offsets)).view(np.int32)
         return torch.from_numpy((bits > most_dropped.numpy()) * scales.numpy())
-    bits = finalized(key.long().unsqueeze(-1) + offsets).view(torch.int32)
+    bits = _halves(finalized(key.long().unsqueeze(-1) + offsets))
     return _kept(bits, most_dropped, scales.dtype).mul_(scales)
 
 
@@ -142,10 +147,20 @@ def masks_op() -> Callable[..., Tensor]:
 @functools.cache
 def _register_masks_op() -> Callable[..., Tensor]:
     schema = "(Tensor key, Tensor offsets, Tensor most_dropped, Tensor scales) -> Tensor"
-    with unseen():  # not by `torch.library.custom_op`, which loads all of the compiler
-        torch.library.define("funcbayes::masks", schema)
-        torch.library.impl("funcbayes::masks", "CompositeExplicitAutograd", plain_masks)
-    return torch.ops.funcbayes.masks.default
+    with unseen():
+        if not hasattr(torch.ops.funcbayes, "masks"):  # from a module that was loaded before
+            # Not by `torch.library.custom_op`, which loads all of the compiler.
+            torch.library.define("funcbayes::masks", schema)
+            torch.library.impl("funcbayes::masks", "CompositeExplicitAutograd", plain_masks)
+        return torch.ops.funcbayes.masks.default
+
+
+def _halves(hashes: Tensor) -> Tensor:
+    """Both halves of each, the trailing one first, as signed numbers of 32 bits."""
+    if is_plain(hashes):
+        return hashes.view(torch.int32)
+    # `vmap` has no rule for such views before torch 2.13.
+    return torch.stack((hashes << 32 >> 32, hashes >> 32), -1).flatten(-2)
 
 
 def _kept(bits: Tensor, most_dropped: Tensor | int, dtype: torch.dtype) -> Tensor:

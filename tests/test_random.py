@@ -1,5 +1,6 @@
 """Keyed noise: a function of the key alone, independent between keys, and normal."""
 
+import cProfile
 import hashlib
 import itertools
 import math
@@ -136,6 +137,38 @@ def test_masks_as_an_operator_are_masks(count, dtype):
     assert torch.equal(dropout_mask(keys, place), torch.stack([dropout_mask(int(k), place) for k in keys]))
 
 
+def test_of_infinite_scales_nothing_is_left_where_units_are_dropped():
+    mask = dropout_mask(1, Place(0, (400,), 0.999, 1e5, torch.float16))
+    assert not mask.isnan().any()
+
+
+def test_masks_made_inside_a_transform_serve_outside(monkeypatch):
+    _masks._along.cache_clear()
+    keys, place = fold(1, torch.arange(3)), Place(0, (7,), 0.4)
+
+    def product(x):
+        return (x * _masks.dropout_masks(keys, (place,))[0]).sum()
+
+    inside = torch.func.grad(product)(torch.ones(()))
+    assert_close(inside, dropout_mask(keys, place).sum())
+    assert_close(vmap(torch.func.grad(product))(torch.ones(2)), inside.expand(2))
+
+
+@pytest.mark.parametrize("shape", [(5,), (8, 1024)])
+def test_halves_of_mapped_hashes_are_those_of_plain_ones(shape):
+    keys = fold(1, torch.arange(4))
+    nested = vmap(vmap(lambda key: dropout_mask(key, Place(1, shape, 0.3))))(keys.reshape(2, 2))
+    assert torch.equal(nested.flatten(0, 1), dropout_mask(keys, Place(1, shape, 0.3)))
+
+
+def test_a_profiler_goes_on_while_masks_are_made_for_the_first_time():
+    _masks._along.cache_clear()
+    with cProfile.Profile() as profile:
+        dropout_mask(torch.arange(3), Place(0, (5,), 0.4))
+        math.factorial(10)
+    assert any("factorial" in str(entry.code) for entry in profile.getstats())
+
+
 @pytest.mark.parametrize("width", [40, 400, 9000])  # together with others, by NumPy or by torch, and alone
 def test_masks_drop_at_their_rate_and_those_of_other_keys_and_sites_are_independent(width):
     keys, sites = [fold(0, "x"), fold(0, "y")], [0, 1, 2]
@@ -246,7 +279,7 @@ def test_hashing_ints_and_tensors_agree_with_the_published_mixer(key, data):
     assert fold(torch.tensor(key), data).item() == expected
     assert fold(key, torch.tensor(data)).item() == expected
     assert fold(torch.tensor([key]), torch.tensor([[data], [data]])).tolist() == [[expected], [expected]]
-    for count in (3, 40):  # one by one, and together
+    for count in (3, 40000):  # by NumPy, and by torch
         many = [fold(key, data) if i == 1 else fold(i, data) for i in range(count)]
         assert fold(torch.tensor([key if i == 1 else i for i in range(count)]), data).tolist() == many
         many = [fold(key, data) if i == 1 else fold(key, i) for i in range(count)]

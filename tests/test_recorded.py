@@ -15,7 +15,7 @@ from zoo import F64, MODELS, SLOW_MODELS, linear, linear_params, randn
 
 import funcbayes as fb
 from funcbayes import _engine, _predict
-from funcbayes._recording import Recorded
+from funcbayes._recording import Recorded, _operations
 from funcbayes._tree import tensors
 from funcbayes.likelihoods import Categorical, Normal
 from funcbayes.posteriors import Draw
@@ -484,17 +484,49 @@ def test_what_a_model_gathers_for_one_call_is_recorded(always, gather):
     assert is_recorded(fn)
 
 
+class Closing:
+    """What runs code of its own when it is collected."""
+
+    def numbers(self):
+        try:
+            yield 1
+        finally:
+            self.is_closed = True
+
+
+def test_what_is_collected_meanwhile_does_not_matter(always, monkeypatch):
+    always("rows_first")
+    fn, params = fb.make_functional(zoo.mlp().double())
+    ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
+    before, is_known = gc.get_threshold(), _operations._is_known
+    gc.set_threshold(1_000_000)
+    for _ in range(50):
+        closing = Closing()
+        closing.generator = closing.numbers()  # which refers to it
+        next(closing.generator)
+    monkeypatch.setattr(
+        _operations, "_is_known", lambda op: (gc.isenabled() and gc.collect() and False) or is_known(op)
+    )
+    try:
+        fb.predict(fn, None, ensemble, x)
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
+    assert is_recorded(fn)
+
+
 class Keeping(nn.Module):
-    """Keeps what it was given in a list of its own, or in one of an object."""
+    """Keeps something in a list of its own, in one of an object, or in one that is on its layer."""
 
     def __init__(self, kept):
         super().__init__()
         self.layer, self.kept = nn.Linear(3, 2, dtype=F64), kept
+        self.layer.kept = []
 
     def forward(self, x):
-        kept = self.kept if isinstance(self.kept, list) else self.kept.seen
+        kept = self.layer.kept if self.kept is None else getattr(self.kept, "seen", self.kept)
         kept.append(len(x))
-        return self.layer(x) * len(kept)
+        return self.layer(x) * (1 if len(kept) < 50 else 2)
 
 
 class Seen:
@@ -502,21 +534,39 @@ class Seen:
         self.seen = []
 
 
-def test_what_a_module_keeps_in_a_list_is_forgotten_with_and_without_recording(always):
+@pytest.mark.parametrize("make", [list, Seen, lambda: None])
+def test_a_module_that_keeps_something_is_not_recorded(always, make):
     always("rows_first")
-    fn, params = fb.make_functional(Keeping([]))
-    ensemble = fb.Ensemble(zoo.members(params))
-    for seed in range(4):
-        x = randn(4, 3, seed=seed)
-        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
-
-
-def test_a_module_that_keeps_something_in_an_object_is_not_recorded(always):
-    always("rows_first")
-    fn, params = fb.make_functional(Keeping(Seen()))
+    fn, params = fb.make_functional(Keeping(make()))
     ensemble, x = fb.Ensemble(zoo.members(params)), randn(4, 3)
     for _ in range(4):
         fb.predict(fn, None, ensemble, x)
+    assert not is_recorded(fn)
+
+
+def given_and_filled(params, x, found=()):
+    found = [*found] or params["found"]
+    found.append(x)
+    return linear(params, x)
+
+
+def around_and_filled(params, x):
+    found = []
+
+    def fill():
+        found.append(x)
+
+    fill()
+    return linear(params, *found)
+
+
+@pytest.mark.parametrize("fn", [given_and_filled, around_and_filled])
+def test_lists_that_may_be_those_of_others_are_not_filled_by_what_is_recorded(always, fn):
+    always("rows_first")
+    ensemble = fb.Ensemble({**zoo.members(linear_params()), "found": []})
+    for seed in range(3):
+        x = randn(4, 3, seed=seed)
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(linear, ensemble, x))
     assert not is_recorded(fn)
 
 
@@ -1215,15 +1265,54 @@ def test_parameters_of_quick_calls_are_not_kept_alive(dropping):
     assert leaf() is None
 
 
-def test_what_is_multiplied_by_one_is_taken_as_it_is(always):
+@pytest.mark.parametrize("beta", [1, 2])
+def test_of_factors_only_one_is_left_out(always, beta):
+    """`vmap` takes apart what adds a product, and multiplies by factors that are 1."""
     always("vmap")
 
-    def scaled(params, x):
-        return linear(params, 1 * x) * 1
+    def fn(params, x):
+        return torch.addmm(params["b"], x, params["w"].mT, beta=beta)
 
     ensemble = fb.Ensemble(zoo.members(linear_params()))
     for seed in range(3):
         x = randn(4, 3, seed=seed)
-        x[0, 0] = -0.0
-        assert_close(fb.predict(scaled, None, ensemble, x).samples, expected(scaled, ensemble, x))
-    assert is_recorded(scaled)
+        assert_close(fb.predict(fn, None, ensemble, x).samples, expected(fn, ensemble, x))
+    (tuner,) = _engine._tuners._values[fn].values()
+    ((_, recording),) = next(iter(tuner.recorded._recordings.values()))
+    run = recording.program.run
+    called = [run.__globals__.get(name) for name in run.__code__.co_names]
+    assert (torch.mul in called) == (beta != 1)
+
+
+def test_draws_and_parameters_may_be_those_of_a_module(always):
+    always("rows_first")
+    net = zoo.mlp().double()
+    fn, _ = fb.make_functional(net)
+    ensemble, params = fb.Ensemble(zoo.members(dict(net.named_parameters()))), dict(net.named_parameters())
+    head = fb.Ensemble({name: leaf for name, leaf in ensemble.members.items() if name.startswith("2")})
+    with torch.no_grad():
+        for seed in range(3):
+            x = randn(4, 3, seed=seed)
+            draws = [{**params, **head.member(i)} for i in range(head.num_members)]
+            wanted = torch.stack([fn(draw, x) for draw in draws])
+            assert_close(fb.predict(fn, params, head, x).samples, wanted)
+    assert is_recorded(fn)
+
+
+def test_no_gradient_is_followed_in_what_a_model_takes_from_elsewhere(always, monkeypatch):
+    always("vmap")
+    monkeypatch.setitem(globals(), "ELSEWHERE", randn(3, 2))
+    posteriors = fb.Dropout(), fb.Ensemble({"b": randn(5, 2)})
+
+    def fn(params, x):
+        return nn.functional.dropout(x, 0.5) @ ELSEWHERE + params["b"]  # noqa: F821
+
+    options = {"num_samples": 5, "seed": 0}
+    for posterior, params in zip(posteriors, ({"b": randn(2)}, None), strict=True):
+        model = fn if params is not None else lambda params, x: x @ ELSEWHERE + params["b"]  # noqa: F821
+        given = options if params is not None else {}
+        for _ in range(3):
+            fb.predict(model, params, posterior, randn(4, 3), **given)
+        ELSEWHERE.requires_grad_()  # noqa: F821
+        assert not fb.predict(model, params, posterior, randn(4, 3), **given).samples.requires_grad
+        ELSEWHERE.requires_grad_(False)  # noqa: F821

@@ -69,10 +69,15 @@ class _Inputs(NamedTuple):
 _PLAIN = bool, int, float, str
 
 
+# Parameters are given as plain tensors to what is recorded.
+_SAME = {nn.Parameter: Tensor}
+
+
 def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     """What operations may depend on beside the numbers of a tensor."""
     stride = tensor.stride() if tensor.layout is torch.strided else tensor.layout
-    return type(tensor), tensor.shape, stride, tensor.dtype, tensor.device
+    kind = type(tensor)
+    return _SAME.get(kind, kind), tensor.shape, stride, tensor.dtype, tensor.device
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,8 @@ class Recorded:
         inputs, leaves = _Inputs.of((fixed, x))
         if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
             return None
-        return self._done_again(self._known(way, inputs)[0], leaves)
+        with torch.no_grad():  # in what the model takes from elsewhere none are wanted either
+            return self._done_again(self._known(way, inputs)[0], leaves)
 
     def has(self, way: Hashable) -> bool:
         """Whether there are recordings for a way of evaluating."""
@@ -281,7 +287,8 @@ class Bound:
             return None
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (x, *self._fixed)):
             return None
-        (outputs,) = self._recording.program.run(self._views, *self._fixed, x)
+        with torch.no_grad():  # as above
+            (outputs,) = self._recording.program.run(self._views, *self._fixed, x)
         return outputs
 
     def _parts(self, fixed: Any) -> list[Any]:

@@ -9,6 +9,8 @@ harmless is refused.
 import builtins
 import dis
 import functools
+import gc
+import inspect
 import math
 import operator
 import os
@@ -62,6 +64,7 @@ _BUILTINS = frozenset(
 _CHANGING = frozenset(
     ("append", "extend", "insert", "pop", "popitem", "remove", "clear", "update", "setdefault", "add")
 )
+_BUILDING = frozenset(("BUILD_LIST", "BUILD_MAP", "BUILD_SET", "BUILD_CONST_KEY_MAP"))
 _REFUSED = frozenset(
     (
         *("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME", "DELETE_NAME", "LOAD_NAME", "STORE_ATTR"),
@@ -138,11 +141,15 @@ class Watch:
             self._refuse("the function")
 
     def __enter__(self) -> "Watch":
+        self._may_collect = gc.isenabled()
+        gc.disable()  # what is thrown away may run code of anybody, as generators that are closed
         sys.setprofile(self._see)
         return self
 
     def __exit__(self, *_: Any) -> None:
         sys.setprofile(None)
+        if self._may_collect:
+            gc.enable()
 
     def surroundings(self) -> Surroundings:
         """What the code that ran depends on."""
@@ -161,7 +168,7 @@ class Watch:
             if event == "call":
                 (self._see_trusted if is_trusted else self._see_other)(frame)
             elif not is_trusted:
-                self._see_builtin(argument)
+                self._see_builtin(argument, frame)
             elif _name_of(argument) in _READ and _top(frame.f_globals["__name__"]) == "torch":
                 self._refuse(_name_of(argument))
         except Exception as error:  # it would be raised in the midst of the model
@@ -291,7 +298,7 @@ class Watch:
         is_of_python = (name.startswith("__") and name.endswith("__")) or name == "_abc_impl"
         return is_of_python or self._is_constant(value)
 
-    def _see_builtin(self, function: Any) -> None:
+    def _see_builtin(self, function: Any, frame: FrameType) -> None:
         name = _name_of(function)
         owner = getattr(function, "__self__", getattr(function, "__objclass__", None))
         if owner is None:
@@ -302,9 +309,8 @@ class Watch:
             is_known = issubclass(owner, torch._C.TensorBase)
         else:
             is_plain = type(owner) in (str, tuple, list, dict, range, set, frozenset, torch.Size)
-            # What is there for one call alone may change: lists that last are not constant, or are held.
-            stays_so = name not in _CHANGING or id(owner) not in self._known
-            is_known = isinstance(owner, Tensor) or (is_plain and stays_so)
+            is_kept = name in _CHANGING and not _is_made_in(frame, owner)
+            is_known = isinstance(owner, Tensor) or (is_plain and not is_kept)
         if not is_known or name in _UNKNOWN:
             self._refuse(name)
 
@@ -333,6 +339,28 @@ def _inside(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return _MISSING
+
+
+def _is_made_in(frame: FrameType, container: Any) -> bool:
+    """Whether a list, dict or set was made by the call that a frame is of, so that it is not there later."""
+    return any(frame.f_locals.get(name) is container for name in _made_in(frame.f_code))
+
+
+@functools.lru_cache(maxsize=1024)
+def _made_in(code: CodeType) -> frozenset[str]:
+    """Variables that are assigned to nothing but new lists, dicts and sets."""
+    num_rest = sum(bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
+    given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + num_rest]
+    made: set[str] = set()
+    others, last = {*given, *code.co_cellvars}, ""
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("STORE_FAST"):
+            names = (step.argval,) if isinstance(step.argval, str) else step.argval  # of two steps in one
+            is_new = last in _BUILDING and step.opname != "STORE_FAST_STORE_FAST"
+            (made if is_new else others).add(names[0])
+            others.update(names[1:])
+        last = step.opname
+    return frozenset(made - others)
 
 
 def _name_of(function: Any) -> str:
