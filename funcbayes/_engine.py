@@ -115,9 +115,9 @@ class _Tuner:
     is_mappable: bool = False  # whether ``vmap`` can take the model
     most: int | None = None  # draws at a time that memory was enough for, after it was not
     row_axes: list[Any] | None = None  # of the effects, where masks are shared
-    # Of masks: where draws are folded into the rows, and where they are alone.
+    # Of masks: where draws are folded into the rows, and where one draw has its own, alone or mapped over.
     places: list[Place] = field(default_factory=list)
-    places_alone: list[Place] = field(default_factory=list)
+    places_of_one: list[Place] = field(default_factory=list)
     draws_globally: bool | None = None  # from torch's random state; unknown at first
     needs_rules: bool = True  # plain ``vmap``, too; as far as was seen
     is_layout_free: bool = False  # whether the model was seen not to depend on the layout of its inputs
@@ -714,12 +714,12 @@ class _Run:
         keys = self._keys_of_masks(draws)
         if keys is None:
             return [None] * tensors(draws)[0].shape[0]
-        return prepared(keys, self.tuner.places_alone)
+        return prepared(keys, self.tuner.places_of_one)
 
     def _prepared_together(self, draws: Draw) -> Prepared | None:
         """The masks of all draws, for a function that is mapped over these."""
         keys = self._keys_of_masks(draws)
-        return None if keys is None else prepared_together(keys, self.tuner.places_alone)
+        return None if keys is None else prepared_together(keys, self.tuner.places_of_one)
 
     def _keys_of_masks(self, draws: Draw) -> Tensor | None:
         """Keys ``(s,)`` of masks that can be made beforehand."""
