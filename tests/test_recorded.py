@@ -559,6 +559,12 @@ def given_and_filled(params, x, found=()):
     return linear(params, x)
 
 
+def given_or_made(params, x):
+    found = params["found"] or []
+    found.append(x)
+    return linear(params, found[-1])
+
+
 def around_and_filled(params, x):
     found = []
 
@@ -569,7 +575,7 @@ def around_and_filled(params, x):
     return linear(params, *found)
 
 
-@pytest.mark.parametrize("fn", [given_and_filled, around_and_filled])
+@pytest.mark.parametrize("fn", [given_and_filled, around_and_filled, given_or_made])
 def test_lists_that_may_be_those_of_others_are_not_filled_by_what_is_recorded(always, fn):
     always("rows_first")
     ensemble = fb.Ensemble({**zoo.members(linear_params()), "found": []})

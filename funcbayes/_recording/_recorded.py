@@ -69,15 +69,10 @@ class _Inputs(NamedTuple):
 _PLAIN = bool, int, float, str
 
 
-# Parameters are given as plain tensors to what is recorded.
-_SAME = {nn.Parameter: Tensor}
-
-
 def kind_of(tensor: Tensor) -> tuple[Any, ...]:
     """What operations may depend on beside the numbers of a tensor."""
     stride = tensor.stride() if tensor.layout is torch.strided else tensor.layout
-    kind = type(tensor)
-    return _SAME.get(kind, kind), tensor.shape, stride, tensor.dtype, tensor.device
+    return type(tensor), tensor.shape, stride, tensor.dtype, tensor.device
 
 
 @dataclass(frozen=True)
@@ -217,7 +212,7 @@ class Recorded:
             # In inference mode operations that consist of others would be seen as one, whatever they read.
             with torch.inference_mode(False), torch.no_grad():
                 # One tensor in two places would be one input.
-                own = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
+                own = [*map(_apart, leaves)]
                 if _Inputs.of(inputs.tree(own))[0] != inputs:  # copies that lie in memory otherwise
                     return None, None
                 operations, watch = Operations(own, num_fixed), Watch(function, self._private)
@@ -247,6 +242,12 @@ def _recording_of(
         return None
     program = operations.program(results, may_keep=is_private and not surroundings.has_tensors)
     return None if operations.is_refused else _Recording(program, surroundings, structure)
+
+
+def _apart(leaf: Tensor) -> Tensor:
+    """The same tensor as another object, but for those of inference mode, which are copied."""
+    own = leaf.clone() if leaf.is_inference() else leaf.detach()
+    return nn.Parameter(own, leaf.requires_grad) if type(leaf) is nn.Parameter else own
 
 
 def _reversed(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,15 +142,13 @@ class Watch:
             self._refuse("the function")
 
     def __enter__(self) -> "Watch":
-        self._may_collect = gc.isenabled()
-        gc.disable()  # what is thrown away may run code of anybody, as generators that are closed
+        _garbage.keep()  # for what is collected may run code of anybody, as generators that are closed
         sys.setprofile(self._see)
         return self
 
     def __exit__(self, *_: Any) -> None:
         sys.setprofile(None)
-        if self._may_collect:
-            gc.enable()
+        _garbage.collect_again()
 
     def surroundings(self) -> Surroundings:
         """What the code that ran depends on."""
@@ -318,6 +317,27 @@ class Watch:
         self.reason = self.reason or f"It is not known what {what} depends on, or does."
 
 
+class _Garbage:
+    """Whether it is kept for now, by one thread or several."""
+
+    def __init__(self) -> None:
+        self._lock, self._num_keeping, self._was_collected = threading.Lock(), 0, True
+
+    def keep(self) -> None:
+        with self._lock:
+            if not self._num_keeping:
+                self._was_collected = gc.isenabled()
+                gc.disable()
+            self._num_keeping += 1
+
+    def collect_again(self) -> None:
+        with self._lock:
+            self._num_keeping -= 1
+            if not self._num_keeping and self._was_collected:
+                gc.enable()
+
+
+_garbage = _Garbage()
 # Code of torch's and ours that is so whoever calls it, by its `id`: two of different files may be equal.
 _harmless: dict[int, CodeType] = {}
 _FUNCTIONS = torch._C._VariableFunctions  # type: ignore[attr-defined]  # `torch.relu` and the like
@@ -356,9 +376,11 @@ def _made_in(code: CodeType) -> frozenset[str]:
     for step in dis.get_instructions(code):
         if step.opname.startswith("STORE_FAST"):
             names = (step.argval,) if isinstance(step.argval, str) else step.argval  # of two steps in one
-            is_new = last in _BUILDING and step.opname != "STORE_FAST_STORE_FAST"
+            has_two = step.opname == "STORE_FAST_STORE_FAST"
+            # What is jumped to is given something else by the way that leads there.
+            is_new = last in _BUILDING and not (has_two or step.is_jump_target)
             (made if is_new else others).add(names[0])
-            others.update(names[1:])
+            others.update(names[1:] if has_two else ())
         last = step.opname
     return frozenset(made - others)
 
