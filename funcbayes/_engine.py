@@ -146,7 +146,7 @@ class _Tuner:
     def is_short(self, mechanism: Mechanism, num_draws: int) -> bool:
         """Whether so many draws are known to take little time, of which Python's share may be large."""
         seconds = self.seconds.get(mechanism)
-        return seconds is not None and seconds[0] * num_draws < _RECORDED
+        return seconds is not None and min(seconds) * num_draws < _RECORDED
 
     def begin(self, candidates: list[Mechanism]) -> None:
         """Choose among these from now on."""
@@ -340,6 +340,7 @@ class _Run:
         self.was_watched = False
         self.may_record = False
         self.at_once: Mechanism | None = None  # what all draws were evaluated by, without timing others
+        self.masks: Draw | None = None  # the last draws, if they are masks alone and were done by a recording
 
     def fixed(self, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of a given size, whose results do not depend on what was learned before."""
@@ -431,23 +432,22 @@ class _Run:
         if not self.may_record or mechanism is None or type(self.x) is not Tensor:
             return
         way = mechanism.kind, self.num_draws
-        if mechanism.kind in self.failed or not self.tuner.recorded.has(way):
+        if mechanism.kind in self.failed:
             return
-        draws = self.make_draws(slice(0, self.num_draws))
         if owner is not None and self.params is None:
-            self._bind_draws(owner, draws, way)
-        elif draws.effects and not tensors(draws.leaves) and all(map(_is_of_each_row, draws.effects)):
+            self._bind_draws(owner, way)
+        elif self.masks is not None:
             known = _masked.get(self.fn, None, dict)
             if len(known) >= _MOST_KINDS:
                 known.clear()
-            known[_kind_with_masks(draws, self.x)] = self.tuner.recorded, way
+            known[_kind_with_masks(self.masks, self.x)] = self.tuner.recorded, way
 
-    def _bind_draws(self, owner: Any, draws: Draw, way: Hashable) -> None:
+    def _bind_draws(self, owner: Any, way: Hashable) -> None:
         known = _bound.get(owner, None, dict)
         model, _ = known.get(kind_of(self.x), (None, None))
         if model is not None and model() is self.fn:
             return  # other tensors than were bound, perhaps at every call
-        leaves = draws.leaves
+        leaves = self.make_draws(slice(0, self.num_draws)).leaves
         bound = self.tuner.recorded.bound(way, (leaves, self.params), ((), self.x), leaves)
         if bound is not None:
             if len(known) >= _MOST_KINDS:
@@ -653,6 +653,7 @@ class _Run:
         may_record = self.tuner.is_short(mechanism, count)
         values = (draws.leaves, self.params), (effects, self.x)
         found = self.tuner.recorded.evaluate((kind, count), self.fn, evaluate, *values, may_record=may_record)
+        self.masks = draws if found is not None and not tensors(draws.leaves) else None
         return self._together(draws, kind) if found is None else found
 
     def _loop_in_channels_last(self, draws: Draw, mechanism: Mechanism, start: int) -> Tensor:

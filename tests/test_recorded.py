@@ -1280,6 +1280,25 @@ def test_parameters_of_quick_calls_are_not_kept_alive(dropping):
     assert leaf() is None
 
 
+@pytest.mark.parametrize("posterior", ["gaussian", "ensemble", "dropout"])
+def test_draws_are_made_once_a_call(always, monkeypatch, posterior):
+    always("rows_first")
+    fn, params = fb.make_functional(nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.4), nn.Linear(8, 2)).double())
+    variances = {name: leaf.square() + 1 for name, leaf in params.items()}
+    posterior = {
+        "gaussian": fb.Gaussian(params, fb.covariances.Diagonal(variances)),
+        "ensemble": fb.Ensemble(zoo.members(params)),
+        "dropout": fb.Dropout(),
+    }[posterior]
+    made, draws = [], type(posterior).draws
+    monkeypatch.setattr(type(posterior), "draws", lambda *args: made.append(len(args[1])) or draws(*args))
+    for seed in range(4):
+        made.clear()
+        fb.predict(fn, params, posterior, randn(4, 3), num_samples=5, seed=seed)
+    assert is_recorded(fn)
+    assert made == [5]
+
+
 @pytest.mark.parametrize("beta", [1, 2])
 def test_of_factors_only_one_is_left_out(always, beta):
     """`vmap` takes apart what adds a product, and multiplies by factors that are 1."""

@@ -170,10 +170,6 @@ class Recorded:
         with torch.no_grad():  # in what the model takes from elsewhere none are wanted either
             return self._done_again(self._known(way, inputs)[0], leaves)
 
-    def has(self, way: Hashable) -> bool:
-        """Whether there are recordings for a way of evaluating."""
-        return any(recording is not None for _, recording in self._recordings.get(way, ()))
-
     def bound(self, way: Hashable, fixed: Any, x: Any, held: Any) -> "Bound | None":
         """A recording for inputs that stay, other than ``x``; ``held`` is what these are in."""
         recording, _ = self._known(way, _Inputs.of((fixed, x))[0])
