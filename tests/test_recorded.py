@@ -2,6 +2,8 @@
 
 import functools
 import gc
+import subprocess
+import sys
 import time
 import types
 import weakref
@@ -1350,3 +1352,19 @@ def test_no_gradient_is_followed_in_what_a_model_takes_from_elsewhere(always, mo
         ELSEWHERE.requires_grad_()  # noqa: F821
         assert not fb.predict(model, params, posterior, randn(4, 3), **given).samples.requires_grad
         ELSEWHERE.requires_grad_(False)  # noqa: F821
+
+
+FIRST_CALLS = """
+import sys, torch, funcbayes as fb
+fn, params = fb.make_functional(torch.nn.Sequential(torch.nn.Linear(3, 300), torch.nn.Dropout(0.3)))
+for seed in range(20):
+    fb.predict(fn, params, fb.Dropout(), torch.ones(2, 3), num_samples=8, seed=seed)
+tuners = fb._engine._tuners._values[fn].values()
+assert any(tuner.recorded._recordings for tuner in tuners)
+assert "torch._dynamo" not in sys.modules, "torch's compiler was loaded, which takes seconds"
+"""
+
+
+def test_the_compiler_is_not_loaded_to_record_masks():
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
