@@ -72,7 +72,7 @@ _MOST_OF_TWO_DRAWS = 1 << 30
 # Draws of a loop that are timed together; fewer where their intermediates are large, for these take longer.
 _LOOPED = 8
 _IN_THREADS = 256 << 20  # bytes of the largest intermediate and the inputs, over all threads
-_MOST_KINDS = 8  # of inputs that are bound at a time to the same draws
+_MOST_KINDS = 8  # of inputs that are known at a time of the same draws, or of one model
 _RECORDED = 0.05  # a chunk that takes fewer seconds is recorded
 _LOOP_UNLESS = 0.96  # the loop is taken unless something else takes less than this part of its time
 # A mechanism is timed twice in a row, for the first time it finds caches and threads as another left them.
@@ -250,6 +250,13 @@ def _repeated_with_masks(fn: Model, params: Params, draws: Draw, x: Tensor, firs
         return None
     effects = tuple([masks.at_rows(first_row, None) for masks in draws.effects])
     return recorded.again(way, (draws.leaves, params), (effects, x))
+
+
+def _keep(known: dict[Hashable, _T], kind: Hashable, value: _T) -> None:
+    """Remember a value for inputs of a kind, of which there are few at a time."""
+    if len(known) >= _MOST_KINDS:
+        known.clear()
+    known[kind] = value
 
 
 def _kind_with_masks(draws: Draw, x: Tensor) -> Hashable:
@@ -431,16 +438,14 @@ class _Run:
         mechanism = self.at_once
         if not self.may_record or mechanism is None or type(self.x) is not Tensor:
             return
-        way = mechanism.kind, self.num_draws
         if mechanism.kind in self.failed:
             return
+        way = mechanism.kind, self.num_draws
         if owner is not None and self.params is None:
             self._bind_draws(owner, way)
         elif self.masks is not None:
             known = _masked.get(self.fn, None, dict)
-            if len(known) >= _MOST_KINDS:
-                known.clear()
-            known[_kind_with_masks(self.masks, self.x)] = self.tuner.recorded, way
+            _keep(known, _kind_with_masks(self.masks, self.x), (self.tuner.recorded, way))
 
     def _bind_draws(self, owner: Any, way: Hashable) -> None:
         known = _bound.get(owner, None, dict)
@@ -450,9 +455,7 @@ class _Run:
         leaves = self.make_draws(slice(0, self.num_draws)).leaves
         bound = self.tuner.recorded.bound(way, (leaves, self.params), ((), self.x), leaves)
         if bound is not None:
-            if len(known) >= _MOST_KINDS:
-                known.clear()
-            known[kind_of(self.x)] = weakref.ref(self.fn), bound
+            _keep(known, kind_of(self.x), (weakref.ref(self.fn), bound))
 
     def _attempt(self, part: slice, mechanism: Mechanism) -> Tensor:
         """Evaluate by the mechanism, or in halves where memory is not enough for as many draws."""
