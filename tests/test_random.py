@@ -142,7 +142,7 @@ def test_of_infinite_scales_nothing_is_left_where_units_are_dropped():
     assert not mask.isnan().any()
 
 
-def test_masks_made_inside_a_transform_serve_outside(monkeypatch):
+def test_masks_made_inside_a_transform_serve_outside():
     _masks._along.cache_clear()
     keys, place = fold(1, torch.arange(3)), Place(0, (7,), 0.4)
 
